@@ -1,0 +1,42 @@
+"""lipexp: experiments with Lipschitz neural networks.
+
+The rule of the house: configuration group (singular) = module (plural) = test file.
+
+    conf/dataset/     -> lipexp/datasets.py      what a run learns
+    conf/act/         -> lipexp/activations.py   1-Lipschitz maps between layers
+    conf/constraint/  -> lipexp/constraints.py   operator norms that bound each layer
+    conf/loss/        -> lipexp/losses.py
+    conf/model/       -> lipexp/models.py
+    conf/optim/       -> lipexp/optim.py
+
+The road of a command: cli -> train (configurations -> objects) -> loop (K stacked runs) -> evaluate, with
+measures (lower bounds) and certificates (upper bounds) -> runs (the folder of a run) -> figures, display.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lipexp.load import LoadedRun
+
+__version__ = "0.1.0"
+
+
+def load(run: str | PathLike[str], trust: bool = False) -> LoadedRun:
+    """The baked network of a finished run as a torch module, with its configuration and its metrics.
+
+        run = lipexp.load("outputs/2026-01-31/12-00-00-000000")
+        run.network(torch.zeros(1, 2)), run.config["lipschitz"], run.metrics["lipschitz"]["certified"]
+
+    Args:
+        run: the run's folder.
+        trust: allow classes from outside lipexp, which a configuration may name; loading them runs their code.
+
+    Raises:
+        ConfigError: no finished run there, a class that is not trusted, or a model.pt that does not fit.
+    """
+    from lipexp.load import load_run  # torch takes a second to import
+
+    return load_run(run, trust=trust)

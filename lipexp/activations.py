@@ -1,0 +1,197 @@
+"""Activations: 1-Lipschitz maps between layers.
+
+Shapes: K runs, B points, H features; every map takes and returns (..., H).
+
+An activation declares in `norms` the p-norms in which it is 1-Lipschitz; the constraint needs the one of its
+hidden space. A class that declares none, such as torch.nn.Tanh, trains without a constraint only. lipexp's own
+activations are piecewise linear, which `piece` exposes: it is what makes exact arithmetic on a network possible.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lipexp.config import ConfigError, whole
+
+ALL_NORMS = frozenset({1.0, 2.0, math.inf})
+
+
+@dataclass
+class Piece:
+    """The linear map that an activation is near one point: out[j] = factor[j] * z[index[j]]."""
+
+    index: np.ndarray[Any, Any]  # (H,) integers
+    factor: np.ndarray[Any, Any]  # (H,) Python integers
+
+
+class Activation(nn.Module):
+    """Base of lipexp's activations: what a network asks of its nonlinearity beyond `forward`."""
+
+    norms: frozenset[float] = frozenset()
+    per_run: tuple[str, ...] = ()
+
+    def check_width(self, width: int) -> None:
+        """Raise ConfigError if a layer of `width` features does not suit."""
+
+    def order(self, width: int) -> Tensor | None:
+        """(H,) the training feature that stands at each place of the baked network; None: the same order."""
+        return None
+
+    def baked(self) -> nn.Module:
+        """The same activation on features in the order of the baked network."""
+        return self
+
+
+class PiecewiseLinear(Activation):
+    """An activation that says which linear map it is near a point; all of lipexp's own are."""
+
+    def piece(self, z: np.ndarray[Any, Any]) -> Piece | None:
+        """The linear piece at the (H,) pre-activations `z` (any exact number type); None on a kink."""
+        raise NotImplementedError
+
+
+class ReLU(PiecewiseLinear):
+    """max(0, x), feature by feature: 1-Lipschitz in every p-norm; its gradient is 0 wherever x < 0."""
+
+    norms = ALL_NORMS
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+    def piece(self, z: np.ndarray[Any, Any]) -> Piece | None:
+        if np.any(z == 0):
+            return None
+        return Piece(np.arange(len(z)), np.where(z > 0, 1, 0).astype(object))
+
+
+class GroupSort(PiecewiseLinear):
+    """Sorts the features, ascending, within groups of equal size: a permutation of its input.
+
+    Its Jacobian is a permutation matrix, so it is 1-Lipschitz in every p-norm and keeps the norm of a gradient.
+    The output holds the same floats, bit for bit.
+
+    In training the features of a group stand H / size apart (feature j belongs to group j mod n_groups), so that
+    sorting compares contiguous slabs. `order` and `baked` lead to the usual layout, where the members of a group
+    are neighbours.
+
+    Args:
+        n_groups: the number of groups; 1 is FullSort, H / 2 is MaxMin.
+        group_size: the features per group, the other spelling. Neither means 2, MaxMin.
+        neighbours: take the usual layout.
+
+    Raises:
+        ConfigError: both are given, or one is not a positive whole number.
+
+    Reference: Anil, Lucas and Grosse 2019, "Sorting out Lipschitz function approximation", section 4.
+    """
+
+    norms = ALL_NORMS
+
+    def __init__(
+        self, n_groups: int | None = None, group_size: int | None = None, neighbours: bool = False
+    ) -> None:
+        super().__init__()
+        if n_groups is not None and group_size is not None:
+            raise ConfigError("n_groups", n_groups, f"give it or group_size (now {group_size}), not both")
+        self.n_groups = None if n_groups is None else whole("n_groups", n_groups, least=1)
+        self.group_size = None if group_size is None else whole("group_size", group_size, least=1)
+        self.neighbours = neighbours
+
+    def size(self, width: int) -> int:
+        """The features per group in a layer of `width`."""
+        return width // self.n_groups if self.n_groups is not None else self.group_size or 2
+
+    def check_width(self, width: int) -> None:
+        if self.n_groups is not None and width % self.n_groups:
+            raise ConfigError("model.width", width, f"must be a multiple of act.n_groups={self.n_groups}")
+        size = self.size(width)
+        if width % size:
+            spelled = "act.group_size" if self.group_size is not None else "act's group size, MaxMin's"
+            raise ConfigError("model.width", width, f"must be a multiple of {spelled} {size}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[-1]
+        size = self.size(width)
+        if self.neighbours:
+            return x.unflatten(-1, (width // size, size)).sort(dim=-1).values.flatten(-2)
+        if size == 2:
+            return _sort_halves(x)
+        return x.unflatten(-1, (size, width // size)).sort(dim=-2).values.flatten(-2)
+
+    def order(self, width: int) -> Tensor | None:
+        if self.neighbours:
+            return None
+        size = self.size(width)
+        return torch.arange(width).view(size, width // size).T.reshape(-1)
+
+    def baked(self) -> nn.Module:
+        return GroupSort(self.n_groups, self.group_size, neighbours=True)
+
+    def piece(self, z: np.ndarray[Any, Any]) -> Piece | None:
+        width = len(z)
+        size = self.size(width)
+        order = self.order(width)
+        place = np.arange(width) if order is None else order.numpy()
+        groups = place.reshape(-1, size)  # (groups, size): the features of each group
+        index = np.empty(width, dtype=np.int64)
+        for members in groups:
+            ranked = sorted(members, key=lambda j: z[j])
+            if any(z[i] == z[j] for i, j in pairwise(ranked)):
+                return None
+            index[members] = ranked
+        return Piece(index, np.full(width, 1, dtype=object))
+
+    def extra_repr(self) -> str:
+        return f"n_groups={self.n_groups}, group_size={self.group_size}, neighbours={self.neighbours}"
+
+
+_SAME_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16}
+
+
+class _SortHalves(torch.autograd.Function):
+    """(a, b) -> (min, max) of the two halves of the last axis, by exchanging bits.
+
+    `swap` is all ones where b - a is negative and zero elsewhere; xor with the masked difference of the bit
+    patterns then exchanges a and b exactly there, with vector instructions throughout. A comparison and two
+    `where` cost twice as much, and autograd's maximum pays for ties besides.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        bits = _SAME_BITS[x.dtype]
+        swap = (b - a).view(bits) >> (8 * x.element_size() - 1)  # the sign bit, spread over the word
+        ctx.save_for_backward(swap)
+        return _exchange(x, swap)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (swap,) = ctx.saved_tensors
+        return _exchange(gradients[0], swap)
+
+
+def _exchange(x: Tensor, swap: Tensor) -> Tensor:
+    """x (..., H) with feature j and feature H/2 + j exchanged where swap (..., H/2) is all ones."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    a, b = (half.view(swap.dtype) for half in x.chunk(2, dim=-1))
+    out_a, out_b = (half.view(swap.dtype) for half in out.chunk(2, dim=-1))
+    difference = (a ^ b).bitwise_and_(swap)
+    torch.bitwise_xor(a, difference, out=out_a)
+    torch.bitwise_xor(b, difference, out=out_b)
+    return out
+
+
+def _sort_halves(x: Tensor) -> Tensor:
+    return _SortHalves.apply(x)
+
+
+def declared_norms(act: nn.Module) -> frozenset[float]:
+    """The p-norms in which `act` says that it is 1-Lipschitz; none for a class that does not say."""
+    return frozenset(float(p) for p in getattr(act, "norms", ()))

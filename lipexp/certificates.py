@@ -1,0 +1,142 @@
+"""Proven upper bounds on norms, for the real numbers that float32 weights stand for.
+
+Every function here returns a float64 that is at least the exact value: sums and products are exact or rounded
+up, and the spectral norm is proven by a Cholesky factorisation that allows for its own rounding errors. Nothing
+is a tolerance. Weights are numpy arrays (out, in) in float32; float64 holds each of them, and each product of
+two, exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.floating[Any]]
+
+UNIT_ROUNDOFF = 2.0**-53
+
+
+def dual(p: float) -> float:
+    """q with 1/p + 1/q = 1, for p in 1, 2, inf."""
+    return {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}[p]
+
+
+def round_up(value: Fraction) -> float:
+    """The smallest float64 that is at least `value`; inf beyond the largest."""
+    try:
+        nearest = float(value)
+    except OverflowError:
+        return math.inf
+    return nearest if Fraction(nearest) >= value else math.nextafter(nearest, math.inf)
+
+
+def round_down(value: Fraction) -> float:
+    """The largest float64 that is at most the non-negative `value`."""
+    try:
+        nearest = float(value)
+    except OverflowError:
+        return math.nextafter(math.inf, 0)
+    return nearest if Fraction(nearest) <= value else math.nextafter(nearest, 0)
+
+
+def row_norm_bound(weight: FloatArray, q: float) -> float:
+    """The operator norm p -> inf of `weight`, rounded up: max over rows of ||w||_q, with 1/p + 1/q = 1.
+
+    Args:
+        weight: (out, in), float32.
+        q: 1, 2 or inf.
+    """
+    entries = np.abs(weight).astype(np.float64)
+    if math.isinf(q):
+        return float(entries.max())
+    terms = entries if q == 1 else entries * entries
+    sums = terms.sum(axis=1)
+    # A float64 sum of n terms is off by a factor of at most 1 +- n u, so only these rows can be the largest.
+    slack = 1 - 4 * terms.shape[1] * UNIT_ROUNDOFF
+    largest = max(_sum_up(terms[row]) for row in np.flatnonzero(sums >= sums.max() * slack))
+    return largest if q == 1 else _sqrt_up(largest)
+
+
+def spectral_norm_bound(weight: FloatArray) -> float:
+    """A proven upper bound on the largest singular value of `weight` (out, in), some 1e-12 above it.
+
+    s is proven when the Cholesky factorisation of s^2 I - W W^T - c I runs through in float64, with a shift c
+    that covers the rounding errors of the product and of the factorisation.
+
+    Reference: Rump 2006, "Verification of positive definiteness", BIT 46, theorem 2.3.
+    """
+    matrix = weight.astype(np.float64)
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = matrix.T
+    frobenius = row_norm_bound(weight.reshape(1, -1), 2)
+    if matrix.shape[0] == 1 or frobenius == 0:
+        return frobenius  # one row: the two norms are the same
+    gram = matrix @ matrix.T
+    estimate = float(np.linalg.svd(matrix, compute_uv=False)[0])
+    excess = cholesky_shift(matrix.shape)
+    while excess < 1:
+        candidate = estimate * (1 + excess)
+        if candidate >= frobenius:
+            break
+        if _proves(candidate, gram, matrix.shape):
+            return candidate
+        excess *= 4
+    return frobenius
+
+
+def cholesky_shift(shape: tuple[int, int]) -> float:
+    """c / s^2 for `spectral_norm_bound` and an (n, m) matrix, n <= m.
+
+    With u the unit roundoff, gamma_k = k u / (1 - k u) and every diagonal entry at most s^2, the eigenvalues move
+    by at most gamma_m n s^2 in the product (its error is at most gamma_m |W| |W|^T, whose norm is at most
+    gamma_m ||W||_F^2), by 2 u s^2 in the subtraction, and by gamma_{n+1} / (1 - gamma_{n+1}) n s^2 in the
+    factorisation. The factor 2 covers the denominators, and the rounding of this very number.
+    """
+    n, m = shape
+    return 2 * UNIT_ROUNDOFF * (n * (n + 1) + n * m + 4)
+
+
+def _proves(bound: float, gram: FloatArray, shape: tuple[int, int]) -> bool:
+    """Whether the shifted Cholesky factorisation shows `bound`^2 I - W W^T to be positive semidefinite."""
+    square = math.nextafter(bound * bound, 0)
+    shifted = -gram
+    shifted[np.diag_indices_from(shifted)] += square * (1 - cholesky_shift(shape))
+    try:
+        np.linalg.cholesky(shifted)
+    except np.linalg.LinAlgError:
+        return False
+    return True
+
+
+def product_bound(norms: Iterable[float]) -> float:
+    """The product of the layers' norms, computed exactly and rounded up."""
+    product = Fraction(1)
+    for norm in norms:
+        if math.isinf(norm):
+            return math.inf
+        product *= Fraction(norm)
+    return round_up(product)
+
+
+def even_split(lipschitz: float, n_layers: int) -> float:
+    """b = L^(1/n), the norm that each of n layers may have: lowered until b^n <= L holds exactly."""
+    bound = lipschitz ** (1 / n_layers)
+    while Fraction(bound) ** n_layers > Fraction(lipschitz):
+        bound = math.nextafter(bound, 0)
+    return bound
+
+
+def _sum_up(terms: FloatArray) -> float:
+    """The exact sum of float64 numbers, rounded up: fsum rounds correctly, and so does the sign of the rest."""
+    total = math.fsum(terms)
+    return math.nextafter(total, math.inf) if math.fsum([*terms, -total]) > 0 else total
+
+
+def _sqrt_up(value: float) -> float:
+    root = math.sqrt(value)
+    return root if Fraction(root) ** 2 >= Fraction(value) else math.nextafter(root, math.inf)

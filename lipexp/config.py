@@ -1,0 +1,165 @@
+"""Configuration: the typed run settings, where conf/ lies, what bad input is, and the one `instantiate`.
+
+A YAML leaf of conf/ holds `_target_` and plain arguments. Only `instantiate` turns it into an object, so the
+rule about which targets may be trusted stands in one place.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+GROUPS = ("dataset", "act", "constraint", "loss", "model", "optim")
+
+
+@dataclass
+class Settings:
+    """The schema of conf/config.yaml: one field per flat run setting, one slot per configuration group."""
+
+    seed: int = MISSING
+    lipschitz: float = MISSING
+    steps: int = MISSING
+    batch_size: int = MISSING
+    eval_every: int = MISSING
+    device: str = MISSING
+    threads: int = MISSING
+    dataset: Any = MISSING
+    act: Any = MISSING
+    constraint: Any = MISSING
+    loss: Any = MISSING
+    model: Any = MISSING
+    optim: Any = MISSING
+
+
+class ConfigError(ValueError):
+    """Bad input. Its text is the one line that the user reads: `option=value: what is allowed`."""
+
+    def __init__(self, option: str, value: object, allowed: str) -> None:
+        self.option, self.value, self.allowed = option, value, allowed
+        super().__init__(f"{option}={value}: {allowed}")
+
+    def under(self, group: str) -> ConfigError:
+        """The same error with its option named as the command line spells it: `noise` -> `dataset.noise`."""
+        return ConfigError(f"{group}.{self.option}", self.value, self.allowed)
+
+
+def number(option: str, value: Any, *, above: float | None = None, least: float | None = None) -> Any:
+    """`value` as a finite float with value > above or value >= least; a (K,) tensor passes as it is.
+
+    Raises:
+        ConfigError: not a number, not finite, or out of range.
+    """
+    if _is_tensor(value):
+        return value
+    allowed = "a finite number"
+    if above is not None:
+        allowed += f" above {above:g}"
+    if least is not None:
+        allowed += f", at least {least:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(option, value, f"must be {allowed}")
+    if (above is not None and not value > above) or (least is not None and not value >= least):
+        raise ConfigError(option, value, f"must be {allowed}")
+    return float(value)
+
+
+def whole(option: str, value: Any, *, least: int) -> int:
+    """`value` as an integer, at least `least`.
+
+    Raises:
+        ConfigError: not a whole number, or too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(option, value, f"must be a whole number, at least {least}")
+    return value
+
+
+def one_of(option: str, value: Any, allowed: Sequence[str]) -> str:
+    """`value` if it stands in `allowed`.
+
+    Raises:
+        ConfigError: it does not; the message names the nearest match.
+    """
+    if value in allowed:
+        return str(value)
+    raise ConfigError(option, value, no_such(option, str(value), allowed))
+
+
+def no_such(option: str, value: str, allowed: Sequence[str]) -> str:
+    """'no such option; did you mean loss=hinge? (bce, hinge, mse)'."""
+    near = get_close_matches(value, allowed, n=1)
+    guess = f"; did you mean {option}={near[0]}?" if near else ";"
+    return f"no such option{guess} ({', '.join(allowed)})"
+
+
+def _is_tensor(value: object) -> bool:
+    return type(value).__module__ == "torch" and type(value).__name__ in ("Tensor", "Parameter")
+
+
+def conf_dir() -> Path:
+    """The folder conf/: inside the package in a wheel, beside it in a checkout or an editable install."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"lipexp is installed without its conf/ (looked in {package} and beside it)")
+
+
+def plain(node: Any) -> dict[str, Any]:
+    """A configuration node as a plain dict with its interpolations resolved."""
+    resolved: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
+    return {str(key): value for key, value in dict(resolved or {}).items()}
+
+
+def instantiate(node: Any, group: str, *, trust: bool = True) -> Any:
+    """The object that the configuration node of `group` describes.
+
+    Args:
+        node: `_target_` and its arguments; interpolations must be resolvable.
+        group: names the option in error messages, for example `dataset`.
+        trust: False for a configuration read back from a run folder, which may come from elsewhere: then only
+            targets under `lipexp.` are instantiated.
+
+    Raises:
+        ConfigError: no `_target_`, one that cannot be imported or is not trusted, or refused arguments.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate as hydra_instantiate
+
+    arguments = plain(node)
+    target = arguments.get("_target_")
+    if not isinstance(target, str):
+        raise ConfigError(group, arguments or "null", "needs an option with a _target_")
+    if not trust and not target.startswith("lipexp."):
+        raise ConfigError(f"{group}._target_", target, "lies outside lipexp and runs code; pass trust to allow it")
+    try:
+        return hydra_instantiate(arguments, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ConfigError):
+            raise cause.under(group) from None
+        if isinstance(cause, TypeError):
+            raise ConfigError(f"{group}._target_", target, f"does not take these arguments: {cause}") from None
+        if cause is None or isinstance(cause, ImportError | AttributeError):
+            reason = _import_failure(target) or str(error).splitlines()[0]
+            raise ConfigError(f"{group}._target_", target, f"cannot be used: {reason}") from None
+        raise
+
+
+def _import_failure(target: str) -> str | None:
+    """Why `target` cannot be imported, in one line; None if its module can."""
+    module = target.rpartition(".")[0]
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return str(error).splitlines()[0]
+    except ValueError:
+        return "it is not a dotted path to a class"
+    return None

@@ -1,0 +1,268 @@
+"""Constraints: which operator norm bounds each layer, in training and in the baked network.
+
+f is L-Lipschitz for the input norm p iff ||grad f||_q <= L almost everywhere, with 1/p + 1/q = 1. A chain of
+operator norms proves it: p -> h for the first layer, h -> h for every later one (for one output, h -> R is the
+same as h -> h in the chains used here), times activations that are 1-Lipschitz in the norm h of the hidden space.
+
+| constraint          | layer 1         | layers i > 1    | p   | q   | h   |
+|---------------------|-----------------|-----------------|-----|-----|-----|
+| Unconstrained       | -               | -               | 2   | 2   | 2   |
+| Spectral            | ||W||_2 <= b    | ||W||_2 <= b    | 2   | 2   | 2   |
+| LInf, p = 2         | rows ||w||_2    | rows ||w||_1    | 2   | 2   | inf |
+| LInf, p = inf       | rows ||w||_1    | rows ||w||_1    | inf | 1   | inf |
+| LInf, p = 1         | entries |w|     | rows ||w||_1    | 1   | inf | inf |
+
+The budget L is split evenly, b = L^(1/n) for n weight matrices. Training works on free parameters: `apply` maps
+them to weights within the bound, once per step. `bake` makes the network that is reported, whose stored float32
+numbers are proven to obey the bound with no tolerance.
+
+Shapes: K runs, weights (K, out, in), biases (K, 1, out).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lipexp.activations import Activation, declared_norms
+from lipexp.certificates import dual, even_split, row_norm_bound, spectral_norm_bound
+from lipexp.config import ConfigError, number
+from lipexp.models import Layer
+
+# A spectral norm is scaled to just below its bound before it is rounded to float32: rounding can raise it by some
+# 1e-7, and rounding toward zero would not help, since smaller entries can make a larger spectral norm.
+SPECTRAL_SHRINK = 1 - 2.0**-20
+
+
+class OperatorNorm(Protocol):
+    """One layer's norm: the training map, the baked matrix, and the proof."""
+
+    name: str
+
+    def start(self, weight: Tensor) -> Any:
+        """What `within_one` carries from step to step for free parameters `weight` (K, out, in)."""
+
+    def within_one(self, weight: Tensor, state: Any) -> Tensor:
+        """Map (K, out, in) differentiably to matrices of norm at most 1 (for `SpectralNorm`: about 1)."""
+
+    def bake(self, weight: Tensor, bound: Tensor) -> Tensor:
+        """The float32 matrices for free parameters `weight` (K, out, in), proven within `bound` (K,)."""
+
+    def proven(self, weight: Tensor) -> float:
+        """An upper bound on the norm of one stored float32 matrix (out, in)."""
+
+
+class RowNorm:
+    """The operator norm p -> inf, the largest ||row||_q: rows that are too long are scaled back."""
+
+    def __init__(self, q: float) -> None:
+        self.q = q
+        self.name = {1.0: "row 1-norm", 2.0: "row 2-norm"}.get(q, "largest entry")
+
+    def start(self, weight: Tensor) -> None:
+        return None
+
+    def within_one(self, weight: Tensor, state: None) -> Tensor:
+        length = torch.linalg.vector_norm(weight, ord=self.q, dim=-1, keepdim=True)
+        return weight / length.clamp_min(1)
+
+    def bake(self, weight: Tensor, bound: Tensor) -> Tensor:
+        weight = weight.double()
+        length = torch.linalg.vector_norm(weight, ord=self.q, dim=-1, keepdim=True)
+        rounding = 1 - (weight.shape[-1] + 8) * 2.0**-52  # of the sum, the quotient and the product
+        scaled = weight * (bound.view(-1, 1, 1) * rounding / length.clamp_min(1))
+        return _shrink_until_proven(self, scaled, bound, toward_zero)
+
+    def proven(self, weight: Tensor) -> float:
+        return row_norm_bound(weight.numpy(), self.q)
+
+
+class SpectralNorm:
+    """The operator norm 2 -> 2, the largest singular value: always divided out.
+
+    In training by one step of power iteration per optimiser step, warm-started; the weights lag a little behind
+    the bound, which only training sees. The baked matrix is divided by the singular value itself.
+    """
+
+    name = "spectral norm"
+
+    def start(self, weight: Tensor) -> Tensor:
+        """(K, in, 1) the leading right singular vectors."""
+        return torch.linalg.svd(weight.detach(), full_matrices=False).Vh[:, 0].unsqueeze(-1)
+
+    def within_one(self, weight: Tensor, state: Tensor) -> Tensor:
+        with torch.no_grad():
+            u = torch.nn.functional.normalize(weight @ state, dim=-2)  # (K, out, 1)
+            state.copy_(torch.nn.functional.normalize(weight.mT @ u, dim=-2))
+        sigma = u.mT @ weight @ state  # (K, 1, 1), with d sigma / d W = u v^T
+        return weight / sigma
+
+    def bake(self, weight: Tensor, bound: Tensor) -> Tensor:
+        weight = weight.double()
+        sigma = torch.linalg.matrix_norm(weight, ord=2)
+        scale = torch.where(sigma > 0, bound * SPECTRAL_SHRINK / sigma, 0)
+        return _shrink_until_proven(self, weight * scale.view(-1, 1, 1), bound, Tensor.float)
+
+    def proven(self, weight: Tensor) -> float:
+        return spectral_norm_bound(weight.numpy())
+
+
+def toward_zero(x: Tensor) -> Tensor:
+    """float64 -> float32, rounded toward zero: no entry grows, so no row does."""
+    nearest = x.float()
+    smaller = torch.nextafter(nearest, torch.zeros_like(nearest))
+    return torch.where(nearest.double().abs() > x.abs(), smaller, nearest)
+
+
+def _shrink_until_proven(norm: OperatorNorm, weight: Tensor, bound: Tensor, rounded: Any) -> Tensor:
+    """`weight` (K, out, in) in float32, each matrix scaled down until it is proven to be within `bound` (K,)."""
+    baked: Tensor = rounded(weight)
+    for run in range(len(baked)):
+        scale = 1.0
+        while not norm.proven(baked[run]) <= float(bound[run]):
+            scale *= SPECTRAL_SHRINK
+            if scale < 0.5:
+                raise ArithmeticError(f"no {norm.name} within {float(bound[run])} could be proven")
+            baked[run] = rounded(weight[run] * scale)
+    return baked
+
+
+class Constraint:
+    """Base of the constraints: the chain of operator norms, and the two maps from parameters to weights.
+
+    `p` is the norm in which inputs move, `q` its dual, in which gradients are measured, `hidden_p` the norm of the
+    hidden spaces, in which activations must be 1-Lipschitz. `lipschitz` is L, None without a bound.
+    """
+
+    p: float = 2.0
+    hidden_p: float = 2.0
+    lipschitz: Any = None
+    per_run: tuple[str, ...] = ()
+
+    @property
+    def q(self) -> float:
+        return dual(self.p)
+
+    def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
+        """The operator norm of each layer, first layer first."""
+        raise NotImplementedError
+
+    def check(self, act: nn.Module, name: str) -> None:
+        """Raise ConfigError if the activation `act`, called `name` in the configuration, breaks the bound."""
+        if self.lipschitz is not None and self.hidden_p not in declared_norms(act):
+            declared = ", ".join(f"{p:g}" for p in sorted(declared_norms(act))) or "none"
+            raise ConfigError(
+                "act",
+                name,
+                f"must be 1-Lipschitz in the {self.hidden_p:g}-norm of the hidden space; it declares "
+                f"norms: {declared} (constraint=none takes any activation)",
+            )
+
+    def start(self, layers: Sequence[Layer]) -> None:
+        """Begin training from the free parameters `layers`."""
+        self._norms = self.norms(len(layers))
+        self._state = [norm.start(layer.weight.detach()) for norm, layer in zip(self._norms, layers, strict=True)]
+        self._bound = self.bound(len(layers)).to(layers[0].weight).view(-1, 1, 1)
+
+    def bound(self, n_layers: int) -> Tensor:
+        """(K,) b, the norm that each of n layers may have; float64."""
+        lipschitz = torch.as_tensor(self.lipschitz, dtype=torch.float64).reshape(-1)
+        return torch.tensor([even_split(float(value), n_layers) for value in lipschitz], dtype=torch.float64)
+
+    def apply(self, layers: Sequence[Layer]) -> list[Layer]:
+        """The weights for free parameters, within the bound and differentiable: once per optimiser step.
+
+        Layer i becomes (b N(W), b^i bias) with N the map to norm 1, so that training is the same for every L up
+        to the scale b^i of the features.
+        """
+        out = []
+        bias_scale = torch.ones_like(self._bound)
+        for norm, state, (weight, bias) in zip(self._norms, self._state, layers, strict=True):
+            bias_scale = bias_scale * self._bound
+            out.append(Layer(self._bound * norm.within_one(weight, state), bias_scale * bias))
+        return out
+
+    def bake(self, layers: Sequence[Layer], act: nn.Module) -> list[Layer]:
+        """The networks to report: float32 on the CPU, features in baked order, norms proven within the bound."""
+        bound = self.bound(len(layers))
+        out = []
+        for i, (norm, (weight, bias)) in enumerate(zip(self.norms(len(layers)), layers, strict=True)):
+            scale = bound.view(-1, 1, 1) ** (i + 1)
+            out.append(
+                Layer(norm.bake(weight.detach().cpu(), bound), (scale * bias.detach().cpu().double()).float())
+            )
+        return in_baked_order(out, act)
+
+
+def in_baked_order(layers: Sequence[Layer], act: nn.Module) -> list[Layer]:
+    """The same networks with their hidden features permuted from training order to baked order."""
+    out = list(layers)
+    for i in range(len(out) - 1):
+        width = out[i].weight.shape[1]
+        order = act.order(width) if isinstance(act, Activation) else None
+        if order is not None:
+            out[i] = Layer(out[i].weight[:, order], out[i].bias[:, :, order])
+            out[i + 1] = Layer(out[i + 1].weight[:, :, order], out[i + 1].bias)
+    return out
+
+
+class Unconstrained(Constraint):
+    """No bound: parameters are the weights. The constant is measured and certified for p = 2."""
+
+    def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
+        return [SpectralNorm()] * n_layers
+
+    def start(self, layers: Sequence[Layer]) -> None:
+        pass
+
+    def apply(self, layers: Sequence[Layer]) -> list[Layer]:
+        return list(layers)
+
+    def bake(self, layers: Sequence[Layer], act: nn.Module) -> list[Layer]:
+        plain = [Layer(*(part.detach().cpu().float().clone() for part in layer)) for layer in layers]
+        return in_baked_order(plain, act)
+
+
+class Spectral(Constraint):
+    """||W||_2 <= b for every layer: L-Lipschitz for the 2-norm.
+
+    Reference: Miyato et al. 2018, "Spectral normalization" (arXiv 1802.05957), section 2.1.
+    """
+
+    per_run = ("lipschitz",)
+
+    def __init__(self, lipschitz: float = 1.0) -> None:
+        self.lipschitz = number("lipschitz", lipschitz, above=0)
+
+    def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
+        return [SpectralNorm() for _ in range(n_layers)]
+
+
+class LInf(Constraint):
+    """||W||_{p -> inf} <= b for the first layer, ||W||_inf <= b for later ones: L-Lipschitz for the norm p.
+
+    Args:
+        p: the norm in which inputs move: 1, 2 or inf.
+        lipschitz: L.
+
+    Reference: Anil, Lucas and Grosse 2019, "Sorting out Lipschitz function approximation", section 4.2.
+    """
+
+    per_run = ("lipschitz",)
+    hidden_p = math.inf
+
+    def __init__(self, p: float | str = 2, lipschitz: float = 1.0) -> None:
+        try:
+            self.p = float(p)
+        except (TypeError, ValueError):
+            self.p = math.nan
+        if self.p not in (1.0, 2.0, math.inf):
+            raise ConfigError("p", p, "must be 1, 2 or inf")
+        self.lipschitz = number("lipschitz", lipschitz, above=0)
+
+    def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
+        return [RowNorm(self.q), *(RowNorm(1) for _ in range(n_layers - 1))]

@@ -1,0 +1,88 @@
+"""Datasets: points and targets, drawn from a run's own random stream.
+
+Shapes: N points, D inputs. Points are (N, D) and targets (N,), both float32; classes are 0 and 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lipexp.config import number, whole
+
+Array = npt.NDArray[np.float32]
+
+
+class Data(NamedTuple):
+    """What one run trains and is tested on."""
+
+    train_x: Array  # (N, D)
+    train_y: Array  # (N,)
+    test_x: Array
+    test_y: Array
+
+
+class Dataset:
+    """Base of the datasets: `sample` draws n points, `draw` makes the train and the test set of one run.
+
+    `task` is `classification` (targets 0 and 1) or `regression`; `n_inputs` is D.
+    """
+
+    task = ""
+    n_inputs = 0
+    per_run: tuple[str, ...] = ()
+
+    def __init__(self, n_train: int, n_test: int) -> None:
+        self.n_train = whole("n_train", n_train, least=1)
+        self.n_test = whole("n_test", n_test, least=1)
+
+    def sample(self, n: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """n points (n, D) and their targets (n,)."""
+        raise NotImplementedError
+
+    def draw(self, stream: np.random.SeedSequence) -> Data:
+        """The data of one run: train and test set come from two children of its stream."""
+        train, test = (np.random.default_rng(child) for child in stream.spawn(2))
+        train_x, train_y = self.sample(self.n_train, train)
+        test_x, test_y = self.sample(self.n_test, test)
+        return Data(*(np.asarray(a, dtype=np.float32) for a in (train_x, train_y, test_x, test_y)))
+
+
+class TwoMoons(Dataset):
+    """Two interleaved half circles, one class each: scikit-learn's make_moons, its points times `scale`.
+
+    Args:
+        noise: standard deviation of the Gaussian noise, before scaling.
+        scale: the factor; at 2 the noiseless moons are 1 apart at their tips.
+    """
+
+    task = "classification"
+    n_inputs = 2
+    per_run = ("noise",)
+
+    def __init__(self, noise: float = 0.05, scale: float = 2.0, n_train: int = 2000, n_test: int = 2000) -> None:
+        super().__init__(n_train, n_test)
+        self.noise = number("noise", noise, least=0)
+        self.scale = number("scale", scale, above=0)
+
+    def sample(self, n: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        from sklearn.datasets import make_moons  # a second of imports, only for those who want moons
+
+        x, y = make_moons(n, noise=self.noise or None, random_state=int(rng.integers(2**32)))
+        return self.scale * x, y
+
+
+class AbsoluteValue(Dataset):
+    """The function |x| with x uniform on [-1, 1]."""
+
+    task = "regression"
+    n_inputs = 1
+
+    def __init__(self, n_train: int = 2000, n_test: int = 2000) -> None:
+        super().__init__(n_train, n_test)
+
+    def sample(self, n: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        x = rng.uniform(-1, 1, size=(n, 1)).astype(np.float32)
+        return x, np.abs(x[:, 0])

@@ -1,0 +1,243 @@
+"""Baked networks and data -> what is reported: one record a run.
+
+Shapes: K runs, N points, D inputs. Everything here is computed in float64 from the stored float32 weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lipexp.activations import declared_norms
+from lipexp.certificates import dual, product_bound
+from lipexp.loop import Checkpoint, Stack, generator
+from lipexp.measures import SEARCH_STARTS, Maximum, Scan, grid, largest, norms, scan, search
+
+NORMS = (1.0, 2.0, math.inf)
+
+
+def norm_name(p: float) -> int | str:
+    """How a norm is written in JSON and CSV: 1, 2 or "inf"."""
+    return "inf" if math.isinf(p) else int(p)
+
+
+@dataclass
+class Certificate:
+    """A proven upper bound on the Lipschitz constant of one network, or why there is none."""
+
+    p: float
+    target: float | None  # L; None without a constraint
+    layer_norms: list[float]  # proven, in the constraint's own chain
+    layer_bound: float | None  # b
+    value: float | None
+    reason: str | None  # why `value` is None
+
+    @property
+    def q(self) -> float:
+        return dual(self.p)
+
+    def verdict(self, measured: float) -> str:
+        """PASS, or FAIL when the exact comparison measured <= certified <= L does not hold; OPEN: no bound.
+
+        A FAIL is a bug in lipexp: both sides are rigorous.
+        """
+        if self.value is None:
+            return "OPEN"
+        holds = measured <= self.value and (self.target is None or self.value <= self.target)
+        return "PASS" if holds else "FAIL"
+
+
+@dataclass
+class Record:
+    """What one finished run reports."""
+
+    train: dict[str, float]
+    test: dict[str, float]
+    gradient_norm: dict[str, Any]
+    certificate: Certificate
+    measured: Maximum
+    search: dict[str, Any]
+    gradients: dict[str, npt.NDArray[Any]]  # the columns of gradients.csv
+    layers: list[dict[str, Any]]  # the rows of layers.csv
+
+
+class Evaluator:
+    """Evaluates the checkpoints of one stack, whose data it holds in float64."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.n_train = len(stack.data[0].train_x)
+        self.x = _stacked([np.concatenate([data.train_x, data.test_x]) for data in stack.data])  # (K, N, D)
+        self.y = _stacked([np.concatenate([data.train_y, data.test_y]) for data in stack.data])  # (K, N)
+        self.classifies = stack.loss.task == "classification"
+        self.metric = "accuracy" if self.classifies else "mse"
+
+    def history(self, checkpoint: Checkpoint) -> list[dict[str, float | None]]:
+        """One line of history.csv a run; failed runs get an empty one."""
+        scanned = scan(checkpoint.layers, checkpoint.act, self.x)
+        scores = self._scores(scanned.f)
+        rows: list[dict[str, float | None]] = []
+        for run in range(len(self.x)):
+            if run in checkpoint.failures:
+                rows.append({})
+                continue
+            train, test = scores[run]
+            certificate = self.certify(checkpoint, run)
+            steepest = largest(
+                checkpoint.layers, checkpoint.act, run, self.x[run], scanned.gradients[0][run], certificate.q
+            )
+            rows.append(
+                {
+                    "step": checkpoint.step,
+                    "train_loss": train["loss"],
+                    "test_loss": test["loss"],
+                    f"test_{self.metric}": test[self.metric],
+                    "grad_max": steepest.value if steepest else None,
+                    "certified": certificate.value,
+                }
+            )
+        return rows
+
+    def final(self, checkpoint: Checkpoint) -> list[Record | None]:
+        """The full record of each run, None for failed ones."""
+        constraint, layers, act = self.stack.constraint, checkpoint.layers, checkpoint.act
+        scanned = scan(layers, act, self.x, hidden=True)
+        generators = [generator(s.search) for s in self.stack.streams]
+        sources = {"data": (self.x, scanned.gradients[0])}
+        low, high = self.x.amin(dim=1), self.x.amax(dim=1)  # (K, D)
+        points = grid(low, high, generators)
+        if points is not None:
+            sources["grid"] = (points, scan(layers, act, points).gradients[0])
+        found = search(layers, act, self.x, scanned.gradients[0], constraint.q, generators)
+        sources["search"] = (found, scan(layers, act, found).gradients[0])
+        scores = self._scores(scanned.f)
+        return [
+            None if run in checkpoint.failures else self._record(checkpoint, run, scanned, sources, scores[run])
+            for run in range(len(self.x))
+        ]
+
+    def certify(self, checkpoint: Checkpoint, run: int) -> Certificate:
+        """The product of the layers' norms, in the constraint's own chain, proven on the stored weights."""
+        constraint, layers = self.stack.constraint, checkpoint.layers
+        chain = constraint.norms(len(layers))
+        proven = [norm.proven(layer.weight[run]) for norm, layer in zip(chain, layers, strict=True)]
+        target = layer_bound = None
+        if constraint.lipschitz is not None:
+            target = float(torch.as_tensor(constraint.lipschitz, dtype=torch.float64).reshape(-1)[run])
+            layer_bound = float(constraint.bound(len(layers))[run])
+        if constraint.hidden_p in declared_norms(self.stack.act):
+            return Certificate(constraint.p, target, proven, layer_bound, product_bound(proven), None)
+        reason = f"the activation declares no bound in the {constraint.hidden_p:g}-norm"
+        return Certificate(constraint.p, target, proven, layer_bound, None, reason)
+
+    def _scores(self, f: Tensor) -> list[tuple[dict[str, float], dict[str, float]]]:
+        """(train, test) loss and metric of each run for outputs f (K, N)."""
+        losses = self.stack.loss(f, self.y)
+        metric = ((f > 0) == (self.y > 0.5)).double() if self.classifies else (f - self.y).square()
+        out = []
+        for run in range(len(f)):
+            train, test = (
+                {"loss": float(losses[run, part].mean()), self.metric: float(metric[run, part].mean())}
+                for part in (slice(None, self.n_train), slice(self.n_train, None))
+            )
+            out.append((train, test))
+        return out
+
+    def _record(
+        self,
+        checkpoint: Checkpoint,
+        run: int,
+        scanned: Scan,
+        sources: dict[str, tuple[Tensor, Tensor]],
+        scores: tuple[dict[str, float], dict[str, float]],
+    ) -> Record:
+        certificate = self.certify(checkpoint, run)
+        q = certificate.q
+        by: dict[str, Maximum] = {}
+        for source, (points, gradients) in sources.items():
+            found = largest(checkpoint.layers, checkpoint.act, run, points[run], gradients[run], q)
+            if found is not None:
+                by[source] = found
+        # A network whose points all lie on kinks has shown no slope; 0 is a lower bound of anything.
+        measured = max(by.values(), key=lambda m: m.value, default=Maximum(0.0, ()))
+        at_data = scanned.gradients[0][run]  # (N, D)
+        sizes = {q_: norms(at_data, q_) for q_ in NORMS}
+        in_norm = {
+            str(norm_name(q_)): found.value
+            for q_ in NORMS
+            if (found := largest(checkpoint.layers, checkpoint.act, run, self.x[run], at_data, q_)) is not None
+        }
+        spread = sizes[q].quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
+        x = self.x[run].float().numpy()
+        box = [[float(low), float(high)] for low, high in zip(x.min(axis=0), x.max(axis=0), strict=True)]
+        return Record(
+            train=scores[0],
+            test=scores[1],
+            gradient_norm={
+                "q": norm_name(q),
+                "max": measured.value,
+                "mean": float(sizes[q].mean()),
+                "median": spread[1],
+                "p05": spread[0],
+                "p95": spread[2],
+                "argmax": list(measured.point),
+                "by": {source: found.value for source, found in by.items()},
+                "data_max": in_norm,
+            },
+            certificate=certificate,
+            measured=measured,
+            search={
+                "box": box,
+                "starts": SEARCH_STARTS,
+                "seed": int(self.stack.streams[run].search.generate_state(1, np.uint64)[0]),
+            },
+            gradients={
+                "split": np.where(np.arange(len(x)) < self.n_train, "train", "test"),
+                **{f"x{i}": x[:, i] for i in range(x.shape[1])},
+                "y": self.y[run].numpy().astype(np.int64 if self.classifies else np.float32),
+                "f": scanned.f[run].numpy(),
+                **{f"grad_{norm_name(q_)}": sizes[q_].numpy() for q_ in NORMS},
+            },
+            layers=self._layer_rows(checkpoint, run, scanned, certificate),
+        )
+
+    def _layer_rows(
+        self, checkpoint: Checkpoint, run: int, scanned: Scan, certificate: Certificate
+    ) -> list[dict[str, Any]]:
+        """One row a layer: its norm and bound, its singular values, and the gradient norm at its input."""
+        constraint = self.stack.constraint
+        rows = []
+        for i, (norm, layer) in enumerate(
+            zip(constraint.norms(len(checkpoint.layers)), checkpoint.layers, strict=True)
+        ):
+            singular = torch.linalg.svdvals(layer.weight[run].double())
+            # The space at the input of layer i has norm p for the first layer, hidden_p afterwards; gradients
+            # are measured in its dual.
+            input_dual = dual(constraint.p if i == 0 else constraint.hidden_p)
+            rows.append(
+                {
+                    "layer": i,
+                    "out": layer.weight.shape[1],
+                    "in": layer.weight.shape[2],
+                    "norm": norm.name,
+                    "operator_norm": certificate.layer_norms[i],
+                    "bound": certificate.layer_bound,
+                    "singular_min": float(singular[-1]),
+                    "singular_median": float(singular.median()),
+                    "singular_max": float(singular[0]),
+                    "gradient_q": norm_name(input_dual),
+                    "gradient_median": float(norms(scanned.gradients[i][run], input_dual).median()),
+                }
+            )
+        return rows
+
+
+def _stacked(arrays: Sequence[npt.NDArray[Any]]) -> Tensor:
+    return torch.from_numpy(np.stack(arrays)).double()

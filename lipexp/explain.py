@@ -1,0 +1,59 @@
+"""What is wrong with a command line, in one line, for the errors that Hydra and OmegaConf raise."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from lipexp.config import no_such
+
+
+def explain(error: HydraException | OmegaConfBaseException) -> str:
+    """`option=value: what is allowed`, as far as the error tells."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _missing_option(error.missing_cfg_file, list(error.options or []), str(error))
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read as option=value ({_first_line(error)})"
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if isinstance(cause, ValidationError):
+        return _wrong_type(cause)
+    if isinstance(cause, ConfigKeyError | AttributeError) and isinstance(error, HydraException):
+        return _unknown_key(error, cause)
+    return _first_line(error)
+
+
+def _missing_option(name: str, options: list[str], message: str) -> str:
+    group, _, option = name.rpartition("/")
+    if not group:
+        return _first_line(message)
+    return f"{group}={option}: {no_such(group, option, sorted(options))}"
+
+
+def _wrong_type(error: ValidationError) -> str:
+    value = re.search(r"Value '(.*?)' of type '.*?' could not be converted to (\w+)", str(error))
+    if value is None:
+        return f"{error.full_key}: {_first_line(error)}"
+    kind = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+    return f"{error.full_key}={value[1]}: must be {kind.get(value[2], value[2])}"
+
+
+def _unknown_key(error: HydraException, cause: BaseException) -> str:
+    found = re.search(r"'([^']+)'", _first_line(error))
+    key = found[1] if found else "this option"
+    parent = getattr(cause, "parent_node", None)
+    if not isinstance(parent, DictConfig):
+        return f"{key}: {_first_line(error)}"
+    prefix, _, last = key.rpartition(".")
+    allowed = [str(name) for name in parent if name not in ("hydra", "_target_")]
+    near = get_close_matches(last, allowed, n=1)
+    guess = f"; did you mean {f'{prefix}.' * bool(prefix)}{near[0]}?" if near else ";"
+    return f"{key}: no such setting{guess} ({', '.join(allowed)})"
+
+
+def _first_line(message: object) -> str:
+    lines = [line.strip() for line in str(message).splitlines() if line.strip()]
+    return lines[0] if lines else type(message).__name__

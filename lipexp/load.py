@@ -1,0 +1,53 @@
+"""A finished run, rebuilt from its folder."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lipexp.activations import Activation
+from lipexp.config import ConfigError, instantiate
+from lipexp.models import Network
+from lipexp.runs import RunFolder
+
+
+@dataclass
+class LoadedRun:
+    """What `lipexp.load` returns."""
+
+    network: Network  # (B, D) -> (B, C), float32, the weights of model.pt
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    folder: Path
+
+
+def load_run(run: str | PathLike[str], trust: bool = False) -> LoadedRun:
+    """See `lipexp.load`."""
+    folder = RunFolder(Path(run))
+    if not folder.complete:
+        raise ConfigError("run", run, "is not a finished run: it has no metrics.json")
+    config = folder.config()
+    state = _state_dict(folder)
+    act = instantiate(config["act"], "act", trust=trust)
+    weights = [state[f"layers.{i}.weight"] for i in range(len(state) // 2)]
+    network = Network(
+        [(w.shape[0], w.shape[1]) for w in weights], act.baked() if isinstance(act, Activation) else act
+    )
+    network.load_state_dict(state)
+    return LoadedRun(network.eval().requires_grad_(False), config, folder.metrics(), folder.path)
+
+
+def _state_dict(folder: RunFolder) -> dict[str, torch.Tensor]:
+    """model.pt, read without running anything that a pickle may carry."""
+    try:
+        state: dict[str, torch.Tensor] = torch.load(io.BytesIO(folder.model_bytes()), weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError("model.pt", folder.path / "model.pt", f"is not a plain state dict: {reason}") from None
+    return state

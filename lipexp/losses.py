@@ -1,0 +1,81 @@
+"""Losses: how far the outputs f(x) are from the targets y, sample by sample.
+
+Shapes: K runs, B points. Outputs f and targets y are (K, B); a loss returns (K, B), and the loop takes the mean
+over B for each run. Targets are {0, 1} for classification, any number for regression.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lipexp.config import number
+
+
+class Loss(nn.Module):
+    """Base of the losses. `task` is the kind of target a loss fits: `classification` or `regression`."""
+
+    task = ""
+    per_run: tuple[str, ...] = ()
+
+
+def _per_run(value: Any, like: Tensor) -> Tensor:
+    """A float or a (K,) tensor as something that broadcasts against `like` (K, B)."""
+    return torch.as_tensor(value).to(like).reshape(-1, 1)
+
+
+class BCE(Loss):
+    """Binary cross-entropy of logits with a temperature: BCE(T f, y) / T with y in {0, 1}.
+
+    It falls for ever as margins grow, so under a gradient bound it trades errors for margins. A large T makes it
+    attend to small margins: at T -> infinity it is the hinge loss with margin 0.
+
+    Reference: Bethune et al. 2022, "Pay attention to your loss" (arXiv 2104.05097).
+    """
+
+    task = "classification"
+    per_run = ("temperature",)
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = number("temperature", temperature, above=0)
+
+    def forward(self, f: Tensor, y: Tensor) -> Tensor:
+        temperature = _per_run(self.temperature, f)
+        return functional.binary_cross_entropy_with_logits(temperature * f, y, reduction="none") / temperature
+
+
+class Hinge(Loss):
+    """max(0, m - s f) / L with s = 2 y - 1 and m = margin * L, y in {0, 1}.
+
+    It stops at its margin, so a bounded network can spend its slope on the decision line. `margin` is a distance
+    in input space: a point with no loss is at least `margin` away from every point of the other class. Dividing
+    by L makes training the same for every L up to the scale of f.
+
+    Args:
+        margin: the radius asked for, in the units of the input.
+        lipschitz: L.
+    """
+
+    task = "classification"
+    per_run = ("margin", "lipschitz")
+
+    def __init__(self, margin: float = 0.5, lipschitz: float = 1.0) -> None:
+        super().__init__()
+        self.margin = number("margin", margin, least=0)
+        self.lipschitz = number("lipschitz", lipschitz, above=0)
+
+    def forward(self, f: Tensor, y: Tensor) -> Tensor:
+        return torch.relu(_per_run(self.margin, f) - (2 * y - 1) * f / _per_run(self.lipschitz, f))
+
+
+class MSE(Loss):
+    """(f - y)^2."""
+
+    task = "regression"
+
+    def forward(self, f: Tensor, y: Tensor) -> Tensor:
+        return (f - y).square()

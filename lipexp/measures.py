@@ -1,0 +1,235 @@
+"""Measured gradient norms: rigorous lower bounds on the Lipschitz constant.
+
+Shapes: K runs, N points, D inputs. Points are (K, N, D) in float64, weights the stored float32 numbers.
+
+Points are scanned in float64. The largest value found is then computed again at its point in exact integer
+arithmetic: the point and the weights are rational numbers, the activations are piecewise linear, so the linear
+piece and its gradient are known exactly, and only the last step, the norm, is rounded: down. So what is reported
+is never above the true constant, not even by rounding, and a point on a kink, where autograd can return a value
+that no gradient takes, is moved off it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from lipexp.activations import PiecewiseLinear
+from lipexp.certificates import UNIT_ROUNDOFF, round_down, row_norm_bound
+from lipexp.models import Layer, hidden_inputs
+
+GRID_POINTS = {1: 2001, 2: 101}  # per axis, for inputs of so many dimensions
+SEARCH_STARTS = 64
+SEARCH_ROUNDS = 20
+_CANDIDATES = 8  # points tried in exact arithmetic before a source is given up: more than one is rare
+_CHUNK = 2**21  # features held at once while scanning: some 16 MB in float64
+
+ExactArray = npt.NDArray[np.object_]  # Python integers
+
+
+class Maximum(NamedTuple):
+    """A lower bound on the Lipschitz constant and the point that shows it."""
+
+    value: float
+    point: tuple[float, ...]
+
+
+class Scan(NamedTuple):
+    """Outputs and gradients at points, in float64."""
+
+    f: Tensor  # (K, N)
+    gradients: list[Tensor]  # of f to the input of each layer: (K, N, in), the network's input first
+
+
+def scan(layers: Sequence[Layer], act: nn.Module, x: Tensor, hidden: bool = False) -> Scan:
+    """f and its gradient at points x (K, N, D); with `hidden`, to the input of every layer."""
+    layers = [Layer(weight.double(), bias.double()) for weight, bias in layers]
+    widest = max(layer.weight.shape[1] for layer in layers)
+    parts = [
+        _scan_part(layers, act, part, hidden)
+        for part in x.double().split(max(1, _CHUNK // (widest * x.shape[0])), dim=1)
+    ]
+    f = torch.cat([part.f for part in parts], dim=1)
+    return Scan(f, [torch.cat(g, dim=1) for g in zip(*(part.gradients for part in parts), strict=True)])
+
+
+def _scan_part(layers: Sequence[Layer], act: nn.Module, x: Tensor, hidden: bool) -> Scan:
+    with torch.enable_grad():
+        out, inputs = hidden_inputs(layers, act, x.requires_grad_())
+        f = out.squeeze(-1)
+        gradients = torch.autograd.grad(f.sum(), inputs if hidden else inputs[:1])
+    return Scan(f.detach(), list(gradients))
+
+
+def norms(gradients: Tensor, q: float) -> Tensor:
+    """||.||_q along the last axis."""
+    return torch.linalg.vector_norm(gradients, ord=q, dim=-1)
+
+
+def grid(low: Tensor, high: Tensor, generators: Sequence[torch.Generator]) -> Tensor | None:
+    """Jittered grid points (K, N, D) in the boxes low..high (K, D); None in more than two dimensions.
+
+    Each point is moved at random within its cell: a network's kinks like round numbers.
+    """
+    dims = low.shape[1]
+    if dims not in GRID_POINTS:
+        return None
+    n = GRID_POINTS[dims]
+    axes = [torch.arange(n, dtype=torch.float64)] * dims
+    cells = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, dims)  # (N, D)
+    jitter = torch.stack([torch.rand(cells.shape, generator=g, dtype=torch.float64) for g in generators])
+    return low.unsqueeze(1) + (high - low).unsqueeze(1) * (cells + jitter) / n
+
+
+def search(
+    layers: Sequence[Layer],
+    act: nn.Module,
+    x: Tensor,
+    gradients: Tensor,
+    q: float,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """Points (K, starts, D) that climb ||grad f||_q: half from the steepest data points, half from mixtures.
+
+    Gaussian proposals with a shrinking radius, kept when they are steeper, inside the box of the data.
+    """
+    _, n, dims = x.shape
+    low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
+    steepest = norms(gradients, q).topk(min(SEARCH_STARTS // 2, n), dim=1).indices
+    draws = [_search_draws(n, dims, g) for g in generators]
+    pairs, shares, proposals = (torch.stack(part) for part in zip(*draws, strict=True))
+    first, second = (_take(x, pairs[..., i]) for i in range(2))
+    best = torch.cat([_take(x, steepest), shares * first + (1 - shares) * second], dim=1)
+    height = norms(scan(layers, act, best).gradients[0], q)
+    for turn in range(SEARCH_ROUNDS):
+        radius = 0.2 * 0.7**turn * (high - low)
+        step = radius * proposals[:, turn, : best.shape[1]]
+        candidate = torch.minimum(torch.maximum(best + step, low), high)
+        reached = norms(scan(layers, act, candidate).gradients[0], q)
+        better = reached > height
+        best = torch.where(better.unsqueeze(-1), candidate, best)
+        height = torch.where(better, reached, height)
+    return best
+
+
+def _search_draws(n: int, dims: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """One run's random numbers: pairs of points, the shares in their mixture, and the proposals."""
+    half = SEARCH_STARTS // 2
+    return (
+        torch.randint(n, (half, 2), generator=generator),
+        torch.rand(half, 1, generator=generator, dtype=torch.float64),
+        torch.randn(SEARCH_ROUNDS, 2 * half, dims, generator=generator, dtype=torch.float64),
+    )
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x (K, N, D) at index (K, n)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def largest(
+    layers: Sequence[Layer], act: nn.Module, run: int, points: Tensor, gradients: Tensor, q: float
+) -> Maximum | None:
+    """The largest ||grad f||_q of one run over points (N, D), confirmed: at most the true constant.
+
+    Args:
+        layers: K baked networks; `run` chooses one.
+        gradients: (N, D) float64, as scanned.
+
+    Returns:
+        None if every candidate lies on a kink even after it was moved.
+    """
+    values = norms(gradients, q)
+    order = values.topk(min(_CANDIDATES, len(values))).indices
+    if not isinstance(act, PiecewiseLinear):
+        return _allowed_for_rounding(layers, run, points[order[0]], float(values[order[0]]), q)
+    network = ExactNetwork(layers, act, run)
+    extent = np.maximum(np.ptp(points.numpy(), axis=0), 1e-3)
+    for i in order.tolist():
+        point = points[i].numpy()
+        for shift in (0.0, 2.0**-30, -(2.0**-26)):
+            moved = point + shift * extent * np.linspace(1.0, 0.6, len(point))
+            gradient = network.gradient(moved)
+            if gradient is not None:
+                return Maximum(_norm_below(*gradient, q), tuple(moved.tolist()))
+    return None
+
+
+def _allowed_for_rounding(layers: Sequence[Layer], run: int, point: Tensor, value: float, q: float) -> Maximum:
+    """For a class of the user's, whose formula lipexp does not know: `value` less a bound on its rounding error.
+
+    Backpropagation through n matrices of at most H columns is off by at most gamma_{n (H + 2)} times the product
+    of the Frobenius norms in the 2-norm, for an activation with a Jacobian of 2-norm at most 1 that is itself
+    evaluated to a few units in the last place; sqrt(D) leads to the 1-norm.
+    """
+    widest = max(max(layer.weight.shape[1:]) for layer in layers)
+    size = math.prod(row_norm_bound(layer.weight[run].numpy().reshape(1, -1), 2) for layer in layers)
+    error = 4 * len(layers) * (widest + 2) * UNIT_ROUNDOFF * size
+    if q == 1:
+        error *= math.sqrt(len(point))
+    return Maximum(max(0.0, value - error), tuple(point.tolist()))
+
+
+class ExactNetwork:
+    """One baked network in exact integer arithmetic.
+
+    Every float is an integer times a power of two, so a layer is an integer matrix and one exponent.
+    """
+
+    def __init__(self, layers: Sequence[Layer], act: PiecewiseLinear, run: int) -> None:
+        self.act = act
+        self.layers = [
+            (_integers(layer.weight[run].numpy()), _integers(layer.bias[run, 0].numpy())) for layer in layers
+        ]
+
+    def gradient(self, point: npt.NDArray[np.float64]) -> tuple[ExactArray, int] | None:
+        """The gradient at `point` (D,) as (integers (D,), e), standing for integers * 2^e; None on a kink."""
+        x, exponent = _integers(point)
+        pieces = []
+        for i, ((weight, weight_exponent), (bias, bias_exponent)) in enumerate(self.layers):
+            if i > 0:
+                piece = self.act.piece(x)
+                if piece is None:
+                    return None
+                pieces.append(piece)
+                x = piece.factor * x[piece.index]
+            x, exponent = _add((weight.dot(x), weight_exponent + exponent), (bias, bias_exponent))
+        (weight, exponent), _ = self.layers[-1]
+        gradient = weight[0]
+        for (weight, weight_exponent), _ in reversed(self.layers[:-1]):
+            piece = pieces.pop()
+            back = np.full(len(gradient), 0, dtype=object)
+            np.add.at(back, piece.index, piece.factor * gradient)
+            gradient = back.dot(weight)
+            exponent += weight_exponent
+        return gradient, exponent
+
+
+def _integers(values: npt.NDArray[Any]) -> tuple[ExactArray, int]:
+    """(integers, e) with values = integers * 2^e, exactly."""
+    mantissas, exponents = np.frexp(values.astype(np.float64))
+    whole = np.ldexp(mantissas, 53).astype(np.int64).astype(object)
+    exponents = np.where(mantissas == 0, exponents.max(), exponents) - 53
+    lowest = int(exponents.min())
+    return whole << (exponents - lowest).astype(object), lowest
+
+
+def _add(a: tuple[ExactArray, int], b: tuple[ExactArray, int]) -> tuple[ExactArray, int]:
+    exponent = min(a[1], b[1])
+    return (a[0] << (a[1] - exponent)) + (b[0] << (b[1] - exponent)), exponent
+
+
+def _norm_below(integers: ExactArray, exponent: int, q: float) -> float:
+    """||integers * 2^exponent||_q as a float64, rounded down."""
+    sizes = [abs(int(value)) for value in integers]
+    if q == 2:
+        # 64 more bits before the integer square root, so that cutting off its fraction costs nothing visible.
+        return round_down(Fraction(math.isqrt(sum(s * s for s in sizes) << 128)) * Fraction(2) ** (exponent - 64))
+    return round_down((sum(sizes) if q == 1 else max(sizes)) * Fraction(2) ** exponent)

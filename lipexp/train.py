@@ -1,0 +1,256 @@
+"""Configurations -> objects -> training -> run folders.
+
+`build` checks one configuration and makes its objects; `train_many` trains any number of runs of one signature
+as one stack, of which a single run is a case, and writes their folders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+import lipexp
+from lipexp.activations import Activation
+from lipexp.config import GROUPS, ConfigError, Settings, instantiate, number, one_of, plain, whole
+from lipexp.display import Display
+from lipexp.evaluate import Evaluator, Record, norm_name
+from lipexp.loop import Checkpoint, Failure, Stack, Streams, fit
+from lipexp.models import state_dict
+from lipexp.runs import RunFolder
+
+LIPSCHITZ_RANGE = (1e-30, 1e30)  # what float32 weights can hold with room to spare
+
+
+@dataclass
+class Member:
+    """One run before training: its settings, its objects, and what names them on the command line."""
+
+    config: DictConfig
+    names: dict[str, str]  # group -> the option chosen
+    parts: dict[str, Any]  # group -> object
+
+    @property
+    def seed(self) -> int:
+        return int(self.config.seed)
+
+
+@dataclass
+class Outcome:
+    """How one run ended: with a record, or with a failure."""
+
+    metrics: dict[str, Any] | None
+    failure: Failure | None
+
+
+def build(config: DictConfig, choices: Mapping[str, Any] = {}) -> Member:
+    """Check one configuration and instantiate it.
+
+    Args:
+        config: the composed configuration, without Hydra's own node.
+        choices: the option chosen in each group, for messages.
+
+    Raises:
+        ConfigError: whatever is wrong with it, by the name that the command line uses.
+    """
+    _check_settings(config)
+    names = {
+        group: str(choices.get(group) or str(plain(config[group]).get("_target_", "")).rpartition(".")[2])
+        for group in GROUPS
+    }
+    parts = {group: instantiate(config[group], group) for group in GROUPS}
+    dataset, loss, constraint, act = (parts[group] for group in ("dataset", "loss", "constraint", "act"))
+    if config.batch_size > dataset.n_train:
+        raise ConfigError("batch_size", config.batch_size, f"must be at most dataset.n_train={dataset.n_train}")
+    if loss.task != dataset.task:
+        raise ConfigError(
+            "loss",
+            names["loss"],
+            f"is for {loss.task}, but dataset={names['dataset']} is {dataset.task} "
+            f"(classification: bce, hinge; regression: mse)",
+        )
+    if isinstance(act, Activation):
+        act.check_width(parts["model"].width)
+    constraint.check(act, names["act"])
+    return Member(config, names, parts)
+
+
+def _check_settings(config: DictConfig) -> None:
+    for key in (field.name for field in dataclasses.fields(Settings)):
+        if OmegaConf.is_missing(config, key) or config.get(key) is None:
+            raise ConfigError(key, "null", "must be set")
+    whole("seed", config.seed, least=0)
+    low, high = LIPSCHITZ_RANGE
+    if not low <= number("lipschitz", config.lipschitz, above=0) <= high:
+        raise ConfigError("lipschitz", config.lipschitz, f"must be between {low:g} and {high:g}, for float32")
+    for key, least in (("steps", 0), ("batch_size", 1), ("eval_every", 0), ("threads", 1)):
+        whole(key, config[key], least=least)
+    one_of("device", config.device, ["auto", "cpu", "cuda"])
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", "cuda", "no CUDA device is available here (auto, cpu)")
+
+
+def signature(member: Member) -> str:
+    """What runs of one stack must share: every argument but those that a class accepts as a (K,) tensor."""
+    shared: dict[str, Any] = {
+        field.name: member.config[field.name]
+        for field in dataclasses.fields(Settings)
+        if field.name not in (*GROUPS, "seed", "lipschitz")
+    }
+    for group in GROUPS:
+        per_run = getattr(type(member.parts[group]), "per_run", ())
+        shared[group] = {k: v for k, v in plain(member.config[group]).items() if k not in per_run}
+    return repr(sorted(shared.items()))
+
+
+def stack(members: Sequence[Member]) -> Stack:
+    """One stack of runs that share their signature.
+
+    Raises:
+        ValueError: they do not.
+    """
+    first = members[0]
+    if any(signature(member) != signature(first) for member in members):
+        raise ValueError("runs of different signatures cannot be trained as one stack")
+    config = first.config
+    streams = [Streams.of(member.seed) for member in members]
+    return Stack(
+        **{group: _stacked(group, members) for group in ("model", "act", "constraint", "loss", "optim")},
+        data=[m.parts["dataset"].draw(s.data) for m, s in zip(members, streams, strict=True)],
+        streams=streams,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        eval_every=config.eval_every,
+    )
+
+
+def _stacked(group: str, members: Sequence[Member]) -> Any:
+    """The object of `group` for all members: what may differ between them becomes a (K,) tensor."""
+    one = members[0].parts[group]
+    per_run = getattr(type(one), "per_run", ())
+    if not per_run:
+        return one
+    arguments = {k: v for k, v in plain(members[0].config[group]).items() if k not in {"_target_", *per_run}}
+    columns = {
+        name: torch.tensor([getattr(member.parts[group], name) for member in members], dtype=torch.float64)
+        for name in per_run
+    }
+    return type(one)(**arguments, **columns)
+
+
+def train_many(
+    members: Sequence[Member], folders: Sequence[RunFolder], display: Display, figures: bool = True
+) -> list[Outcome]:
+    """Train runs of one signature as one stack and write each run's folder.
+
+    Args:
+        figures: draw each run's picture.
+
+    Returns:
+        One outcome a run, in order. A run that fails does not disturb the others.
+    """
+    started = time.perf_counter()
+    config = members[0].config
+    torch.set_num_threads(config.threads)
+    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
+    device = "cpu" if device == "auto" else device
+    runs = stack(members)
+    evaluator = Evaluator(runs)
+    history: list[list[dict[str, float | None]]] = [[] for _ in members]
+    evaluating = 0.0
+
+    def evaluate(checkpoint: Checkpoint) -> None:
+        nonlocal evaluating
+        before = time.perf_counter()
+        rows = evaluator.history(checkpoint)
+        for past, row in zip(history, rows, strict=True):
+            if row:
+                past.append(row)
+        display.checkpoint(checkpoint.step, rows)
+        evaluating += time.perf_counter() - before
+
+    with display.training(runs.steps):
+        last = fit(runs, evaluate, display.tick, device)
+    before = time.perf_counter()
+    records = evaluator.final(last)
+    evaluating += time.perf_counter() - before
+    timing = {
+        "train_seconds": time.perf_counter() - started - evaluating,
+        "evaluate_seconds": evaluating,
+        "runs_in_stack": len(members),
+    }
+    outcomes = []
+    for run, (member, folder, record) in enumerate(zip(members, folders, records, strict=True)):
+        if record is None:
+            failure = last.failures[run]
+            folder.write_table("history", history[run])
+            folder.write_failure(failure.reason, failure.step)
+            outcomes.append(Outcome(None, failure))
+            continue
+        metrics = _write(member, folder, record, last, run, history[run], timing, device, figures)
+        outcomes.append(Outcome(metrics, None))
+    return outcomes
+
+
+def _write(
+    member: Member,
+    folder: RunFolder,
+    record: Record,
+    checkpoint: Checkpoint,
+    run: int,
+    history: Sequence[Mapping[str, Any]],
+    timing: Mapping[str, float],
+    device: str,
+    figures: bool,
+) -> dict[str, Any]:
+    """Write all files of a finished run, metrics.json last, and return its content."""
+    certificate = record.certificate
+    folder.write_table("history", history)
+    folder.write_table("gradients", record.gradients)
+    folder.write_table("layers", record.layers)
+    digest = folder.write_model(state_dict(checkpoint.layers, run))
+    verdict = certificate.verdict(record.measured.value)
+    metrics = {
+        "seed": member.seed,
+        "train": record.train,
+        "test": record.test,
+        "gradient_norm": record.gradient_norm,
+        "lipschitz": {
+            "p": norm_name(certificate.p),
+            "q": norm_name(certificate.q),
+            "target": certificate.target,
+            "measured": record.measured.value,
+            "certified": certificate.value,
+            "exact": None,
+            "exact_box": None,
+            "method": "product" if certificate.value is not None else certificate.reason,
+            "verdict": verdict,
+        },
+        "search": record.search,
+        "model_sha256": digest,
+        "timing": dict(timing),
+        "environment": {
+            "lipexp": lipexp.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "threads": member.config.threads,
+        },
+    }
+    if figures:
+        from lipexp.figures import run_figure
+
+        figure = run_figure(checkpoint.layers, checkpoint.act, run, record, member.names)
+        if figure is not None:
+            folder.write_figure(figure)
+    folder.write_metrics(metrics)
+    return metrics
