@@ -19,7 +19,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lipexp.load import LoadedRun
+    from lipexp.loading import LoadedRun
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,6 @@ def load(run: str | PathLike[str], trust: bool = False) -> LoadedRun:
     Raises:
         ConfigError: no finished run there, a class that is not trusted, or a model.pt that does not fit.
     """
-    from lipexp.load import load_run  # torch takes a second to import
+    from lipexp.loading import load_run  # torch takes a second to import
 
     return load_run(run, trust=trust)

@@ -29,7 +29,9 @@ def main() -> int:
         print(f"lipexp {__version__}")
         return 0
     if verb not in VERBS:
-        print(f"lipexp: {verb}: no such command ({', '.join(VERBS)})", file=sys.stderr)
+        from lipexp.config import no_such
+
+        print(f"lipexp: {verb}: {no_such('command', verb, list(VERBS))}", file=sys.stderr)
         return 2
     return _run(verb, arguments[1:])
 

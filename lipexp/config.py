@@ -39,11 +39,14 @@ class Settings:
 
 
 class ConfigError(ValueError):
-    """Bad input. Its text is the one line that the user reads: `option=value: what is allowed`."""
+    """Bad input. Its text is the one line that the user reads: `option=value: what is allowed`.
+
+    Without a value (None) it is `option: what is allowed`.
+    """
 
     def __init__(self, option: str, value: object, allowed: str) -> None:
         self.option, self.value, self.allowed = option, value, allowed
-        super().__init__(f"{option}={value}: {allowed}")
+        super().__init__(f"{option}: {allowed}" if value is None else f"{option}={value}: {allowed}")
 
     def under(self, group: str) -> ConfigError:
         """The same error with its option named as the command line spells it: `noise` -> `dataset.noise`."""
@@ -89,14 +92,14 @@ def one_of(option: str, value: Any, allowed: Sequence[str]) -> str:
     """
     if value in allowed:
         return str(value)
-    raise ConfigError(option, value, no_such(option, str(value), allowed))
+    raise ConfigError(option, value, no_such("option", str(value), allowed))
 
 
-def no_such(option: str, value: str, allowed: Sequence[str]) -> str:
-    """'no such option; did you mean loss=hinge? (bce, hinge, mse)'."""
+def no_such(kind: str, value: str, allowed: Sequence[str], prefix: str = "") -> str:
+    """'no such option; did you mean loss=hinge? (bce, hinge, mse)', with kind 'option' and prefix 'loss='."""
     near = get_close_matches(value, allowed, n=1)
-    guess = f"; did you mean {option}={near[0]}?" if near else ";"
-    return f"no such option{guess} ({', '.join(allowed)})"
+    guess = f"; did you mean {prefix}{near[0]}?" if near else ""
+    return f"no such {kind}{guess} ({', '.join(allowed)})"
 
 
 def _is_tensor(value: object) -> bool:
@@ -155,9 +158,10 @@ def instantiate(node: Any, group: str, *, trust: bool = True) -> Any:
 
 def _import_failure(target: str) -> str | None:
     """Why `target` cannot be imported, in one line; None if its module can."""
-    module = target.rpartition(".")[0]
+    module, _, name = target.rpartition(".")
     try:
-        importlib.import_module(module)
+        if not hasattr(importlib.import_module(module), name):
+            return f"{module} has no {name}"
     except ImportError as error:
         return str(error).splitlines()[0]
     except ValueError:

@@ -120,7 +120,7 @@ def interval_line(lipschitz: Mapping[str, Any]) -> str:
     """`‖∇f‖₂  measured 0.9942 ≤ certified 0.9999972 ≤ L = 1   PASS`, each number rounded to its safe side."""
     parts = [f"measured {below(lipschitz['measured'])}"]
     if lipschitz["exact"] is not None:
-        parts.append(f"exact {below(lipschitz['exact'])}")
+        parts.append(f"exact {lipschitz['exact']:.4g}")
     if lipschitz["certified"] is not None:
         parts.append(f"certified {above(lipschitz['certified'], lipschitz['target'])}")
     if lipschitz["target"] is not None:

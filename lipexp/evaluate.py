@@ -175,7 +175,7 @@ class Evaluator:
             if (found := largest(checkpoint.layers, checkpoint.act, run, self.x[run], at_data, q_)) is not None
         }
         spread = sizes[q].quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
-        x = self.x[run].float().numpy()
+        x = self.x[run].numpy()
         box = [[float(low), float(high)] for low, high in zip(x.min(axis=0), x.max(axis=0), strict=True)]
         return Record(
             train=scores[0],
@@ -201,7 +201,7 @@ class Evaluator:
             gradients={
                 "split": np.where(np.arange(len(x)) < self.n_train, "train", "test"),
                 **{f"x{i}": x[:, i] for i in range(x.shape[1])},
-                "y": self.y[run].numpy().astype(np.int64 if self.classifies else np.float32),
+                "y": self.y[run].numpy().astype(np.int64 if self.classifies else np.float64),
                 "f": scanned.f[run].numpy(),
                 **{f"grad_{norm_name(q_)}": sizes[q_].numpy() for q_ in NORMS},
             },

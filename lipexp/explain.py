@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
@@ -23,6 +22,9 @@ def explain(error: HydraException | OmegaConfBaseException) -> str:
         return _wrong_type(cause)
     if isinstance(cause, ConfigKeyError | AttributeError) and isinstance(error, HydraException):
         return _unknown_key(error, cause)
+    ambiguous = re.match(r"Ambiguous value for argument '(.*)'", str(error))
+    if ambiguous:
+        return f"{ambiguous[1]}: several values are a sweep, which needs -m; a list is written in [brackets]"
     return _first_line(error)
 
 
@@ -30,7 +32,7 @@ def _missing_option(name: str, options: list[str], message: str) -> str:
     group, _, option = name.rpartition("/")
     if not group:
         return _first_line(message)
-    return f"{group}={option}: {no_such(group, option, sorted(options))}"
+    return f"{group}={option}: {no_such('option', option, sorted(options), f'{group}=')}"
 
 
 def _wrong_type(error: ValidationError) -> str:
@@ -49,9 +51,7 @@ def _unknown_key(error: HydraException, cause: BaseException) -> str:
         return f"{key}: {_first_line(error)}"
     prefix, _, last = key.rpartition(".")
     allowed = [str(name) for name in parent if name not in ("hydra", "_target_")]
-    near = get_close_matches(last, allowed, n=1)
-    guess = f"; did you mean {f'{prefix}.' * bool(prefix)}{near[0]}?" if near else ";"
-    return f"{key}: no such setting{guess} ({', '.join(allowed)})"
+    return f"{key}: {no_such('setting', last, allowed, f'{prefix}.' if prefix else '')}"
 
 
 def _first_line(message: object) -> str:

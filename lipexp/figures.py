@@ -45,7 +45,7 @@ def _contours(layers: Sequence[Layer], act: nn.Module, record: Record, names: Ma
     mesh = np.stack(np.meshgrid(*axes_values), axis=-1)  # (rows, columns, 2)
     f = scan(layers, act, torch.from_numpy(mesh.reshape(1, -1, 2))).f.view(mesh.shape[:2]).numpy()
 
-    figure = Figure(figsize=(6.4, 5.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
     ax: Axes = figure.add_subplot()
     for inside, colour in ((~label, BLUE), (label, ORANGE)):
         ax.scatter(points[inside, 0], points[inside, 1], s=7, color=colour, alpha=0.45, linewidths=0)
@@ -70,7 +70,7 @@ def _levels(f: np.ndarray) -> list[float]:
 
 def _curve(layers: Sequence[Layer], act: nn.Module, record: Record, names: Mapping[str, str]) -> Figure:
     """f against its target, and the slope of f below."""
-    x = record.gradients["x0"].astype(np.float64)
+    x = record.gradients["x0"]
     order = np.argsort(x)
     along = np.linspace(x.min(), x.max(), CURVE_POINTS)
     scanned = scan(layers, act, torch.from_numpy(along.reshape(1, -1, 1)))

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -21,15 +21,20 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lipexp.config import ConfigError, Settings, conf_dir
+from lipexp.config import GROUPS, ConfigError, Settings, conf_dir, no_such
 from lipexp.explain import explain
 from lipexp.runs import RunFolder
 
 log = logging.getLogger(__name__)
 
+# Hydra's flags, those with a value and those without; --info may have one.
 FLAGS_WITH_VALUE = {
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
     *("--config-dir", "-cd", "--experimental-rerun"),
+}
+FLAGS = {
+    *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"),
+    *("--shell-completion", "-sc", "--info", "-i"),
 }
 
 
@@ -39,14 +44,15 @@ class RunFailed(Exception):
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lipexp train` with Hydra's own arguments; returns the exit status."""
-    failures: list[str] = []
+    failures: list[RunFailed] = []
+    RefuseEarly.claimed.clear()
 
     def task(config: DictConfig) -> None:
+        # Not raised: Hydra would print a page, and of a sweep only the first failure.
         try:
             run_one(config)
-        except (ConfigError, RunFailed) as error:
-            failures.append(str(error))
-            raise
+        except RunFailed as error:
+            failures.append(error)
 
     sys.path.append(os.getcwd())  # a user's own class lies where they work, as with `python -m`
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and what the user reads is written here
@@ -54,41 +60,44 @@ def main(arguments: Sequence[str]) -> int:
     try:
         sys.argv[1:] = flags_first(arguments)
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
-    except (ConfigError, RunFailed) as error:
-        # A sweep goes on after a failed job and raises the first failure at its end: all of them are listed.
-        for failure in failures or [str(error)]:
-            complain(failure)
-        return 2 if isinstance(error, ConfigError) and len(failures) <= 1 else 1
+    except ConfigError as error:
+        complain(error)
+        return 2
     except (HydraException, OmegaConfBaseException) as error:
+        for folder in RefuseEarly.claimed:
+            RunFolder(folder).discard_if_empty()
         complain(explain(error))
         return 2
     except KeyboardInterrupt:
         complain("interrupted")
         return 130
-    return 0
+    for failure in failures:
+        complain(failure)
+    return 1 if failures else 0
 
 
 def run_one(config: DictConfig) -> None:
     """The task that Hydra runs: one configuration, one run folder.
 
     Raises:
-        ConfigError: refused; what Hydra has put into the folder is removed.
         RunFailed: it ended without a result; failed.json is written.
     """
     from lipexp.display import Display, interval_line
     from lipexp.train import build, train_many
 
     running = HydraConfig.get()
-    folder = RunFolder(Path(running.runtime.output_dir))
+    output = os.path.relpath(running.runtime.output_dir)
+    folder = RunFolder(Path(running.runtime.output_dir if output.startswith("..") else output))
     try:
         member = build(config, running.runtime.choices)
-    except ConfigError:
-        folder.discard_if_empty()
-        raise
-    display = Display(brief=running.mode == RunMode.MULTIRUN)
+    except ConfigError as error:  # a job of a sweep; a single run was refused before it had a folder
+        folder.write_failure(str(error), step=0)
+        raise RunFailed(f"{error} ({folder.path})") from None
+    sweeping = running.mode == RunMode.MULTIRUN
+    display = Display(brief=sweeping)
     display.header(member.names, config)
     try:
-        (outcome,) = train_many([member], [folder], display)
+        (outcome,) = train_many([member], [folder], display, figures=not sweeping)
     except KeyboardInterrupt:
         folder.write_failure("interrupted", display.step)
         raise
@@ -112,6 +121,8 @@ class RefuseEarly(Callback):
     Hydra turns the exceptions of a callback into warnings, so this one exits.
     """
 
+    claimed: ClassVar[list[Path]] = []  # folders made for this command
+
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         from lipexp.train import build
 
@@ -120,47 +131,53 @@ class RefuseEarly(Callback):
                 OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]),
                 config.hydra.runtime.choices,
             )
-            claim("hydra.run.dir", Path(config.hydra.run.dir))
+            self.claim("hydra.run.dir", Path(config.hydra.run.dir))
         except ConfigError as error:
             complain(error)
             raise SystemExit(2) from None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
-            claim("hydra.sweep.dir", Path(config.hydra.sweep.dir))
+            self.claim("hydra.sweep.dir", Path(config.hydra.sweep.dir))
         except ConfigError as error:
             complain(error)
             raise SystemExit(2) from None
 
-
-def claim(option: str, folder: Path) -> None:
-    """Make `folder`, or raise ConfigError: it cannot be made, or holds something that would be overwritten."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        used = any(folder.iterdir())
-    except OSError as error:
-        raise ConfigError(option, folder, f"cannot be written: {error.strerror}") from None
-    if used:
-        raise ConfigError(option, folder, "is not empty; results are never overwritten")
+    def claim(self, option: str, folder: Path) -> None:
+        """Make `folder`, or raise ConfigError: it cannot be made, or holds what would be overwritten."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            used = any(folder.iterdir())
+        except OSError as error:
+            raise ConfigError(option, folder, f"cannot be written: {error.strerror}") from None
+        if used:
+            raise ConfigError(option, folder, "is not empty; results are never overwritten")
+        self.claimed.append(folder)
 
 
 def flags_first(arguments: Sequence[str]) -> list[str]:
     """The same arguments with all flags before the overrides, the order that Hydra 1.3 wants.
 
     Raises:
-        ConfigError: a sweep and a display of the configuration at once, which Hydra answers with a traceback.
+        ConfigError: what Hydra would answer with a page: an unknown flag, a sweep together with a display of
+            the configuration, or a group without an option.
     """
     flags, overrides = [], []
     rest = iter(arguments)
     for argument in rest:
+        if argument.partition("=")[0] in GROUPS and argument.endswith("=null"):
+            raise ConfigError(argument.partition("=")[0], "null", "needs one option")
         if not argument.startswith("-"):
             overrides.append(argument)
             continue
+        name = argument.partition("=")[0]
+        if name not in FLAGS | FLAGS_WITH_VALUE:
+            raise ConfigError(name, None, no_such("flag", name, sorted(FLAGS | FLAGS_WITH_VALUE)))
         flags.append(argument)
         if argument in FLAGS_WITH_VALUE:
             flags.extend(value for value in [next(rest, None)] if value is not None)
     if {"-m", "--multirun"} & set(flags) and {"-c", "--cfg", "-i", "--info"} & set(flags):
-        raise ConfigError("--multirun", "with --cfg or --info", "use one of them")
+        raise ConfigError("--multirun", None, "shows nothing together with --cfg or --info; use one of them")
     return flags + overrides
 
 

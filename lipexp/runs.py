@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 SCHEMA = 1  # of metrics.json
-HYDRA_FILES = {".hydra", "train.log"}  # what Hydra puts into a folder before the run starts
+HYDRA_FILES = {".hydra", "train.log", "multirun.yaml"}  # what Hydra puts into a folder before the run starts
 
 
 @dataclass(frozen=True)

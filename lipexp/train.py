@@ -23,6 +23,7 @@ from lipexp.config import GROUPS, ConfigError, Settings, instantiate, number, on
 from lipexp.display import Display
 from lipexp.evaluate import Evaluator, Record, norm_name
 from lipexp.loop import Checkpoint, Failure, Stack, Streams, fit
+from lipexp.losses import Loss
 from lipexp.models import state_dict
 from lipexp.runs import RunFolder
 
@@ -73,13 +74,16 @@ def build(config: DictConfig, choices: Mapping[str, Any] = {}) -> Member:
         raise ConfigError(
             "loss",
             names["loss"],
-            f"is for {loss.task}, but dataset={names['dataset']} is {dataset.task} "
-            f"(classification: bce, hinge; regression: mse)",
+            f"is for {loss.task}, but dataset={names['dataset']} is {dataset.task} ({_losses_for(dataset.task)})",
         )
     if isinstance(act, Activation):
         act.check_width(parts["model"].width)
     constraint.check(act, names["act"])
     return Member(config, names, parts)
+
+
+def _losses_for(task: str) -> str:
+    return ", ".join(cls.__name__.lower() for cls in Loss.__subclasses__() if cls.task == task)
 
 
 def _check_settings(config: DictConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -35,18 +36,23 @@ def load_run(run: str | PathLike[str], trust: bool = False) -> LoadedRun:
     config = folder.config()
     state = _state_dict(folder)
     act = instantiate(config["act"], "act", trust=trust)
-    weights = [state[f"layers.{i}.weight"] for i in range(len(state) // 2)]
-    network = Network(
-        [(w.shape[0], w.shape[1]) for w in weights], act.baked() if isinstance(act, Activation) else act
-    )
-    network.load_state_dict(state)
+    try:
+        weights = [state[f"layers.{i}.weight"] for i in range((len(state) + 1) // 2)]
+        shapes = [(weight.shape[0], weight.shape[1]) for weight in weights]
+        network = Network(shapes, act.baked() if isinstance(act, Activation) else act)
+        network.load_state_dict(state)
+    except (KeyError, IndexError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError("model.pt", folder.path / "model.pt", f"holds no such network: {reason}") from None
     return LoadedRun(network.eval().requires_grad_(False), config, folder.metrics(), folder.path)
 
 
 def _state_dict(folder: RunFolder) -> dict[str, torch.Tensor]:
     """model.pt, read without running anything that a pickle may carry."""
     try:
-        state: dict[str, torch.Tensor] = torch.load(io.BytesIO(folder.model_bytes()), weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of foreign pickles before it refuses them
+            state: dict[str, torch.Tensor] = torch.load(io.BytesIO(folder.model_bytes()), weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError("model.pt", folder.path / "model.pt", f"is not a plain state dict: {reason}") from None

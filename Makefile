@@ -1,0 +1,41 @@
+# `make` lists the targets. Each one makes the virtual environment it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help train test test-slow check format bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+train: .venv/ready ## train on two-moons: hinge loss, GroupSort, spectral norm 1
+	$(BIN)/lipexp train loss=hinge act=groupsort
+
+test: .venv/ready ## the test suite, without the slow tests
+	$(BIN)/pytest
+
+test-slow: .venv/ready ## the tests that train full-size networks
+	$(BIN)/pytest -m slow
+
+check: .venv/ready ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/ready ## put the code into shape
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/ready ## speed, as ratios to other implementations
+	$(BIN)/lipexp bench
+
+clean: ## remove the virtual environment and all caches; outputs/ stays
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Built anew when a dependency or a pin changes, so that it never holds more than they say.
+.venv/ready: pyproject.toml .ci/constraints.txt
+	rm -rf .venv
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"lipexp needs Python 3.11 to 3.13, this is {v.major}.{v.minor}; try make PYTHON=python3.13")'
+	$(PYTHON) -m venv .venv
+	PIP_CONSTRAINT=.ci/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@

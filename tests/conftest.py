@@ -1,0 +1,190 @@
+"""What the tests share: the options of conf/, objects made from them, small trained stacks, and exact oracles.
+
+A law of a room takes an argument such as `act_option` and then runs over every file of conf/act, so an option is
+tested by being there:
+
+    dataset_option act_option constraint_option loss_option model_option optim_option experiment_option
+    leaf               (group, option), for every file of every room
+    constraint_case    command-line overrides: every constraint, and each input norm p of one that has a choice
+    bounded_case       the same without those that set no bound
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hypothesis import settings
+from omegaconf import DictConfig, OmegaConf
+
+from lipexp import config, loop, train
+
+settings.register_profile("lipexp", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("lipexp")
+
+CONF = config.conf_dir()
+SMALL = ("model.width=8", "dataset.n_train=64", "dataset.n_test=32", "batch_size=32", "steps=30", "eval_every=0")
+
+
+def options(group: str) -> list[str]:
+    """The options of a group: the files of its folder."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def leaf_keys(group: str, option: str) -> set[str]:
+    return {str(key) for key in OmegaConf.load(CONF / group / f"{option}.yaml")}
+
+
+def constraint_cases(*, bounded: bool) -> dict[str, tuple[str, ...]]:
+    """id -> overrides."""
+    cases = {}
+    for option in options("constraint"):
+        keys = leaf_keys("constraint", option)
+        if bounded and "lipschitz" not in keys:
+            continue
+        for p in ("1", "2", "inf") if "p" in keys else (None,):
+            choice = f"constraint={option}"
+            cases[option if p is None else f"{option},p={p}"] = (
+                (choice,) if p is None else (choice, f"constraint.p={p}")
+            )
+    return cases
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for group in (*config.GROUPS, "experiment"):
+        if f"{group}_option" in metafunc.fixturenames:
+            metafunc.parametrize(f"{group}_option", options(group))
+    if "leaf" in metafunc.fixturenames:
+        leaves = [(group, option) for group in config.GROUPS for option in options(group)]
+        metafunc.parametrize("leaf", leaves, ids=[f"{group}={option}" for group, option in leaves])
+    for name, bounded in (("constraint_case", False), ("bounded_case", True)):
+        if name in metafunc.fixturenames:
+            cases = constraint_cases(bounded=bounded)
+            metafunc.parametrize(name, list(cases.values()), ids=list(cases))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small networks gain nothing from threads, and a busy machine makes them slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    ConfigStore.instance().store(name="lipexp_schema", node=config.Settings)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
+
+
+@pytest.fixture(scope="session")
+def compose() -> Callable[..., DictConfig]:
+    """compose("act=relu", "steps=7") -> the configuration of `lipexp train act=relu steps=7`."""
+
+    def compose(*overrides: str) -> DictConfig:
+        node = _composed(overrides)
+        return OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"])
+
+    return compose
+
+
+@pytest.fixture(scope="session")
+def choices() -> Callable[..., dict[str, Any]]:
+    """choices("act=relu") -> the option that each group ends up with."""
+    return lambda *overrides: dict(_composed(overrides).hydra.runtime.choices)
+
+
+@pytest.fixture(scope="session")
+def make(compose: Callable[..., DictConfig]) -> Callable[..., Any]:
+    """make("constraint", "constraint=linf", "lipschitz=3") -> the object of a group under these overrides."""
+    return lambda group, *overrides: config.instantiate(compose(*overrides)[group], group)
+
+
+@pytest.fixture(scope="session")
+def trained(compose: Callable[..., DictConfig]) -> Callable[..., SimpleNamespace]:
+    """A small stack trained for some 30 steps: `stack`, its last `checkpoint`, and the checkpoints `seen`.
+
+    trained("act=relu", runs=("seed=0", "seed=0 lipschitz=3")) trains two runs together, one a string of overrides.
+    """
+
+    @functools.cache
+    def trained(*overrides: str, runs: Sequence[str] = ("seed=0", "seed=1")) -> SimpleNamespace:
+        members = [train.build(compose(*SMALL, *overrides, *run.split())) for run in runs]
+        stack = train.stack(members)
+        seen: list[loop.Checkpoint] = []
+        return SimpleNamespace(stack=stack, checkpoint=loop.fit(stack, seen.append), seen=seen)
+
+    return trained
+
+
+class Exact:
+    """Norms decided in rational arithmetic, with no code of lipexp's. Matrices are nested sequences of numbers."""
+
+    @staticmethod
+    def fractions(matrix: Any) -> list[list[Fraction]]:
+        """(out, in) as exact rational numbers."""
+        return [[Fraction(float(entry)) for entry in row] for row in matrix]
+
+    @classmethod
+    def row_power(cls, matrix: Any, q: float) -> Fraction:
+        """The largest ||row||_q, for q = 2 its square."""
+        size = {1: lambda row: sum(map(abs, row)), 2: lambda row: sum(v * v for v in row)}
+        return max(Fraction(size.get(q, lambda row: max(map(abs, row)))(row)) for row in cls.fractions(matrix))
+
+    @classmethod
+    def rows_within(cls, matrix: Any, q: float, bound: float) -> bool:
+        """max ||row||_q <= bound."""
+        return cls.row_power(matrix, q) <= Fraction(bound) ** (2 if q == 2 else 1)
+
+    @classmethod
+    def spectral_within(cls, matrix: Any, bound: float) -> bool:
+        """||matrix||_2 <= bound: bound^2 I - W W^T is positive semidefinite."""
+        rows = cls.fractions(matrix)
+        if len(rows) > len(rows[0]):
+            rows = [list(column) for column in zip(*rows, strict=True)]
+        square = Fraction(bound) ** 2
+        return cls.semidefinite(
+            [
+                [
+                    (square if i == j else 0) - sum(a * b for a, b in zip(u, v, strict=True))
+                    for j, v in enumerate(rows)
+                ]
+                for i, u in enumerate(rows)
+            ]
+        )
+
+    @staticmethod
+    def semidefinite(matrix: list[list[Fraction]]) -> bool:
+        """Whether a symmetric matrix is positive semidefinite, by LDL^T: a zero pivot needs a zero row."""
+        rest = matrix
+        while rest:
+            (pivot, *row), *below = rest
+            if pivot < 0 or (pivot == 0 and any(row)):
+                return False
+            rest = [
+                [entry - (head * other / pivot if pivot else 0) for entry, other in zip(tail, row, strict=True)]
+                for head, *tail in below
+            ]
+        return True
+
+    @classmethod
+    def within(cls, name: str, matrix: Any, bound: float) -> bool:
+        """The operator norm that lipexp calls `name` is at most `bound`."""
+        q = {"row 1-norm": 1, "row 2-norm": 2, "largest entry": float("inf"), "spectral norm": None}[name]
+        return cls.spectral_within(matrix, bound) if q is None else cls.rows_within(matrix, q, bound)
+
+
+@pytest.fixture(scope="session")
+def exact() -> type[Exact]:
+    return Exact

@@ -1,0 +1,48 @@
+"""The numbers on the screen never say more than was proven."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lipexp.display import above, below, interval_line
+
+POSITIVE = st.floats(1e-30, 1e30, allow_nan=False)
+
+
+@given(POSITIVE)
+def test_lower_bounds_are_shown_rounded_down_and_upper_bounds_up(value):
+    assert Decimal(below(value)) <= Decimal(value) <= Decimal(above(value, None))
+    assert Decimal(below(value)) == pytest.approx(Decimal(value), rel=Decimal("2e-3"))
+    assert Decimal(above(value, None)) == pytest.approx(Decimal(value), rel=Decimal("2e-3"))
+
+
+@given(POSITIVE, st.floats(1e-15, 0.5))
+def test_an_upper_bound_below_its_limit_is_shown_below_it(limit, gap):
+    value = limit * (1 - gap)
+    assert Decimal(value) <= Decimal(above(value, limit)) <= Decimal(limit)
+
+
+@pytest.mark.parametrize(
+    ("value", "down", "up"),
+    [(1.0, "1", "1"), (0.99999, "0.9999", "1"), (123.456, "123.4", "123.5"), (3e-7, "2.999e-7", "3e-7")],
+)
+def test_how_numbers_look(value, down, up):
+    assert (below(value), above(value, None)) == (down, up)
+
+
+BOUNDS = {"q": 2, "target": 1.0, "measured": 0.99427, "certified": 0.99999714, "exact": None, "verdict": "PASS"}
+
+
+def test_the_interval_line():
+    assert interval_line(BOUNDS) == "‖∇f‖₂  measured 0.9942 ≤ certified 0.999998 ≤ L = 1   PASS"
+    assert interval_line({**BOUNDS, "exact": 0.9943, "q": "inf"}) == (
+        "‖∇f‖∞  measured 0.9942 ≤ exact 0.9943 ≤ certified 0.999998 ≤ L = 1   PASS"
+    )
+    free = {**BOUNDS, "target": None, "certified": 178.41, "measured": 49.8}
+    assert interval_line(free) == "‖∇f‖₂  measured 49.79 ≤ certified 178.5   PASS"
+    unproven = {**free, "certified": None, "verdict": "OPEN", "method": "the activation declares no bound"}
+    assert interval_line(unproven) == "‖∇f‖₂  measured 49.79   OPEN (the activation declares no bound)"

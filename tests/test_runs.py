@@ -1,0 +1,92 @@
+"""The run folder: complete or not, never half-written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lipexp.runs import RunFolder, find
+
+
+def test_metrics_make_a_run_complete(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert not folder.complete
+    folder.write_metrics({"seed": 3})
+    assert folder.complete
+    assert folder.metrics() == {"schema": 1, "seed": 3}
+
+
+def test_a_failure_is_not_a_result(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_failure("the loss is no longer finite", 12)
+    assert folder.failed
+    assert not folder.complete
+    assert folder.failure() == {"reason": "the loss is no longer finite", "step": 12}
+
+
+def test_numbers_that_json_has_not_are_refused_and_leave_nothing(tmp_path):
+    with pytest.raises(ValueError, match="Out of range float"):
+        RunFolder(tmp_path).write_metrics({"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_metrics({"seed": 1})
+    with pytest.raises(TypeError):
+        folder.write_metrics({"seed": object()})
+
+    class Figure:
+        def savefig(self, path, **kwargs):
+            path.write_bytes(b"half a pic")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        folder.write_figure(Figure())
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+    assert folder.metrics()["seed"] == 1
+
+
+def test_tables_keep_every_digit(tmp_path):
+    import pandas as pd
+
+    value = 0.1 + 0.2
+    RunFolder(tmp_path).write_table("table", {"x": [value, 1e-300], "name": ["a", "b"]})
+    assert pd.read_csv(tmp_path / "table.csv")["x"].tolist() == [value, 1e-300]
+
+
+def test_only_what_hydra_wrote_is_discarded(tmp_path):
+    run = tmp_path / "date" / "time"
+    (run / ".hydra").mkdir(parents=True)
+    (run / "train.log").touch()
+    RunFolder(run).discard_if_empty()
+    assert not (tmp_path / "date").exists()
+    (run / ".hydra").mkdir(parents=True)
+    (run / "notes.txt").write_text("mine")
+    RunFolder(run).discard_if_empty()
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_a_neighbour_keeps_the_date_folder(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / "date" / name / ".hydra").mkdir(parents=True)
+    RunFolder(tmp_path / "date" / "first").discard_if_empty()
+    assert [path.name for path in (tmp_path / "date").iterdir()] == ["second"]
+
+
+def test_find_returns_finished_and_failed_runs_once_each(tmp_path):
+    for name in ("b", "a", "c/0", "c/1"):
+        (tmp_path / name).mkdir(parents=True)
+    RunFolder(tmp_path / "b").write_metrics({})
+    RunFolder(tmp_path / "a").write_failure("reason", 1)
+    RunFolder(tmp_path / "c/0").write_metrics({})
+    found = find([tmp_path, tmp_path / "c"])
+    assert [folder.path.relative_to(tmp_path).as_posix() for folder in found] == ["a", "b", "c/0"]
+
+
+def test_choices_are_read_from_hydras_record(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    record = {"hydra": {"runtime": {"choices": {"act": "relu", "loss": "bce"}}}}
+    (tmp_path / ".hydra" / "hydra.yaml").write_text(json.dumps(record))  # JSON is YAML
+    assert RunFolder(tmp_path).choices() == {"act": "relu", "loss": "bce"}
