@@ -66,11 +66,16 @@ def number(option: str, value: Any, *, above: float | None = None, least: float 
         allowed += f" above {above:g}"
     if least is not None:
         allowed += f", at least {least:g}"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(option, value, f"must be {allowed}")
-    if (above is not None and not value > above) or (least is not None and not value >= least):
+    try:
+        result = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        result = math.inf
+    inside = (above is None or result > above) and (least is None or result >= least)
+    if not (math.isfinite(result) and inside):
         raise ConfigError(option, value, f"must be {allowed}")
-    return float(value)
+    return result
 
 
 def whole(option: str, value: Any, *, least: int) -> int:
@@ -128,7 +133,7 @@ def instantiate(node: Any, group: str, *, trust: bool = True) -> Any:
         node: `_target_` and its arguments; interpolations must be resolvable.
         group: names the option in error messages, for example `dataset`.
         trust: False for a configuration read back from a run folder, which may come from elsewhere: then only
-            targets under `lipexp.` are instantiated.
+            classes that lipexp itself defines are instantiated, and nothing else is imported.
 
     Raises:
         ConfigError: no `_target_`, one that cannot be imported or is not trusted, or refused arguments.
@@ -140,8 +145,13 @@ def instantiate(node: Any, group: str, *, trust: bool = True) -> Any:
     target = arguments.get("_target_")
     if not isinstance(target, str):
         raise ConfigError(group, arguments or "null", "needs an option with a _target_")
-    if not trust and not target.startswith("lipexp."):
-        raise ConfigError(f"{group}._target_", target, "lies outside lipexp and runs code; pass trust to allow it")
+    option = f"{group}._target_"
+    for named in [target] if trust else _targets(arguments):
+        if not trust and not _of_lipexp(named):
+            raise ConfigError(option, named, "lies outside lipexp and runs code; pass trust to allow it")
+    missing = _import_failure(target)
+    if missing is not None:
+        raise ConfigError(option, target, f"cannot be used: {missing}")
     try:
         return hydra_instantiate(arguments, _convert_="all")
     except InstantiationException as error:
@@ -149,21 +159,46 @@ def instantiate(node: Any, group: str, *, trust: bool = True) -> Any:
         if isinstance(cause, ConfigError):
             raise cause.under(group) from None
         if isinstance(cause, TypeError):
-            raise ConfigError(f"{group}._target_", target, f"does not take these arguments: {cause}") from None
-        if cause is None or isinstance(cause, ImportError | AttributeError):
-            reason = _import_failure(target) or str(error).splitlines()[0]
-            raise ConfigError(f"{group}._target_", target, f"cannot be used: {reason}") from None
-        raise
+            raise ConfigError(option, target, f"does not take these arguments: {one_line(cause)}") from None
+        raise ConfigError(option, target, f"cannot be used: {one_line(cause or error)}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says, with its type unless lipexp or the import system raised it."""
+    text = str(error).strip().split("\n")[0]
+    return text if isinstance(error, ConfigError | ImportError | TypeError) else f"{type(error).__name__}: {text}"
+
+
+def _targets(node: Any) -> list[str]:
+    """Every `_target_` in a configuration node, nested ones included: Hydra instantiates them all."""
+    if isinstance(node, dict):
+        own = [str(node["_target_"])] if "_target_" in node else []
+        return own + [target for value in node.values() for target in _targets(value)]
+    if isinstance(node, list | tuple):
+        return [target for value in node for target in _targets(value)]
+    return []
+
+
+def _of_lipexp(target: str) -> bool:
+    """Whether `target` names something that a module of lipexp defines, not merely imports."""
+    module, _, name = target.rpartition(".")
+    if not module.startswith("lipexp."):
+        return False
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return False
+    return found is None or getattr(found, "__module__", None) == module
 
 
 def _import_failure(target: str) -> str | None:
-    """Why `target` cannot be imported, in one line; None if its module can."""
+    """Why `target` cannot be imported, in one line; None if it can."""
     module, _, name = target.rpartition(".")
+    if not all(part.isidentifier() for part in target.split(".")) or not module:
+        return "it is not a dotted path to a class"
     try:
         if not hasattr(importlib.import_module(module), name):
             return f"{module} has no {name}"
-    except ImportError as error:
-        return str(error).splitlines()[0]
-    except ValueError:
-        return "it is not a dotted path to a class"
+    except Exception as error:  # importing a user's module can raise anything
+        return one_line(error)
     return None

@@ -90,6 +90,7 @@ class Display:
         """The result of one run."""
         if not self.brief:
             self._print(result_table(metrics))
+            self._print(gradient_line(metrics["gradient_norm"]))
         self._print(interval_line(metrics["lipschitz"]))
         self._print(f"{folder}{'' if self.brief else '/'}")
 
@@ -98,22 +99,27 @@ class Display:
 
 
 def result_table(metrics: Mapping[str, Any]) -> Table:
-    """Loss and metric on train and test points, and the gradient norms over them."""
-    gradient = metrics["gradient_norm"]
-    metric = "accuracy" if "accuracy" in metrics["test"] else "mse"
+    """Loss and metric on the train and the test points."""
     table = Table(show_edge=False, box=None, pad_edge=False, header_style="bold")
     table.add_column("")
-    for name in ("train", "test"):
-        table.add_column(name, justify="right")
-    for key in ("loss", metric):
+    for split in ("train", "test"):
+        table.add_column(split, justify="right")
+    for key in ("loss", "accuracy" if "accuracy" in metrics["test"] else "mse"):
         table.add_row(key, *(f"{metrics[split][key]:.6g}" for split in ("train", "test")))
-    table.add_section()
-    norm = f"‖∇f‖{SUBSCRIPT[gradient['q']]}"
-    table.add_row(f"{norm} median, 5 % to 95 %", f"{gradient['median']:.4f}", _range(gradient))
-    for key, value in gradient["data_max"].items():
-        name = SUBSCRIPT[key if key == "inf" else int(key)]
-        table.add_row(f"‖∇f‖{name} largest at a point", f"{value:.4f}", "")
     return table
+
+
+def gradient_line(gradient: Mapping[str, Any]) -> str:
+    """The distribution of the gradient norm over the data, in q, and its maximum in every norm."""
+    largest = "  ".join(
+        f"‖∇f‖{SUBSCRIPT[key if key == 'inf' else int(key)]} {below(value)}"
+        for key, value in gradient["data_max"].items()
+    )
+    return (
+        f"over the data: median ‖∇f‖{SUBSCRIPT[gradient['q']]} {gradient['median']:.4f}, "
+        f"5 % to 95 %: {gradient['p05']:.4f} to {gradient['p95']:.4f}\n"
+        f"largest there: {largest}"
+    )
 
 
 def interval_line(lipschitz: Mapping[str, Any]) -> str:
@@ -146,11 +152,8 @@ def above(value: float, limit: float | None, digits: int = 4) -> str:
 
 def _decimal(value: float, digits: int, rounding: str) -> str:
     rounded = Context(prec=digits, rounding=rounding).create_decimal(Decimal(value))
-    return f"{rounded.normalize():f}" if 1e-4 <= abs(value) < 1e6 else f"{rounded.normalize():E}".lower()
-
-
-def _range(gradient: Mapping[str, float]) -> str:
-    return f"{gradient['p05']:.4f} to {gradient['p95']:.4f}"
+    plain = value == 0 or 1e-4 <= abs(value) < 1e6
+    return f"{rounded.normalize():f}" if plain else f"{rounded.normalize():E}".lower()
 
 
 def _optional(value: float | None) -> str:

@@ -45,7 +45,7 @@ def _contours(layers: Sequence[Layer], act: nn.Module, record: Record, names: Ma
     mesh = np.stack(np.meshgrid(*axes_values), axis=-1)  # (rows, columns, 2)
     f = scan(layers, act, torch.from_numpy(mesh.reshape(1, -1, 2))).f.view(mesh.shape[:2]).numpy()
 
-    figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.4, 3.9), dpi=150, layout="constrained")
     ax: Axes = figure.add_subplot()
     for inside, colour in ((~label, BLUE), (label, ORANGE)):
         ax.scatter(points[inside, 0], points[inside, 1], s=7, color=colour, alpha=0.45, linewidths=0)

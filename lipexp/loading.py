@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from lipexp.activations import Activation
@@ -26,6 +27,10 @@ class LoadedRun:
     config: dict[str, Any]
     metrics: dict[str, Any]
     folder: Path
+
+    def table(self, name: str) -> pd.DataFrame:
+        """One of the run's tables: `history`, `gradients` or `layers`."""
+        return RunFolder(self.folder).table(name)
 
 
 def load_run(run: str | PathLike[str], trust: bool = False) -> LoadedRun:

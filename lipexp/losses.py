@@ -24,7 +24,7 @@ class Loss(nn.Module):
 
 def _per_run(value: Any, like: Tensor) -> Tensor:
     """A float or a (K,) tensor as something that broadcasts against `like` (K, B)."""
-    return torch.as_tensor(value).to(like).reshape(-1, 1)
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(-1, 1)
 
 
 class BCE(Loss):

@@ -6,17 +6,25 @@ so a folder that has it is complete. A failed run has failed.json instead.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from lipexp.config import GROUPS
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import pandas as pd
 
 SCHEMA = 1  # of metrics.json
 HYDRA_FILES = {".hydra", "train.log", "multirun.yaml"}  # what Hydra puts into a folder before the run starts
@@ -52,12 +60,23 @@ class RunFolder:
         self._write("model.pt", lambda path: path.write_bytes(content))
         return hashlib.sha256(content).hexdigest()
 
-    def write_table(self, name: str, columns: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """`name`.csv from columns, or from rows."""
-        import pandas as pd
+    def write_columns(self, name: str, columns: Mapping[str, npt.NDArray[Any]]) -> None:
+        """`name`.csv from columns of equal length; every float keeps all its digits."""
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        self._write_csv(name, list(columns), rows)
 
-        table = pd.DataFrame(columns)
-        self._write(f"{name}.csv", lambda path: table.to_csv(path, index=False))
+    def write_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """`name`.csv from rows with the same keys."""
+        self._write_csv(name, list(rows[0]) if rows else [], (list(row.values()) for row in rows))
+
+    def _write_csv(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        def write(path: Path) -> None:
+            with path.open("w", newline="") as file:
+                table = csv.writer(file, lineterminator="\n")
+                table.writerow(header)
+                table.writerows(rows)
+
+        self._write(f"{name}.csv", write)
 
     def write_figure(self, figure: Any) -> None:
         """figure.png from a matplotlib figure."""
@@ -85,8 +104,32 @@ class RunFolder:
 
     def choices(self) -> dict[str, str]:
         """The option chosen in each group: {"act": "groupsort", ...}; empty where Hydra did not record it."""
+        if not (self.path / ".hydra" / "hydra.yaml").is_file():
+            return {}
         hydra = self._read_yaml(".hydra/hydra.yaml").get("hydra", {})
         return {str(k): str(v) for k, v in hydra.get("runtime", {}).get("choices", {}).items()}
+
+    def settings(self) -> dict[str, Any]:
+        """The option of each group and all settings, with dotted keys; empty where Hydra recorded nothing.
+
+        An option has the name that was chosen, or that of its class where no choice is recorded.
+        """
+        config: dict[str, Any] = {}
+        choices: dict[str, str] = {}
+        with suppress(OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):  # none, or not Hydra's
+            config = flat(self.config())
+            choices = self.choices()
+        classes = {group: str(config.get(f"{group}._target_", "")).rpartition(".")[2] for group in GROUPS}
+        options = {group: choices.get(group) or classes[group] for group in GROUPS}
+        return {group: option for group, option in options.items() if option} | {
+            key: value for key, value in config.items() if key not in GROUPS
+        }
+
+    def table(self, name: str) -> pd.DataFrame:
+        """`name`.csv, one of history, gradients and layers."""
+        import pandas as pd
+
+        return pd.read_csv(self.path / f"{name}.csv")
 
     def model_bytes(self) -> bytes:
         """The content of model.pt."""
@@ -119,6 +162,15 @@ class RunFolder:
             os.replace(temporary, self.path / name)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}; lists stay whole."""
+    leaves: dict[str, Any] = {}
+    for key, value in node.items():
+        nested = isinstance(value, Mapping) and value
+        leaves |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return leaves
 
 
 def find(folders: Sequence[Path]) -> list[RunFolder]:

@@ -194,7 +194,7 @@ def train_many(
     for run, (member, folder, record) in enumerate(zip(members, folders, records, strict=True)):
         if record is None:
             failure = last.failures[run]
-            folder.write_table("history", history[run])
+            folder.write_rows("history", history[run])
             folder.write_failure(failure.reason, failure.step)
             outcomes.append(Outcome(None, failure))
             continue
@@ -216,9 +216,9 @@ def _write(
 ) -> dict[str, Any]:
     """Write all files of a finished run, metrics.json last, and return its content."""
     certificate = record.certificate
-    folder.write_table("history", history)
-    folder.write_table("gradients", record.gradients)
-    folder.write_table("layers", record.layers)
+    folder.write_rows("history", history)
+    folder.write_columns("gradients", record.gradients)
+    folder.write_rows("layers", record.layers)
     digest = folder.write_model(state_dict(checkpoint.layers, run))
     verdict = certificate.verdict(record.measured.value)
     metrics = {

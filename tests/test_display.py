@@ -28,7 +28,13 @@ def test_an_upper_bound_below_its_limit_is_shown_below_it(limit, gap):
 
 @pytest.mark.parametrize(
     ("value", "down", "up"),
-    [(1.0, "1", "1"), (0.99999, "0.9999", "1"), (123.456, "123.4", "123.5"), (3e-7, "2.999e-7", "3e-7")],
+    [
+        (1.0, "1", "1"),
+        (0.99999, "0.9999", "1"),
+        (123.456, "123.4", "123.5"),
+        (3e-7, "2.999e-7", "3e-7"),
+        (0.0, "0", "0"),
+    ],
 )
 def test_how_numbers_look(value, down, up):
     assert (below(value), above(value, None)) == (down, up)

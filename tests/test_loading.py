@@ -6,7 +6,6 @@ import json
 import pickle
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 
@@ -39,7 +38,7 @@ def finished(compose, tmp_path_factory):
 def test_the_loaded_network_computes_what_the_run_reported(finished, act):
     folder = finished(f"act={act}")
     run = lipexp.load(folder)
-    table = pd.read_csv(folder / "gradients.csv")
+    table = run.table("gradients")
     x = torch.tensor(table[["x0", "x1"]].to_numpy(), dtype=torch.float64, requires_grad=True)
     f = run.network.double()(x)
     assert f.shape == (len(table), 1)

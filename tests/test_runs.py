@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
+import numpy as np
 import pytest
 
 from lipexp.runs import RunFolder, find
@@ -49,11 +51,14 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(tmp_path):
 
 
 def test_tables_keep_every_digit(tmp_path):
-    import pandas as pd
-
     value = 0.1 + 0.2
-    RunFolder(tmp_path).write_table("table", {"x": [value, 1e-300], "name": ["a", "b"]})
-    assert pd.read_csv(tmp_path / "table.csv")["x"].tolist() == [value, 1e-300]
+    RunFolder(tmp_path).write_columns("columns", {"x": np.array([value, 1e-300]), "name": np.array(["a", "b"])})
+    RunFolder(tmp_path).write_rows("rows", [{"x": value, "y": None}, {"x": 1e-300, "y": 2}])
+    for name in ("columns", "rows"):
+        with (tmp_path / f"{name}.csv").open(newline="") as file:
+            assert [float(row["x"]) for row in csv.DictReader(file)] == [value, 1e-300]
+    assert (tmp_path / "columns.csv").read_text().splitlines()[2] == "1e-300,b"
+    assert (tmp_path / "rows.csv").read_text().splitlines()[1] == "0.30000000000000004,"
 
 
 def test_only_what_hydra_wrote_is_discarded(tmp_path):

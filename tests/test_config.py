@@ -1,0 +1,229 @@
+"""Bad input is refused in one line, and only trusted targets are instantiated."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+import lipexp
+from lipexp.activations import GroupSort, ReLU
+from lipexp.config import ConfigError, Settings, conf_dir, instantiate, no_such, number, one_of, plain, whole
+
+GROUPSORT = "lipexp.activations.GroupSort"
+
+
+def refusal(call, *args, **kwargs) -> str:
+    """The text of the ConfigError that a call ends with."""
+    with pytest.raises(ConfigError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_error_is_one_line_of_option_value_and_what_is_allowed():
+    error = ConfigError("noise", -1, "must be at least 0")
+    assert str(error) == "noise=-1: must be at least 0"
+    assert str(error.under("dataset")) == "dataset.noise=-1: must be at least 0"
+    assert str(ConfigError("run", None, "must be named")) == "run: must be named"
+    assert isinstance(error, ValueError)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**300), 10**300))
+def test_a_number_comes_back_as_a_float_of_its_value(value):
+    found = number("x", value)
+    assert type(found) is float
+    assert found == float(value)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False), st.floats(-10, 10))
+def test_the_limits_of_a_number_are_above_exclusive_and_least_inclusive(value, limit):
+    for limits, allowed in (({"above": limit}, value > limit), ({"least": limit}, value >= limit)):
+        if allowed:
+            assert number("x", value, **limits) == value
+        else:
+            assert refusal(number, "x", value, **limits).startswith(f"x={value}: must be a finite number")
+
+
+def test_a_refused_number_names_its_limits():
+    assert refusal(number, "lr", 0, above=0) == "lr=0: must be a finite number above 0"
+    assert refusal(number, "noise", -0.5, least=0) == "noise=-0.5: must be a finite number, at least 0"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "1", None, True, [1], 1j])
+def test_what_is_not_a_finite_number_is_refused(value):
+    shown = "x" if value is None else f"x={value}"
+    assert refusal(number, "x", value) == f"{shown}: must be a finite number"
+
+
+def test_a_whole_number_too_large_for_a_float_is_refused():
+    assert "must be a finite number" in refusal(number, "lr", 10**400, above=0)
+
+
+def test_a_tensor_of_one_value_a_run_passes_as_it_is():
+    value = torch.tensor([-1.0, 2.0])
+    assert number("x", value, above=0) is value
+
+
+def test_whole_numbers_are_integers_and_large_enough():
+    assert whole("n", 3, least=3) == 3
+    for value in (2, 3.0, "3", math.nan):
+        assert refusal(whole, "n", value, least=3) == f"n={value}: must be a whole number, at least 3"
+    assert refusal(whole, "n", True, least=1) == "n=True: must be a whole number, at least 1"
+    assert refusal(whole, "n", None, least=3) == "n: must be a whole number, at least 3"
+
+
+def test_one_of_names_the_nearest_match_and_all_that_is_allowed():
+    names = ["cosine", "linear", "constant"]
+    assert one_of("schedule", "linear", names) == "linear"
+    assert refusal(one_of, "schedule", "cosin", names) == (
+        "schedule=cosin: no such option; did you mean cosine? (cosine, linear, constant)"
+    )
+    assert refusal(one_of, "schedule", "zzz", names) == "schedule=zzz: no such option (cosine, linear, constant)"
+    assert refusal(one_of, "schedule", None, names).endswith("(cosine, linear, constant)")
+
+
+def test_a_near_match_is_spelled_as_it_is_typed():
+    text = no_such("option", "hing", ["bce", "hinge", "mse"], "loss=")
+    assert text == "no such option; did you mean loss=hinge? (bce, hinge, mse)"
+
+
+def test_conf_is_the_folder_beside_or_inside_the_package():
+    package = Path(lipexp.__file__).resolve().parent
+    assert conf_dir().parent in (package, package.parent)
+    assert (conf_dir() / "config.yaml").is_file()
+
+
+def test_every_setting_of_the_schema_must_be_set_by_conf():
+    assert OmegaConf.missing_keys(OmegaConf.structured(Settings)) == {f.name for f in dataclasses.fields(Settings)}
+
+
+def test_plain_resolves_interpolations_against_the_whole_configuration():
+    config = OmegaConf.create(
+        {"lipschitz": 3.0, "loss": {"margin": 0.5, "lipschitz": "${lipschitz}"}, "act": None}
+    )
+    assert plain(config.loss) == {"margin": 0.5, "lipschitz": 3.0}
+    assert plain(config.act) == {}
+
+
+def test_instantiate_makes_the_object_with_its_arguments():
+    made = instantiate({"_target_": GROUPSORT, "n_groups": 4}, "act")
+    assert type(made) is GroupSort
+    assert made.n_groups == 4
+
+
+@pytest.mark.parametrize("node", [None, {}, {"n_groups": 2}, OmegaConf.create({"_target_": None})])
+def test_an_option_without_a_target_is_refused(node):
+    assert refusal(instantiate, node, "act").endswith("needs an option with a _target_")
+
+
+def test_a_refused_argument_is_named_as_on_the_command_line():
+    assert refusal(instantiate, {"_target_": GROUPSORT, "n_groups": 0}, "act") == (
+        "act.n_groups=0: must be a whole number, at least 1"
+    )
+
+
+def test_an_unknown_argument_is_refused_by_its_name():
+    text = refusal(instantiate, {"_target_": "lipexp.activations.ReLU", "slope": 1}, "act")
+    assert text.startswith("act._target_=lipexp.activations.ReLU: does not take these arguments:")
+    assert "'slope'" in text
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("lipexp.activations.Nope", "Nope"),
+        ("lipexp.nope.ReLU", "No module named 'lipexp.nope'"),
+        ("nomodule.ReLU", "No module named 'nomodule'"),
+        ("ReLU", "not a dotted path"),
+        ("", "not a dotted path"),
+        (".ReLU", ""),
+        ("lipexp..ReLU", ""),
+        ("lipexp.activations.", ""),
+    ],
+)
+def test_a_target_that_cannot_be_found_is_refused_with_the_reason(target, why):
+    text = refusal(instantiate, {"_target_": target}, "act")
+    assert text.startswith(f"act._target_={target}: cannot be used: ")
+    assert why in text
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("def broken(:", "invalid syntax"),
+        ("Mine = undefined_name", "undefined_name"),
+        ("import no_such_module", "no_such_module"),
+        ("class Mine:\n    def __init__(self): self.missing", "missing"),
+        ("class Mine:\n    def __init__(self): import no_such_module", "no_such_module"),
+    ],
+    ids=["syntax error", "name error", "missing module", "attribute error inside", "missing module inside"],
+)
+def test_a_class_of_the_user_that_breaks_is_refused_with_the_reason(source, why, request, tmp_path, monkeypatch):
+    module = "users_" + request.node.callspec.id.replace(" ", "_")
+    (tmp_path / f"{module}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    text = refusal(instantiate, {"_target_": f"{module}.Mine"}, "act")
+    assert text.startswith(f"act._target_={module}.Mine: cannot be used: ")
+    assert why in text
+
+
+def test_a_class_of_the_user_is_instantiated_when_trusted(tmp_path, monkeypatch):
+    (tmp_path / "users_own.py").write_text("class Mine:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert type(instantiate({"_target_": "users_own.Mine"}, "act")).__name__ == "Mine"
+
+
+@pytest.mark.parametrize("target", ["torch.nn.Tanh", "lipexpert.Evil", "lipexp", "os.system"])
+def test_without_trust_a_target_outside_lipexp_is_refused(target):
+    text = refusal(instantiate, {"_target_": target}, "act", trust=False)
+    assert text == f"act._target_={target}: lies outside lipexp and runs code; pass trust to allow it"
+
+
+def test_without_trust_a_class_of_lipexp_is_instantiated():
+    assert type(instantiate({"_target_": "lipexp.activations.ReLU"}, "act", trust=False)) is ReLU
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"_target_": "strangers.groups"},
+        [{"inside": {"_target_": "strangers.groups"}}],
+        "${oc.create:{_target_: strangers.groups}}",
+    ],
+    ids=["nested", "in a list", "by interpolation"],
+)
+def test_without_trust_an_argument_cannot_bring_a_target_of_its_own(argument, tmp_path, monkeypatch):
+    """Hydra resolves and instantiates nested nodes too: the rule must hold for all of them, before code is run."""
+    (tmp_path / "strangers.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef groups(): return 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "strangers", raising=False)
+    with pytest.raises(ConfigError):
+        instantiate({"_target_": GROUPSORT, "n_groups": argument}, "act", trust=False)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "lipexp.cli.sys.exit",
+        "lipexp.activations.nn.Tanh",
+        "lipexp.activations.Tensor",
+        "lipexp.loop.torch.get_num_threads",
+        "lipexp.config.conf_dir",
+        "lipexp.runs.find",
+    ],
+)
+def test_without_trust_only_classes_that_lipexp_defines_are_instantiated(target):
+    """What a module of lipexp imports is not lipexp's, and a function such as hydra_app.main can run anything."""
+    with pytest.raises(ConfigError):
+        instantiate({"_target_": target}, "act", trust=False)
