@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -122,7 +122,7 @@ class GroupSort(PiecewiseLinear):
         if self.neighbours:
             return x.unflatten(-1, (width // size, size)).sort(dim=-1).values.flatten(-2)
         if size == 2:
-            return _sort_halves(x)
+            return _Exchange.apply(x)
         return x.unflatten(-1, (size, width // size)).sort(dim=-2).values.flatten(-2)
 
     def order(self, width: int) -> Tensor | None:
@@ -152,46 +152,72 @@ class GroupSort(PiecewiseLinear):
         return f"n_groups={self.n_groups}, group_size={self.group_size}, neighbours={self.neighbours}"
 
 
-_SAME_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16}
+_SAME_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
 
 
-class _SortHalves(torch.autograd.Function):
-    """(a, b) -> (min, max) of the two halves of the last axis, by exchanging bits.
+class _Exchange(torch.autograd.Function):
+    """The halves a, b of the last axis of x (..., H), exchanged where `swap` (..., H/2) is -1, kept where it is 0.
 
-    `swap` is all ones where b - a is negative and zero elsewhere; xor with the masked difference of the bit
-    patterns then exchanges a and b exactly there, with vector instructions throughout. A comparison and two
-    `where` cost twice as much, and autograd's maximum pays for ties besides.
+    Without a `swap` it sorts: exchanged is where b - a is negative. Backwards it is the same places.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        a, b = x.chunk(2, dim=-1)
-        bits = _SAME_BITS[x.dtype]
-        swap = (b - a).view(bits) >> (8 * x.element_size() - 1)  # the sign bit, spread over the word
-        ctx.save_for_backward(swap)
-        return _exchange(x, swap)
+    def forward(ctx: Any, x: Tensor, swap: Tensor | None = None) -> Tensor:
+        out, ctx.swap = _exchanged(x.detach(), swap)
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (swap,) = ctx.saved_tensors
-        return _exchange(gradients[0], swap)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():  # somebody wants a second derivative
+            return _Exchange.apply(gradients[0], ctx.swap), None
+        return _exchanged(gradients[0], ctx.swap)[0], None
 
 
-def _exchange(x: Tensor, swap: Tensor) -> Tensor:
-    """x (..., H) with feature j and feature H/2 + j exchanged where swap (..., H/2) is all ones."""
+def _exchanged(x: Tensor, swap: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x after the exchange, and the `swap` that was used.
+
+    The arithmetic is on bit patterns: with d = a - b, a + d swap and b - d swap are a and b, exchanged or not.
+    Integers wrap around, so nothing is rounded. These are vector instructions; a comparison and two `where` cost
+    several times as much, and autograd's maximum pays for ties besides.
+    """
+    bits = _SAME_BITS[x.dtype]
+    a, b = x.chunk(2, dim=-1)
+    if swap is None:
+        swap = (b - a).view(bits).clamp_(-1, 0)  # the integer is negative where the float is
+    a, b = a.view(bits), b.view(bits)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    a, b = (half.view(swap.dtype) for half in x.chunk(2, dim=-1))
-    out_a, out_b = (half.view(swap.dtype) for half in out.chunk(2, dim=-1))
-    difference = (a ^ b).bitwise_and_(swap)
-    torch.bitwise_xor(a, difference, out=out_a)
-    torch.bitwise_xor(b, difference, out=out_b)
-    return out
-
-
-def _sort_halves(x: Tensor) -> Tensor:
-    return _SortHalves.apply(x)
+    out_a, out_b = out.view(bits).chunk(2, dim=-1)
+    difference = a - b
+    torch.addcmul(a, difference, swap, out=out_a)
+    torch.addcmul(b, difference, swap, value=-1, out=out_b)
+    return out, swap
 
 
 def declared_norms(act: nn.Module) -> frozenset[float]:
     """The p-norms in which `act` says that it is 1-Lipschitz; none for a class that does not say."""
-    return frozenset(float(p) for p in getattr(act, "norms", ()))
+    return frozenset(float(p) for p in cast(Any, act.norms)) if _declares(act, "norms") else frozenset()
+
+
+def is_piecewise_linear(act: nn.Module) -> bool:
+    """Whether `act` says which linear map it is near a point."""
+    return isinstance(act, PiecewiseLinear) and _declares(act, "piece")
+
+
+def _declares(act: nn.Module, name: str) -> bool:
+    """Whether `act` has `name` as a statement about its own `forward`.
+
+    A subclass that replaces `forward` inherits what its base says of another map; that does not count.
+    """
+    if name in vars(act):
+        return True
+    for cls in type(act).__mro__:
+        if name in vars(cls):
+            return True
+        if "forward" in vars(cls):
+            return False
+    return False

@@ -30,6 +30,7 @@ class Settings:
     eval_every: int = MISSING
     device: str = MISSING
     threads: int = MISSING
+    resume: bool = MISSING
     dataset: Any = MISSING
     act: Any = MISSING
     constraint: Any = MISSING
@@ -78,6 +79,22 @@ def number(option: str, value: Any, *, above: float | None = None, least: float 
     return result
 
 
+LIPSCHITZ_RANGE = (1e-30, 1e30)  # what float32 weights hold with room to spare
+
+
+def lipschitz_constant(option: str, value: Any) -> Any:
+    """`value` as a positive number that float32 weights can realise; a (K,) tensor passes as it is.
+
+    Raises:
+        ConfigError: not a number, not positive, or out of that range.
+    """
+    constant = number(option, value, above=0)
+    low, high = LIPSCHITZ_RANGE
+    if not _is_tensor(constant) and not low <= constant <= high:
+        raise ConfigError(option, value, f"must be between {low:g} and {high:g}, for float32")
+    return constant
+
+
 def whole(option: str, value: Any, *, least: int) -> int:
     """`value` as an integer, at least `least`.
 
@@ -121,7 +138,7 @@ def conf_dir() -> Path:
 
 
 def plain(node: Any) -> dict[str, Any]:
-    """A configuration node as a plain dict with its interpolations resolved."""
+    """A configuration node as a plain dict; the interpolations of a DictConfig are resolved."""
     resolved: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
     return {str(key): value for key, value in dict(resolved or {}).items()}
 
@@ -146,16 +163,20 @@ def instantiate(node: Any, group: str, *, trust: bool = True) -> Any:
     if not isinstance(target, str):
         raise ConfigError(group, arguments or "null", "needs an option with a _target_")
     option = f"{group}._target_"
-    for named in [target] if trust else _targets(arguments):
-        if not trust and not _of_lipexp(named):
-            raise ConfigError(option, named, "lies outside lipexp and runs code; pass trust to allow it")
+    own = _is_class_of_lipexp(target)
+    if not own and not trust:
+        raise ConfigError(option, target, "lies outside lipexp and runs code; pass trust to allow it")
     missing = _import_failure(target)
     if missing is not None:
         raise ConfigError(option, target, f"cannot be used: {missing}")
     try:
-        return hydra_instantiate(arguments, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
+        if not own:
+            return hydra_instantiate(arguments, _convert_="all")
+        # Not by Hydra, which would instantiate nested targets and resolve interpolations in the arguments.
+        del arguments["_target_"]
+        return _find(target)(**arguments)
+    except (InstantiationException, ConfigError, TypeError) as error:
+        cause = error.__cause__ if isinstance(error, InstantiationException) else error
         if isinstance(cause, ConfigError):
             raise cause.under(group) from None
         if isinstance(cause, TypeError):
@@ -169,32 +190,27 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, ConfigError | ImportError | TypeError) else f"{type(error).__name__}: {text}"
 
 
-def _targets(node: Any) -> list[str]:
-    """Every `_target_` in a configuration node, nested ones included: Hydra instantiates them all."""
-    if isinstance(node, dict):
-        own = [str(node["_target_"])] if "_target_" in node else []
-        return own + [target for value in node.values() for target in _targets(value)]
-    if isinstance(node, list | tuple):
-        return [target for value in node for target in _targets(value)]
-    return []
-
-
-def _of_lipexp(target: str) -> bool:
-    """Whether `target` names something that a module of lipexp defines, not merely imports."""
+def _find(target: str) -> Any:
     module, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _is_class_of_lipexp(target: str) -> bool:
+    """Whether `target` names a class that a module of lipexp defines, not merely imports."""
+    module = target.rpartition(".")[0]
     if not module.startswith("lipexp."):
         return False
     try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError:
+        found = _find(target)
+    except (ImportError, AttributeError):
         return False
-    return found is None or getattr(found, "__module__", None) == module
+    return isinstance(found, type) and found.__module__ == module
 
 
 def _import_failure(target: str) -> str | None:
     """Why `target` cannot be imported, in one line; None if it can."""
     module, _, name = target.rpartition(".")
-    if not all(part.isidentifier() for part in target.split(".")) or not module:
+    if not module or not all(part.isidentifier() for part in target.split(".")):
         return "it is not a dotted path to a class"
     try:
         if not hasattr(importlib.import_module(module), name):

@@ -44,7 +44,11 @@ class Dataset:
 
     def draw(self, stream: np.random.SeedSequence) -> Data:
         """The data of one run: train and test set come from two children of its stream."""
-        train, test = (np.random.default_rng(child) for child in stream.spawn(2))
+        # Not stream.spawn(2), which counts its calls: the same stream must draw the same data again.
+        keys = [(*stream.spawn_key, part) for part in range(2)]
+        train, test = (
+            np.random.default_rng(np.random.SeedSequence(stream.entropy, spawn_key=key)) for key in keys
+        )
         train_x, train_y = self.sample(self.n_train, train)
         test_x, test_y = self.sample(self.n_test, test)
         return Data(*(np.asarray(a, dtype=np.float32) for a in (train_x, train_y, test_x, test_y)))

@@ -46,7 +46,7 @@ class Certificate:
     def verdict(self, measured: float) -> str:
         """PASS, or FAIL when the exact comparison measured <= certified <= L does not hold; OPEN: no bound.
 
-        A FAIL is a bug in lipexp: both sides are rigorous.
+        Where `measured` comes from exact arithmetic both sides are rigorous, and a FAIL is a bug in lipexp.
         """
         if self.value is None:
             return "OPEN"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from omegaconf import OmegaConf
 
 from lipexp.activations import Activation
 from lipexp.config import ConfigError, instantiate
@@ -40,7 +41,7 @@ def load_run(run: str | PathLike[str], trust: bool = False) -> LoadedRun:
         raise ConfigError("run", run, "is not a finished run: it has no metrics.json")
     config = folder.config()
     state = _state_dict(folder)
-    act = instantiate(config["act"], "act", trust=trust)
+    act = instantiate(OmegaConf.create(config)["act"], "act", trust=trust)
     try:
         weights = [state[f"layers.{i}.weight"] for i in range((len(state) + 1) // 2)]
         shapes = [(weight.shape[0], weight.shape[1]) for weight in weights]

@@ -9,6 +9,7 @@ reach the others.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lipexp.activations import Activation
 from lipexp.constraints import Constraint
 from lipexp.datasets import Data
 from lipexp.losses import Loss
@@ -41,7 +41,7 @@ class Streams(NamedTuple):
 
 
 def generator(stream: np.random.SeedSequence) -> torch.Generator:
-    """A CPU generator of torch at the start of `stream`."""
+    """A CPU generator of torch at the start of `stream`; torch takes 32 bits of it as its seed."""
     return torch.Generator().manual_seed(int(stream.generate_state(1, np.uint64)[0]))
 
 
@@ -73,9 +73,56 @@ class Checkpoint:
     """The baked networks after `step` steps, as handed to `evaluate`."""
 
     step: int
-    layers: list[Layer]  # float32, on the CPU, features in baked order
-    act: nn.Module  # for features in baked order
+    layers: list[Layer]  # float32, on the CPU
+    act: nn.Module  # on the CPU
     failures: dict[int, Failure] = field(default_factory=dict)  # run -> failure; its layers are zero
+
+
+class Trainer:
+    """K runs in training: their parameters, their data, and the step.
+
+    `fit` puts checkpoints between the steps; `lipexp bench` times them alone.
+    """
+
+    def __init__(
+        self, stack: Stack, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.stack = stack
+        self.steps_done = 0
+        self.act = stack.act.to(device, dtype)
+        self.x = torch.stack([torch.from_numpy(data.train_x) for data in stack.data]).to(
+            device, dtype
+        )  # (K, N, D)
+        self.y = torch.stack([torch.from_numpy(data.train_y) for data in stack.data]).to(device, dtype)  # (K, N)
+        batch_generators = [generator(s.batches) for s in stack.streams]
+        self._batches = batch_indices(self.x.shape[1], stack.batch_size, batch_generators)
+
+        self.shapes = stack.model.shapes(self.x.shape[2])
+        parameters = torch.stack([stack.model.initial(self.shapes, generator(s.weights)) for s in stack.streams])
+        self.parameters = parameters.to(device, dtype)  # (K, P)
+        # The layers are views of them that autograd takes for parameters of their own.
+        self.layers = [
+            Layer(*(part.detach().requires_grad_() for part in layer))
+            for layer in unflatten(self.parameters, self.shapes)
+        ]
+        stack.constraint.start(self.layers)
+        stack.optim.start(self.parameters)
+        _keep_freed_memory()
+
+    def step(self) -> Tensor:
+        """One optimiser step of every run; returns the losses (K,) before it."""
+        stack = self.stack
+        index = next(self._batches).to(self.x.device, non_blocking=True)  # (K, B)
+        f = forward(stack.constraint.apply(self.layers), self.act, _rows(self.x, index))
+        loss = stack.loss(f.squeeze(-1), self.y.gather(1, index)).mean(dim=1)  # (K,)
+        leaves = [part for layer in self.layers for part in layer]
+        # Zero for what a class of the user's cuts off, instead of an error.
+        gradients = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
+        gradient = torch.cat([part.flatten(1) for part in gradients], dim=1)  # (K, P)
+        with torch.no_grad():
+            stack.optim.step(self.parameters, gradient, progress=self.steps_done / stack.steps)
+        self.steps_done += 1
+        return loss.detach()
 
 
 def fit(
@@ -91,40 +138,28 @@ def fit(
         evaluate: called with the baked networks before the first step, every `eval_every` steps and at the end.
         tick: called with the number of finished steps now and then, for a progress display.
     """
-    shapes = stack.model.shapes(stack.data[0].train_x.shape[1])
-    parameters = torch.stack([stack.model.initial(shapes, generator(s.weights)) for s in stack.streams])
-    parameters = parameters.to(device, dtype).requires_grad_()  # (K, P)
-    x = torch.stack([torch.from_numpy(data.train_x) for data in stack.data]).to(device, dtype)  # (K, N, D)
-    y = torch.stack([torch.from_numpy(data.train_y) for data in stack.data]).to(device, dtype)  # (K, N)
-    batches = batch_indices(x.shape[1], stack.batch_size, [generator(s.batches) for s in stack.streams])
-    act = stack.act.to(device, dtype)
-    baked_act = act.baked() if isinstance(act, Activation) else act
-
-    stack.constraint.start(unflatten(parameters, shapes))
-    stack.optim.start(parameters.detach())
+    act = copy.deepcopy(stack.act).to("cpu", torch.float64)  # the trainer moves its own to the device
+    trainer = Trainer(stack, device, dtype)
+    parameters = trainer.parameters
     failures: dict[int, Failure] = {}
 
     def checkpoint(step: int) -> Checkpoint:
-        finite = torch.isfinite(parameters.detach()).all(dim=1)  # (K,)
+        finite = torch.isfinite(parameters).all(dim=1)  # (K,)
         for run in (~finite).nonzero().flatten().tolist():
             failures.setdefault(run, Failure("the parameters are no longer finite", step))
         lost = torch.zeros(len(parameters), 1, dtype=torch.bool, device=parameters.device)
         lost[list(failures)] = True
-        sound = parameters.detach().masked_fill(lost, 0)
-        layers = stack.constraint.bake(unflatten(sound, shapes), act)
-        return Checkpoint(step, layers, baked_act, dict(failures))
+        layers = stack.constraint.bake(unflatten(parameters.masked_fill(lost, 0), trainer.shapes))
+        for run in range(len(parameters)):
+            if not all(torch.isfinite(part[run]).all() for layer in layers for part in layer):
+                failures.setdefault(run, Failure("the network does not fit into float32", step))
+        return Checkpoint(step, layers, act, dict(failures))
 
     current = checkpoint(0)
     evaluate(current)
     losses: list[Tensor] = []  # (K,) each, since the last checkpoint
     for step in range(1, stack.steps + 1):
-        index = next(batches).to(device)  # (K, B)
-        f = forward(stack.constraint.apply(unflatten(parameters, shapes)), act, _rows(x, index))
-        loss = stack.loss(f.squeeze(-1), y.gather(1, index)).mean(dim=1)  # (K,)
-        (gradient,) = torch.autograd.grad(loss.sum(), parameters)
-        with torch.no_grad():
-            stack.optim.step(parameters, gradient, progress=(step - 1) / stack.steps)
-        losses.append(loss.detach())
+        losses.append(trainer.step())
         if step == stack.steps or (stack.eval_every and step % stack.eval_every == 0):
             _note_failures(losses, step, failures)
             losses.clear()
@@ -143,6 +178,15 @@ def batch_indices(n: int, batch_size: int, generators: Sequence[torch.Generator]
         shuffled = torch.stack([torch.randperm(n, generator=g) for g in generators])
         for start in range(0, n - batch_size + 1, batch_size):
             yield shuffled[:, start : start + batch_size]
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep what a step frees for the next one.
+
+    glibc hands blocks as large as a stack's features back to the system, and fetching them anew costs a fifth of
+    the time. It stops once it has seen a block of nearly 32 MiB freed (mallopt(3), M_MMAP_THRESHOLD).
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

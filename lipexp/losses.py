@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipexp.config import number
+from lipexp.config import lipschitz_constant, number
 
 
 class Loss(nn.Module):
@@ -52,8 +52,8 @@ class Hinge(Loss):
     """max(0, m - s f) / L with s = 2 y - 1 and m = margin * L, y in {0, 1}.
 
     It stops at its margin, so a bounded network can spend its slope on the decision line. `margin` is a distance
-    in input space: a point with no loss is at least `margin` away from every point of the other class. Dividing
-    by L makes training the same for every L up to the scale of f.
+    in input space: a point with no loss is at least `margin` away from every point where f has the other sign.
+    Dividing by L makes training the same for every L up to the scale of f.
 
     Args:
         margin: the radius asked for, in the units of the input.
@@ -66,7 +66,7 @@ class Hinge(Loss):
     def __init__(self, margin: float = 0.5, lipschitz: float = 1.0) -> None:
         super().__init__()
         self.margin = number("margin", margin, least=0)
-        self.lipschitz = number("lipschitz", lipschitz, above=0)
+        self.lipschitz = lipschitz_constant("lipschitz", lipschitz)
 
     def forward(self, f: Tensor, y: Tensor) -> Tensor:
         return torch.relu(_per_run(self.margin, f) - (2 * y - 1) * f / _per_run(self.lipschitz, f))

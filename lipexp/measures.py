@@ -7,21 +7,24 @@ arithmetic: the point and the weights are rational numbers, the activations are 
 piece and its gradient are known exactly, and only the last step, the norm, is rounded: down. So what is reported
 is never above the true constant, not even by rounding, and a point on a kink, where autograd can return a value
 that no gradient takes, is moved off it.
+
+That holds for activations that name their linear pieces, as all of lipexp's do. For a class of the user's the
+value is an estimate in float64, and is called one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lipexp.activations import PiecewiseLinear
+from lipexp.activations import PiecewiseLinear, is_piecewise_linear
 from lipexp.certificates import UNIT_ROUNDOFF, round_down, row_norm_bound
 from lipexp.models import Layer, hidden_inputs
 
@@ -39,6 +42,7 @@ class Maximum(NamedTuple):
 
     value: float
     point: tuple[float, ...]
+    exact: bool = True  # from exact arithmetic; else an estimate in float64
 
 
 class Scan(NamedTuple):
@@ -137,44 +141,67 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 def largest(
     layers: Sequence[Layer], act: nn.Module, run: int, points: Tensor, gradients: Tensor, q: float
 ) -> Maximum | None:
-    """The largest ||grad f||_q of one run over points (N, D), confirmed: at most the true constant.
+    """The largest ||grad f||_q of one run over points (N, D): at most the true constant, or an estimate.
 
     Args:
         layers: K baked networks; `run` chooses one.
         gradients: (N, D) float64, as scanned.
 
     Returns:
-        None if every candidate lies on a kink even after it was moved.
+        None if every candidate lies on a kink even after it was moved, or has no finite gradient.
+
+    Raises:
+        ArithmeticError: `act` names a linear piece that contradicts what it computes.
     """
-    values = norms(gradients, q)
-    order = values.topk(min(_CANDIDATES, len(values))).indices
-    if not isinstance(act, PiecewiseLinear):
-        return _allowed_for_rounding(layers, run, points[order[0]], float(values[order[0]]), q)
-    network = ExactNetwork(layers, act, run)
-    extent = np.maximum(np.ptp(points.numpy(), axis=0), 1e-3)
-    for i in order.tolist():
-        point = points[i].numpy()
-        for shift in (0.0, 2.0**-30, -(2.0**-26)):
-            moved = point + shift * extent * np.linspace(1.0, 0.6, len(point))
-            gradient = network.gradient(moved)
-            if gradient is not None:
-                return Maximum(_norm_below(*gradient, q), tuple(moved.tolist()))
+    values = norms(gradients, q).nan_to_num(nan=-1, posinf=-1)
+    candidates = [i for i in values.topk(min(_CANDIDATES, len(values))).indices.tolist() if values[i] >= 0]
+    if not candidates:
+        return None
+    if not is_piecewise_linear(act):
+        return _estimate(layers, act, run, points[candidates[0]], q)
+    network = ExactNetwork(layers, cast(PiecewiseLinear, act), run)
+    contradicted = False
+    for i in candidates:
+        for point in _nearby(points[i]):
+            gradient = network.gradient(point.numpy())
+            if gradient is None:
+                continue
+            value = _norm_below(*gradient, q)
+            # Rounding can put float64 on the other side of a kink at a point, but not at all of them.
+            if point is points[i] and abs(value - float(values[i])) > 1e-6 * max(value, float(values[i])):
+                contradicted = True
+                continue
+            return Maximum(value, tuple(point.tolist()))
+    if contradicted:
+        raise ArithmeticError(f"{type(act).__name__}.piece contradicts its forward")
     return None
 
 
-def _allowed_for_rounding(layers: Sequence[Layer], run: int, point: Tensor, value: float, q: float) -> Maximum:
-    """For a class of the user's, whose formula lipexp does not know: `value` less a bound on its rounding error.
+def _nearby(point: Tensor) -> Iterator[Tensor]:
+    """`point` (D,) itself, then two points so near to it that only a kink at the point itself can come between."""
+    yield point
+    for shift in (2.0**-40, -(2.0**-36)):
+        yield point + shift * (1 + point.abs()) * torch.linspace(1.0, 0.6, len(point), dtype=point.dtype)
 
-    Backpropagation through n matrices of at most H columns is off by at most gamma_{n (H + 2)} times the product
-    of the Frobenius norms in the 2-norm, for an activation with a Jacobian of 2-norm at most 1 that is itself
-    evaluated to a few units in the last place; sqrt(D) leads to the 1-norm.
+
+def _estimate(layers: Sequence[Layer], act: nn.Module, run: int, point: Tensor, q: float) -> Maximum:
+    """For a class whose formula lipexp does not know: the smallest of the gradient norms at and next to `point`.
+
+    The neighbours unmask a kink, where autograd may return what no gradient is. What is left is lowered by a bound
+    on the rounding error of backpropagation through n matrices of at most H columns, gamma_{n (H + 2)} times the
+    product of their norms. The derivative of the activation itself is taken on trust, so this is an estimate.
     """
-    widest = max(max(layer.weight.shape[1:]) for layer in layers)
-    size = math.prod(row_norm_bound(layer.weight[run].numpy().reshape(1, -1), 2) for layer in layers)
-    error = 4 * len(layers) * (widest + 2) * UNIT_ROUNDOFF * size
-    if q == 1:
-        error *= math.sqrt(len(point))
-    return Maximum(max(0.0, value - error), tuple(point.tolist()))
+    one = [Layer(weight[run : run + 1], bias[run : run + 1]) for weight, bias in layers]
+    around = torch.stack(list(_nearby(point)))
+    value = float(norms(scan(one, act, around.unsqueeze(0)).gradients[0][0], q).nan_to_num(nan=0).min())
+    widest = max(max(layer.weight.shape[1:]) for layer in one)
+    matrices = [layer.weight[0].numpy() for layer in one]
+    size = max(
+        math.prod(row_norm_bound(matrix.reshape(1, -1), 2) for matrix in matrices),
+        math.prod(row_norm_bound(matrix, 1) for matrix in matrices),
+    )
+    error = 4 * len(one) * (widest + 2) * UNIT_ROUNDOFF * size * math.sqrt(len(point))
+    return Maximum(max(0.0, value - error), tuple(point.tolist()), exact=False)
 
 
 class ExactNetwork:
@@ -214,6 +241,8 @@ class ExactNetwork:
 
 def _integers(values: npt.NDArray[Any]) -> tuple[ExactArray, int]:
     """(integers, e) with values = integers * 2^e, exactly."""
+    if not np.isfinite(values).all():
+        raise ArithmeticError("numbers that are not finite have no exact value")
     mantissas, exponents = np.frexp(values.astype(np.float64))
     whole = np.ldexp(mantissas, 53).astype(np.int64).astype(object)
     exponents = np.where(mantissas == 0, exponents.max(), exponents) - 53

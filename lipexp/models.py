@@ -7,7 +7,7 @@ Shapes: K runs, B points, D inputs, C outputs, H width. Weights are (K, out, in)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +64,40 @@ def hidden_inputs(layers: Sequence[Layer], act: nn.Module, x: Tensor) -> tuple[T
         if i > 0:
             x = act(x)
         inputs.append(x)
-        x = torch.baddbmm(bias, x, weight.mT)
+        x = _affine(x, weight, bias)
     return x, inputs
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + b, (K, B, in) -> (K, B, out)."""
+    runs, n_out, n_in = weight.shape
+    if runs > 1 and n_out <= n_in:
+        return _Affine.apply(x, weight, bias)
+    return torch.baddbmm(bias, x, weight.mT)
+
+
+class _Affine(torch.autograd.Function):
+    """x W^T + b, for a stack of runs and no more outputs than inputs.
+
+    Backwards autograd takes x^T g and transposes it. g^T x is the gradient of W as W lies in memory, and for a
+    single output ten times faster.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.baddbmm(bias, x, weight.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (gradient,) = gradients  # (K, B, out)
+        x, weight = ctx.saved_tensors
+        wanted_x, wanted_weight, wanted_bias = ctx.needs_input_grad
+        return (
+            (gradient * weight if weight.shape[1] == 1 else gradient @ weight) if wanted_x else None,
+            gradient.mT @ x if wanted_weight else None,
+            gradient.sum(dim=1, keepdim=True) if wanted_bias else None,
+        )
 
 
 def forward(layers: Sequence[Layer], act: nn.Module, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Adam:
         betas: b1 and b2.
         eps: keeps the quotient finite.
         weight_decay: adds weight_decay * p to the gradient.
-        schedule: how the learning rate falls from lr to zero at the last step: `cosine`, `linear`, or `constant`.
+        schedule: how the learning rate falls from lr towards zero over the run: `cosine`, `linear`, or `constant`.
 
     Reference: Kingma and Ba 2015, "Adam" (arXiv 1412.6980), algorithm 1.
     """
@@ -57,8 +57,8 @@ class Adam:
         self._steps_done = 0
         self._m = torch.zeros_like(parameters)
         self._v = torch.zeros_like(parameters)
-        self._lr = torch.as_tensor(self.lr).to(parameters).reshape(-1, 1)  # (K, 1)
-        self._weight_decay = torch.as_tensor(self.weight_decay).to(parameters).reshape(-1, 1)
+        self._lr = _column(self.lr, parameters)
+        self._weight_decay = _column(self.weight_decay, parameters)
         self._decays = bool((self._weight_decay != 0).any())
 
     def step(self, parameters: Tensor, gradient: Tensor, progress: float) -> None:
@@ -69,9 +69,16 @@ class Adam:
             gradient = gradient + self._weight_decay * parameters
         self._m.lerp_(gradient, 1 - b1)
         self._v.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
-        denominator = self._v.sqrt().div_(math.sqrt(1 - b2**self._steps_done)).add_(self.eps)
-        rate = SCHEDULES[self.schedule](progress) / (1 - b1**self._steps_done)
-        parameters.addcmul_(torch.div(self._m, denominator), self._lr * -rate)
+        # sqrt(v / c) + eps = (sqrt(v) + eps sqrt(c)) / sqrt(c): the factor goes into the rate, a pass less over v
+        root_c = math.sqrt(1 - b2**self._steps_done)
+        direction = torch.div(self._m, self._v.sqrt().add_(self.eps * root_c))
+        rate = SCHEDULES[self.schedule](progress) * root_c / (1 - b1**self._steps_done)
+        parameters.addcmul_(direction, self._lr * -rate)
+
+
+def _column(value: Any, like: Tensor) -> Tensor:
+    """A float or a (K,) tensor as (K, 1), or (1, 1), of the type of `like`."""
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(-1, 1)
 
 
 def _decay_rates(betas: Any) -> tuple[float, float]:

@@ -107,20 +107,32 @@ def choices() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def make(compose: Callable[..., DictConfig]) -> Callable[..., Any]:
-    """make("constraint", "constraint=linf", "lipschitz=3") -> the object of a group under these overrides."""
-    return lambda group, *overrides: config.instantiate(compose(*overrides)[group], group)
+    """make("constraint", "constraint=linf", "constraint.p=1") -> the object of a group under these overrides.
+
+    With lipschitz=tensor, the object for a stack, as `per_run` arguments allow; other classes have no use for it.
+    """
+
+    def make(group: str, *overrides: str, **columns: torch.Tensor) -> Any:
+        node = compose(*overrides)[group]
+        one = config.instantiate(node, group)
+        arguments = {key: value for key, value in config.plain(node).items() if key != "_target_"}
+        columns = {name: column for name, column in columns.items() if name in one.per_run}
+        return type(one)(**arguments | columns) if columns else one
+
+    return make
 
 
 @pytest.fixture(scope="session")
 def trained(compose: Callable[..., DictConfig]) -> Callable[..., SimpleNamespace]:
     """A small stack trained for some 30 steps: `stack`, its last `checkpoint`, and the checkpoints `seen`.
 
-    trained("act=relu", runs=("seed=0", "seed=0 lipschitz=3")) trains two runs together, one a string of overrides.
+    trained("act=relu", runs=("seed=0", "seed=0 lipschitz=3")) trains two runs together, a string of settings each.
     """
 
     @functools.cache
     def trained(*overrides: str, runs: Sequence[str] = ("seed=0", "seed=1")) -> SimpleNamespace:
-        members = [train.build(compose(*SMALL, *overrides, *run.split())) for run in runs]
+        common = compose(*SMALL, *overrides)
+        members = [train.build(OmegaConf.merge(common, OmegaConf.from_dotlist(run.split()))) for run in runs]
         stack = train.stack(members)
         seen: list[loop.Checkpoint] = []
         return SimpleNamespace(stack=stack, checkpoint=loop.fit(stack, seen.append), seen=seen)

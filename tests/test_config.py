@@ -15,7 +15,18 @@ from omegaconf import OmegaConf
 
 import lipexp
 from lipexp.activations import GroupSort, ReLU
-from lipexp.config import ConfigError, Settings, conf_dir, instantiate, no_such, number, one_of, plain, whole
+from lipexp.config import (
+    ConfigError,
+    Settings,
+    conf_dir,
+    instantiate,
+    lipschitz_constant,
+    no_such,
+    number,
+    one_of,
+    plain,
+    whole,
+)
 
 GROUPSORT = "lipexp.activations.GroupSort"
 
@@ -61,6 +72,18 @@ def test_a_refused_number_names_its_limits():
 def test_what_is_not_a_finite_number_is_refused(value):
     shown = "x" if value is None else f"x={value}"
     assert refusal(number, "x", value) == f"{shown}: must be a finite number"
+
+
+def test_a_lipschitz_constant_is_one_that_float32_can_realise():
+    for value in (1e-30, 1, 2.5, 1e30):
+        assert lipschitz_constant("lipschitz", value) == value
+    for value in (9e-31, 2e30):
+        assert refusal(lipschitz_constant, "lipschitz", value) == (
+            f"lipschitz={value}: must be between 1e-30 and 1e+30, for float32"
+        )
+    assert refusal(lipschitz_constant, "lipschitz", 0) == "lipschitz=0: must be a finite number above 0"
+    column = torch.ones(2)
+    assert lipschitz_constant("lipschitz", column) is column
 
 
 def test_a_whole_number_too_large_for_a_float_is_refused():

@@ -61,7 +61,7 @@ def test_it_comes_with_its_configuration_and_metrics(finished):
 
 
 def test_a_folder_without_a_finished_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="is not a finished run: it has no metrics.json"):
+    with pytest.raises(ConfigError, match=r"is not a finished run: it has no metrics\.json"):
         lipexp.load(tmp_path)
 
 

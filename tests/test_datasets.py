@@ -1,0 +1,131 @@
+"""Datasets: the blog's moons are scikit-learn's, |x| is exact, and a seed fixes every bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.datasets import make_moons
+
+from lipexp.config import ConfigError
+from lipexp.datasets import AbsoluteValue, TwoMoons
+
+
+def drawn(dataset, seed=0):
+    """The data of a run."""
+    return dataset.draw(np.random.SeedSequence(seed))
+
+
+@pytest.fixture
+def dataset(dataset_option, make):
+    return make("dataset", f"dataset={dataset_option}", "dataset.n_train=50", "dataset.n_test=31")
+
+
+def test_points_and_targets_have_the_declared_shapes(dataset):
+    data = drawn(dataset)
+    for x, y, n in ((data.train_x, data.train_y, 50), (data.test_x, data.test_y, 31)):
+        assert x.shape == (n, dataset.n_inputs)
+        assert y.shape == (n,)
+        assert x.dtype == y.dtype == np.float32
+        assert np.isfinite(x).all()
+        assert np.isfinite(y).all()
+
+
+def test_targets_suit_the_task(dataset):
+    targets = drawn(dataset).train_y
+    assert dataset.task in ("classification", "regression")
+    if dataset.task == "classification":
+        assert set(targets.tolist()) == {0.0, 1.0}
+
+
+def test_a_seed_fixes_every_bit(dataset):
+    for first, second in zip(drawn(dataset, 3), drawn(dataset, 3), strict=True):
+        assert first.tobytes() == second.tobytes()
+
+
+def test_a_stream_draws_the_same_data_every_time(dataset):
+    """A SeedSequence counts the children that it spawns, so it must not be asked to."""
+    stream = np.random.SeedSequence(3).spawn(2)[1]
+    for first, second in zip(dataset.draw(stream), dataset.draw(stream), strict=True):
+        assert first.tobytes() == second.tobytes()
+
+
+def test_other_seeds_give_other_points(dataset):
+    for first, second in zip(drawn(dataset, 3)[::2], drawn(dataset, 4)[::2], strict=True):
+        assert not np.isin(first, second).any()
+
+
+def test_train_and_test_points_differ(dataset):
+    data = drawn(dataset)
+    assert not np.isin(data.train_x, data.test_x).any()
+
+
+def test_the_test_set_does_not_depend_on_the_size_of_the_training_set(dataset_option, make):
+    small, large = (
+        drawn(make("dataset", f"dataset={dataset_option}", f"dataset.n_train={n}", "dataset.n_test=20"))
+        for n in (5, 60)
+    )
+    assert np.array_equal(small.test_x, large.test_x)
+
+
+def test_one_point_is_a_dataset(dataset_option, make):
+    data = drawn(make("dataset", f"dataset={dataset_option}", "dataset.n_train=1", "dataset.n_test=1"))
+    assert len(data.train_x) == len(data.test_y) == 1
+
+
+@pytest.mark.parametrize(("noise", "scale"), [(0.05, 2.0), (0.0, 2.0), (0.3, 0.5)])
+def test_two_moons_are_those_of_scikit_learn_times_the_scale(noise, scale):
+    data = drawn(TwoMoons(noise, scale, n_train=100, n_test=41), seed=7)
+    train, test = np.random.SeedSequence(7).spawn(2)
+    for x, y, child in ((data.train_x, data.train_y, train), (data.test_x, data.test_y, test)):
+        state = int(np.random.default_rng(child).integers(2**32))
+        expected_x, expected_y = make_moons(len(x), noise=noise or None, random_state=state)
+        assert np.array_equal(x, (scale * expected_x).astype(np.float32))
+        assert np.array_equal(y, expected_y)
+
+
+def test_noiseless_moons_are_unit_half_circles_times_the_scale():
+    data = drawn(TwoMoons(noise=0, scale=2.0, n_train=400))
+    x, outer = data.train_x / 2, data.train_y == 0
+    # float32 rounds coordinates of size 4 by at most 2.4e-7.
+    np.testing.assert_allclose(np.linalg.norm(x[outer], axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(x[~outer] - [1, 0.5], axis=1), 1, atol=1e-6)
+    assert (x[outer, 1] >= -1e-6).all()
+    assert (x[~outer, 1] <= 0.5 + 1e-6).all()
+
+
+def test_noiseless_moons_at_the_default_scale_are_one_apart_at_their_tips():
+    # An odd number of points a moon has one in the middle of the arc, which faces the other moon's tip.
+    data = drawn(TwoMoons(noise=0, n_train=2002))
+    zero, one = data.train_x[data.train_y == 0], data.train_x[data.train_y == 1]
+    distances = np.linalg.norm(zero[:, None].astype(np.float64) - one[None], axis=2)
+    assert distances.min() == pytest.approx(1, abs=1e-6)
+    nearest = zero[np.unravel_index(distances.argmin(), distances.shape)[0]]
+    assert any(np.allclose(nearest, place, atol=1e-6) for place in ([2, 0], [0, 2]))
+
+
+def test_the_absolute_value_is_exact_and_covers_its_interval():
+    data = drawn(AbsoluteValue(n_train=4000))
+    assert np.array_equal(data.train_y, np.abs(data.train_x[:, 0]))
+    assert np.abs(data.train_x).max() <= 1
+    # 400 points are expected in each tenth of [-1, 1], with a standard deviation of 19: five of them.
+    counts, _ = np.histogram(data.train_x, bins=10, range=(-1, 1))
+    assert np.abs(counts - 400).max() < 95
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (TwoMoons, {"noise": -0.1}),
+        (TwoMoons, {"noise": float("inf")}),
+        (TwoMoons, {"scale": 0}),
+        (TwoMoons, {"n_train": 0}),
+        (TwoMoons, {"n_test": 1.5}),
+        (AbsoluteValue, {"n_train": -1}),
+        (AbsoluteValue, {"n_test": 0}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "=".join(map(str, *value.items())),
+)
+def test_a_bad_argument_is_named(kind, arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(ConfigError, match=f"^{name}={value}: must be"):
+        kind(**arguments)

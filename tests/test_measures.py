@@ -1,0 +1,490 @@
+"""Lower bounds: what is measured is a gradient that exists, and never above the true constant."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from lipexp import measures
+from lipexp.activations import Activation, GroupSort, ReLU
+from lipexp.certificates import product_bound
+from lipexp.measures import ExactNetwork, grid, largest, norms, scan, search
+from lipexp.models import Layer, Network, forward, state_dict
+
+NORMS = (1, 2, math.inf)
+EACH_LIPSCHITZ = ("lipschitz=0.01", "lipschitz=1", "lipschitz=3", "lipschitz=100")
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+def network(*sizes: int, runs: int = 1, seed: int = 0) -> list[Layer]:
+    """Random float32 layers with these numbers of features, outputs of size 1."""
+    layers = []
+    for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
+        weight = normal(runs, n_out, n_in, seed=100 * seed + 2 * i) / math.sqrt(n_in)
+        layers.append(Layer(weight.float(), normal(runs, 1, n_out, seed=100 * seed + 2 * i + 1).float()))
+    return layers
+
+
+def by_hand(*layers: tuple[list[list[float]], list[float]]) -> list[Layer]:
+    """One network from nested lists."""
+    return [Layer(torch.tensor([weight]), torch.tensor([[bias]])) for weight, bias in layers]
+
+
+def measured(layers: list[Layer], act: torch.nn.Module, points: torch.Tensor, q: float, run: int = 0):
+    """What `largest` makes of points (N, D)."""
+    everywhere = points.expand(layers[0].weight.shape[0], *points.shape)
+    return largest(layers, act, run, points, scan(layers, act, everywhere).gradients[0][run], q)
+
+
+# An independent network in rational arithmetic ------------------------------------------------------------------
+
+Matrix = list[list[Fraction]]
+
+
+def times(a: Matrix, b: Matrix) -> Matrix:
+    return [
+        [sum((x * y for x, y in zip(row, column, strict=True)), Fraction()) for column in zip(*b, strict=True)]
+        for row in a
+    ]
+
+
+def fraction_layers(layers: list[Layer], run: int = 0) -> list[tuple[Matrix, Matrix]]:
+    """(weight, bias as one column), exactly."""
+    exact = [
+        (layer.weight[run].double().tolist(), [[value] for value in layer.bias[run, 0].double().tolist()])
+        for layer in layers
+    ]
+    return [tuple([[Fraction(v) for v in row] for row in matrix] for matrix in pair) for pair in exact]
+
+
+def relu_piece(z: list[Fraction]) -> Matrix:
+    """The Jacobian of ReLU at z."""
+    assert all(z)
+    return [[Fraction(i == j and z[i] > 0) for j in range(len(z))] for i in range(len(z))]
+
+
+def maxmin_piece(z: list[Fraction]) -> Matrix:
+    """The Jacobian at z of sorting neighbours in pairs."""
+    source = list(range(len(z)))
+    for i in range(0, len(z), 2):
+        assert z[i] != z[i + 1]
+        if z[i] > z[i + 1]:
+            source[i], source[i + 1] = i + 1, i
+    return [[Fraction(source[i] == j) for j in range(len(z))] for i in range(len(z))]
+
+
+def fraction_gradient(layers: list[Layer], piece, point, run: int = 0) -> list[Fraction]:
+    x = [[Fraction(float(v))] for v in point]
+    jacobian: Matrix = [[Fraction(i == j) for j in range(len(x))] for i in range(len(x))]
+    for i, (weight, bias) in enumerate(fraction_layers(layers, run)):
+        if i > 0:
+            linear = piece([v for (v,) in x])
+            x, jacobian = times(linear, x), times(linear, jacobian)
+        x = [[a + b] for (a,), (b,) in zip(times(weight, x), bias, strict=True)]
+        jacobian = times(weight, jacobian)
+    return jacobian[0]
+
+
+def relu_patterns(width: int):
+    for signs in itertools.product((-1, 1), repeat=width):
+        yield relu_piece([Fraction(s) for s in signs])
+
+
+def maxmin_patterns(width: int):
+    for swaps in itertools.product((0, 1), repeat=width // 2):
+        yield maxmin_piece([Fraction(value) for swap in swaps for value in ((1, 0) if swap else (0, 1))])
+
+
+def greatest_power(layers: list[Layer], patterns, q: float) -> Fraction:
+    """The largest ||gradient||_q (q = 2: its square) over every pattern of pieces, reachable or not."""
+    (first, _), *rest = fraction_layers(layers)
+    jacobians = [first]
+    for weight, _ in rest:
+        pieces = list(patterns(len(jacobians[0])))
+        jacobians = [times(weight, times(piece, jacobian)) for piece in pieces for jacobian in jacobians]
+    return max(power(jacobian[0], q) for jacobian in jacobians)
+
+
+def power(vector: list[Fraction], q: float) -> Fraction:
+    """||vector||_q, for q = 2 its square."""
+    if q == 2:
+        return sum((v * v for v in vector), Fraction())
+    return sum(map(abs, vector), Fraction()) if q == 1 else max(map(abs, vector))
+
+
+def is_rounded_down(value: float, true_power: Fraction, q: float) -> bool:
+    """`value` is the largest float64 that is no more than the norm."""
+    exponent = 2 if q == 2 else 1
+    above = math.nextafter(value, math.inf)
+    return Fraction(value) ** exponent <= true_power < Fraction(above) ** exponent
+
+
+PIECEWISE = {
+    "relu": (ReLU(), relu_piece, relu_patterns),
+    "maxmin": (GroupSort(group_size=2, neighbours=True), maxmin_piece, maxmin_patterns),
+}
+
+
+# Scanning -------------------------------------------------------------------------------------------------------
+
+
+def test_scanned_gradients_equal_finite_differences(act_option, make):
+    act, layers, x = make("act", f"act={act_option}"), network(2, 8, 8, 1, runs=3), normal(3, 20, 2)
+    double = [Layer(*map(torch.Tensor.double, layer)) for layer in layers]
+    scanned = scan(layers, act, x)
+    assert torch.equal(scanned.f, forward(double, act, x).squeeze(-1))
+    for axis in range(2):
+        step = torch.zeros(2, dtype=torch.float64)
+        step[axis] = 1e-7  # pieces are linear, so only rounding counts: 1e-16 / 1e-7, times some ten
+        slope = (forward(double, act, x + step) - forward(double, act, x - step)).squeeze(-1) / 2e-7
+        torch.testing.assert_close(scanned.gradients[0][..., axis], slope, rtol=0, atol=1e-7)
+
+
+def test_scanned_gradients_equal_autograd_of_the_plain_network(act_option, make):
+    act, layers, x = make("act", f"act={act_option}"), network(2, 8, 8, 1, runs=3), normal(3, 20, 2)
+    scanned = scan(layers, act, x)
+    for run in range(3):
+        plain = Network([(8, 2), (8, 8), (1, 8)], act)
+        plain.load_state_dict(state_dict(layers, run))
+        points = x[run].clone().requires_grad_()
+        out = plain.double()(points)
+        (expected,) = torch.autograd.grad(out.sum(), points)
+        # The same sums in another order, in float64.
+        torch.testing.assert_close(scanned.f[run], out.squeeze(-1).detach(), rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(scanned.gradients[0][run], expected, rtol=1e-13, atol=1e-13)
+
+
+def test_hidden_gradients_are_those_of_the_rest_of_the_network():
+    layers, x = network(2, 8, 8, 1, runs=3), normal(3, 20, 2)
+    scanned = scan(layers, ReLU(), x, hidden=True)
+    double = [Layer(*map(torch.Tensor.double, layer)) for layer in layers]
+    received = x
+    for i, found in enumerate(scanned.gradients):
+        if i > 0:
+            received = torch.relu(forward(double[i - 1 : i], ReLU(), received))
+        torch.testing.assert_close(found, scan(layers[i:], ReLU(), received).gradients[0], rtol=1e-13, atol=1e-13)
+
+
+def test_scanning_in_parts_changes_nothing(monkeypatch):
+    layers, x = network(2, 8, 8, 1, runs=3), normal(3, 20, 2)
+    whole = scan(layers, ReLU(), x, hidden=True)
+    monkeypatch.setattr(measures, "_CHUNK", 8 * 3 * 7)  # 7 points at a time
+    parts = scan(layers, ReLU(), x, hidden=True)
+    torch.testing.assert_close(parts.f, whole.f, rtol=1e-14, atol=1e-14)
+    for part, together in zip(parts.gradients, whole.gradients, strict=True):
+        torch.testing.assert_close(part, together, rtol=1e-14, atol=1e-14)
+
+
+def test_scanning_leaves_the_points_alone():
+    x = normal(1, 20, 2)
+    before = x.clone()
+    scan(network(2, 8, 1), ReLU(), x)
+    assert not x.requires_grad
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("q", NORMS)
+def test_norms_are_numpys(q):
+    x = normal(3, 5, 4)
+    np.testing.assert_allclose(norms(x, q).numpy(), np.linalg.norm(x.numpy(), q, axis=-1), rtol=1e-15)
+
+
+# The exact network ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_the_exact_gradient_is_the_one_of_rational_arithmetic(name):
+    act, piece, _ = PIECEWISE[name]
+    layers = network(2, 4, 4, 1, runs=2)
+    for run in range(2):
+        for point in normal(10, 2, seed=run).numpy():
+            integers, exponent = ExactNetwork(layers, act, run).gradient(point)
+            found = [int(value) * Fraction(2) ** exponent for value in integers]
+            assert found == fraction_gradient(layers, piece, point, run)
+
+
+def test_the_exact_gradient_is_the_scanned_one_in_more_digits(act_option, make):
+    act = make("act", f"act={act_option}").baked()
+    layers, x = network(2, 16, 16, 16, 1), normal(1, 20, 2)
+    scanned = scan(layers, act, x).gradients[0][0]
+    for point, expected in zip(x[0].numpy(), scanned.numpy(), strict=True):
+        integers, exponent = ExactNetwork(layers, act, 0).gradient(point)
+        found = [float(int(value) * Fraction(2) ** exponent) for value in integers]
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_the_exact_gradient_survives_zeros_and_all_magnitudes():
+    layers = by_hand(
+        ([[1e-30, 0.0], [0.0, 1e30], [1e-45, -1e-45], [0.0, 0.0]], [0.0, -1e30, 1e-40, 1.0]),
+        ([[1e20, -1e-20, 0.0, 3.0]], [0.0]),
+    )
+    for point in (np.array([1e-300, 2.0]), np.array([0.0, -5.0]), np.array([1e200, 0.25])):
+        if point[0] == 0:
+            assert ExactNetwork(layers, ReLU(), 0).gradient(point) is None
+            continue
+        integers, exponent = ExactNetwork(layers, ReLU(), 0).gradient(point)
+        found = [int(value) * Fraction(2) ** exponent for value in integers]
+        assert found == fraction_gradient(layers, relu_piece, point)
+
+
+def test_a_point_on_a_kink_has_no_gradient():
+    layers = by_hand(([[1.0, 0.0], [0.0, 1.0]], [0.0, -0.5]), ([[1.0, 1.0]], [0.0]))
+    assert ExactNetwork(layers, ReLU(), 0).gradient(np.array([0.0, 3.0])) is None
+    assert ExactNetwork(layers, ReLU(), 0).gradient(np.array([1.0, 0.5])) is None
+    assert ExactNetwork(layers, ReLU(), 0).gradient(np.array([1.0, 3.0])) is not None
+    maxmin = PIECEWISE["maxmin"][0]
+    assert ExactNetwork(layers, maxmin, 0).gradient(np.array([1.0, 1.5])) is None
+    assert ExactNetwork(layers, maxmin, 0).gradient(np.array([0.0, 1.5])) is not None
+
+
+# The largest gradient -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("q", NORMS)
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 4, 4, 1), (1, 4, 4, 1)], ids=str)
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_what_is_measured_is_at_most_the_constant_found_by_enumeration(name, sizes, q):
+    act, piece, patterns = PIECEWISE[name]
+    for seed in range(3):
+        layers = network(*sizes, seed=seed)
+        found = measured(layers, act, 3 * normal(200, sizes[0], seed=seed), q)
+        assert Fraction(found.value) ** (2 if q == 2 else 1) <= greatest_power(layers, patterns, q)
+        # It is the norm of the gradient at its point, less one rounding.
+        assert is_rounded_down(found.value, power(fraction_gradient(layers, piece, found.point), q), q)
+
+
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_a_curve_seen_in_each_of_its_pieces_measures_its_constant(name):
+    """One input and one hidden layer: the kinks are known exactly, and so is the steepest piece."""
+    act, piece, _ = PIECEWISE[name]
+    for seed in range(5):
+        layers = network(1, 4, 1, seed=seed)
+        ((weight, bias), _) = fraction_layers(layers)
+        lines = [(w, b) for (w,), (b,) in zip(weight, bias, strict=True)]
+        zero = [(Fraction(), Fraction())] * len(lines)
+        pairs = zip(lines, zero, strict=True) if name == "relu" else zip(lines[::2], lines[1::2], strict=True)
+        kinks = sorted((d - b) / (a - c) for (a, b), (c, d) in pairs)
+        middles = [kinks[0] - 1, *((x + y) / 2 for x, y in itertools.pairwise(kinks)), kinks[-1] + 1]
+        constant = max(power(fraction_gradient(layers, piece, [x]), 1) for x in middles)
+        points = torch.cat([3 * normal(500, 1), torch.tensor([[float(x)] for x in middles]).double()])
+        for q in NORMS:  # one dimension has one norm
+            assert is_rounded_down(measured(layers, act, points, q).value, constant, 1)
+
+
+@pytest.mark.parametrize("q", NORMS)
+def test_a_linear_function_measures_the_dual_norm_of_its_weight(q):
+    for seed in range(20):
+        layers = network(5, 1, seed=seed)
+        weight = [Fraction(value) for value in layers[0].weight[0, 0].double().tolist()]
+        found = measured(layers, ReLU(), normal(3, 5, seed=seed), q)
+        assert is_rounded_down(found.value, power(weight, q), q)
+
+
+@pytest.mark.parametrize("q", NORMS)
+def test_a_linear_function_hidden_in_a_sorting_network_measures_the_same(q):
+    """w . x + w . x from a sorted pair: the sum of a group does not depend on its order."""
+    maxmin = PIECEWISE["maxmin"][0]
+    layers = by_hand(([[0.1, 0.3, -0.7], [0.2, 0.9, 0.4]], [0.1, -0.2]), ([[1.5, 1.5]], [7.0]))
+    total = [Fraction(3, 2) * sum(column) for column in zip(*fraction_layers(layers)[0][0], strict=True)]
+    assert is_rounded_down(measured(layers, maxmin, normal(50, 3), q).value, power(total, q), q)
+
+
+def test_a_tight_network_measures_its_constant_and_not_an_ulp_more():
+    """Rows that are positive and sum to 1 exactly: so does the gradient, everywhere."""
+    maxmin = PIECEWISE["maxmin"][0]
+    layers = by_hand(
+        ([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]], [0.0, 0.1]),
+        ([[0.75, 0.25], [0.5, 0.5]], [0.0, 0.2]),
+        ([[1.0, 0.0]], [0.0]),
+    )
+    points = 3 * normal(500, 3)
+    assert measured(layers, maxmin, points, 1).value == 1.0
+
+
+def test_rows_that_float64_sums_above_one_do_not_measure_above_one():
+    """Ten weights whose exact sum is just below 1, though float64 may round their products and sums above it."""
+    tenth = float(np.nextafter(np.float32(0.1), np.float32(0)))
+    layers = by_hand(([[tenth] * 10, [-tenth] * 10], [0.0, 0.0]), ([[1.0, 0.0]], [0.0]))
+    found = measured(layers, PIECEWISE["maxmin"][0], normal(50, 10), 1)
+    assert is_rounded_down(found.value, 10 * Fraction(tenth), 1)
+    assert found.value < 1
+
+
+def test_a_zero_function_measures_zero_though_autograd_says_one():
+    """x - relu(x) + relu(-x) is 0; x is relu(x + 100) - 100 for every x above -100."""
+    layers = by_hand(([[1.0], [1.0], [-1.0]], [100.0, 0.0, 0.0]), ([[1.0, -1.0, 1.0]], [-100.0]))
+    points = torch.linspace(-3, 3, 61, dtype=torch.float64).unsqueeze(1)
+    points[30] = 0.0
+    scanned = scan(layers, ReLU(), points.unsqueeze(0))
+    assert scanned.gradients[0][0, 30] == 1  # the trap is set
+    for q in NORMS:
+        assert measured(layers, ReLU(), points, q).value == 0
+
+
+def test_a_zero_function_of_sorted_pairs_measures_zero():
+    """min(x, 0) + max(-x, 0) is 0; at the tie both pairs keep their order, and autograd says 1 + 0."""
+    maxmin = PIECEWISE["maxmin"][0]
+    layers = by_hand(([[1.0], [0.0], [-1.0], [0.0]], [0.0] * 4), ([[1.0, 0.0, 0.0, 1.0]], [0.0]))
+    points = torch.zeros(1, 1, dtype=torch.float64)
+    assert scan(layers, maxmin, points.unsqueeze(0)).gradients[0].item() == 1  # the trap is set
+    assert measured(layers, maxmin, points, 2).value == 0
+
+
+@pytest.mark.parametrize("q", NORMS)
+def test_a_function_that_is_all_kink_measures_nothing(q):
+    layers = by_hand(([[0.0, 0.0]], [0.0]), ([[1.0]], [0.0]))
+    assert measured(layers, ReLU(), normal(50, 2), q) is None
+
+
+def test_a_kink_at_the_steepest_point_is_left_by_a_small_step():
+    """|x| at 0: autograd sees 0 there, the slope beside it is 1."""
+    layers = by_hand(([[1.0], [-1.0]], [0.0, 0.0]), ([[1.0, 1.0]], [0.0]))
+    found = measured(layers, ReLU(), torch.zeros(1, 1, dtype=torch.float64), 2)
+    assert found.value == 1
+    assert 0 < abs(found.point[0]) < 1e-6
+
+
+def test_the_point_of_the_largest_gradient_shows_it(act_option, make):
+    act, layers, points = make("act", f"act={act_option}").baked(), network(2, 8, 8, 1, runs=2), normal(300, 2)
+    for run in range(2):
+        found = measured(layers, act, points, 2, run)
+        every = norms(scan(layers, act, points.expand(2, -1, -1)).gradients[0][run], 2)
+        assert found.value == pytest.approx(float(every.max()), rel=1e-12)
+        at_point = scan(layers, act, torch.tensor([[found.point]]).double().expand(2, -1, -1)).gradients[0][run]
+        assert found.value == pytest.approx(float(norms(at_point, 2)), rel=1e-12)
+
+
+def test_no_measure_exceeds_the_certificate_of_a_trained_network(bounded_case, act_option, trained):
+    """In every norm of the room, with no tolerance: both sides are rigorous."""
+    result = trained(*bounded_case, f"act={act_option}", "model.depth=2", runs=EACH_LIPSCHITZ)
+    constraint, checkpoint = result.stack.constraint, result.checkpoint
+    points = 3 * normal(1, 300, 2).expand(4, -1, -1)
+    gradients = scan(checkpoint.layers, checkpoint.act, points).gradients[0]
+    for run in range(4):
+        found = largest(checkpoint.layers, checkpoint.act, run, points[run], gradients[run], constraint.q)
+        chain = zip(constraint.norms(3), checkpoint.layers, strict=True)
+        certified = product_bound(norm.proven(layer.weight[run]) for norm, layer in chain)
+        assert 0 < found.value <= certified <= float(constraint.lipschitz[run])
+
+
+class Tanh(Activation):
+    """A curved activation of a user's: lipexp knows no exact arithmetic for it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x)
+
+
+@pytest.mark.parametrize("q", NORMS)
+def test_a_curved_activation_is_measured_below_its_gradient_in_more_digits(q):
+    layers, points = network(2, 8, 8, 1), normal(200, 2)
+    found = measured(layers, Tanh(), points, q)
+    # Extended precision (64 bits of mantissa on x86; elsewhere long double may be float64, and this is weaker).
+    wide = [tuple(part[0].numpy().astype(np.longdouble) for part in layer) for layer in layers]
+    x, jacobian = np.array(found.point, dtype=np.longdouble), np.eye(2, dtype=np.longdouble)
+    for i, (weight, bias) in enumerate(wide):
+        if i > 0:
+            x, jacobian = np.tanh(x), (1 - np.tanh(x) ** 2)[:, None] * jacobian
+        x, jacobian = weight @ x + bias[0], weight @ jacobian
+    true = (
+        np.abs(jacobian[0]).max() if math.isinf(q) else (np.abs(jacobian[0]) ** q).sum() ** (1 / np.longdouble(q))
+    )
+    assert true * (1 - 1e-10) <= found.value <= true
+
+
+# Points ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_each_cell_of_the_box_holds_one_grid_point(dims):
+    low, high = (
+        torch.tensor([[-3.0] * dims, [0.5] * dims]).double(),
+        torch.tensor([[5.0] * dims, [0.75] * dims]).double(),
+    )
+    points = grid(low, high, [generator(0), generator(1)])
+    n = measures.GRID_POINTS[dims]
+    assert points.shape == (2, n**dims, dims)
+    assert points.dtype == torch.float64
+    assert (points >= low.unsqueeze(1)).all()
+    assert (points <= high.unsqueeze(1)).all()
+    cells = ((points - low.unsqueeze(1)) / (high - low).unsqueeze(1) * n).floor().long()
+    for run in range(2):
+        assert {tuple(cell) for cell in cells[run].tolist()} == set(itertools.product(range(n), repeat=dims))
+
+
+def test_grid_points_are_not_centred_in_their_cells():
+    points = grid(torch.zeros(1, 1).double(), torch.full((1, 1), 2001.0).double(), [generator(0)])
+    offsets = points.flatten().frac()
+    assert offsets.min() < 0.01
+    assert offsets.max() > 0.99
+    assert len(set(offsets.tolist())) > 1990
+
+
+def test_three_dimensions_have_no_grid():
+    assert grid(torch.zeros(1, 3), torch.ones(1, 3), [generator(0)]) is None
+
+
+def searched(layers, act, x, q=2, seeds=(0,)) -> torch.Tensor:
+    return search(layers, act, x, scan(layers, act, x).gradients[0], q, [generator(seed) for seed in seeds])
+
+
+@pytest.mark.parametrize("n", [1, 2, 40, 300])
+@pytest.mark.parametrize("dims", [1, 2, 5])
+def test_searched_points_stay_within_the_box_of_the_data(dims, n):
+    for seed in range(3):
+        layers, x = network(dims, 8, 1, seed=seed), normal(1, n, dims, seed=seed).float().double()
+        points = searched(layers, ReLU(), x, seeds=(seed,))
+        assert points.shape == (1, min(n, 32) + 32, dims)
+        assert (points >= x.amin(dim=1, keepdim=True)).all()
+        assert (points <= x.amax(dim=1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("q", NORMS)
+def test_the_search_climbs_from_every_start(q, monkeypatch):
+    layers, x = network(3, 16, 16, 1), normal(1, 100, 3)
+    ends = searched(layers, ReLU(), x, q)
+    monkeypatch.setattr(measures, "SEARCH_ROUNDS", 0)
+    starts = searched(layers, ReLU(), x, q)
+    before, after = (norms(scan(layers, ReLU(), points).gradients[0], q) for points in (starts, ends))
+    assert (after >= before * (1 - 1e-14)).all()
+    assert (after > before * 1.01).any()
+    data = norms(scan(layers, ReLU(), x).gradients[0], q)
+    assert before.max() >= data.max() * (1 - 1e-14)  # the steepest data point is a start
+
+
+def test_the_same_seed_gives_the_same_points():
+    low, high = torch.zeros(1, 2).double(), torch.ones(1, 2).double()
+    layers, x = network(2, 8, 1), normal(1, 50, 2)
+    for draw in (
+        lambda seed: grid(low, high, [generator(seed)]),
+        lambda seed: searched(layers, ReLU(), x, seeds=(seed,)),
+    ):
+        assert torch.equal(draw(3), draw(3))
+        assert not torch.equal(draw(3), draw(4))
+
+
+def test_a_stack_draws_the_points_of_its_runs_bit_for_bit(monkeypatch):
+    monkeypatch.setattr(
+        measures, "SEARCH_ROUNDS", 0
+    )  # climbing compares gradients, which rounding may order otherwise
+    layers, x, seeds = network(2, 8, 8, 1, runs=3), normal(3, 50, 2), (5, 6, 7)
+    low, high = x.amin(dim=1), x.amax(dim=1)
+    gradients = scan(layers, ReLU(), x).gradients[0]
+    on_grid = grid(low, high, [generator(seed) for seed in seeds])
+    starts = search(layers, ReLU(), x, gradients, 2, [generator(seed) for seed in seeds])
+    for run, seed in enumerate(seeds):
+        one = slice(run, run + 1)
+        own = [Layer(*(part[one] for part in layer)) for layer in layers]
+        assert torch.equal(on_grid[one], grid(low[one], high[one], [generator(seed)]))
+        assert torch.equal(starts[one], search(own, ReLU(), x[one], gradients[one], 2, [generator(seed)]))
