@@ -15,11 +15,17 @@ measures (lower bounds) and certificates (upper bounds) -> runs (the folder of a
 
 from __future__ import annotations
 
+import sys
 from os import PathLike
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lipexp.loading import LoadedRun
+
+# Hydra finds launchers in the namespace package `hydra_plugins` only, which must therefore be on the path.
+_plugins = __file__.rpartition("__init__")[0] + "_plugins"
+if _plugins not in sys.path:
+    sys.path.append(_plugins)
 
 __version__ = "0.1.0"
 

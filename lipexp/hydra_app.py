@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lipexp.config import GROUPS, ConfigError, Settings, conf_dir, no_such
 from lipexp.explain import explain
-from lipexp.runs import RunFolder
+from lipexp.runs import RunFolder, SweepFailed
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         complain(error)
         return 2
+    except SweepFailed as error:
+        failures.extend(RunFailed(line) for line in error.failures)
     except (HydraException, OmegaConfBaseException) as error:
         for folder in RefuseEarly.claimed:
             RunFolder(folder).discard_if_empty()
@@ -82,7 +84,7 @@ def run_one(config: DictConfig) -> None:
     Raises:
         RunFailed: it ended without a result; failed.json is written.
     """
-    from lipexp.display import Display, interval_line
+    from lipexp.display import Display, broken_bound
     from lipexp.train import build, train_many
 
     running = HydraConfig.get()
@@ -111,8 +113,7 @@ def run_one(config: DictConfig) -> None:
         raise RunFailed(f"{outcome.failure.reason} at step {outcome.failure.step} ({folder.path})")
     display.result(outcome.metrics, folder.path)
     if outcome.metrics["lipschitz"]["verdict"] == "FAIL":
-        line = interval_line(outcome.metrics["lipschitz"])
-        raise RunFailed(f"{line}: a bound is broken, a bug in lipexp; please report it with {folder.path}")
+        raise RunFailed(f"{broken_bound(outcome.metrics['lipschitz'])} ({folder.path})")
 
 
 class RefuseEarly(Callback):
@@ -137,6 +138,8 @@ class RefuseEarly(Callback):
             raise SystemExit(2) from None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.hydra.launcher._target_.startswith("hydra_plugins.lipexp"):
+            return  # lipexp's launcher composes every job first, and knows which folder it may continue
         try:
             self.claim("hydra.sweep.dir", Path(config.hydra.sweep.dir))
         except ConfigError as error:

@@ -30,6 +30,14 @@ SCHEMA = 1  # of metrics.json
 HYDRA_FILES = {".hydra", "train.log", "multirun.yaml"}  # what Hydra puts into a folder before the run starts
 
 
+class SweepFailed(Exception):
+    """Some jobs of a sweep failed; `failures` has a line for each."""
+
+    def __init__(self, failures: Sequence[str]) -> None:
+        super().__init__(f"{len(failures)} jobs failed")
+        self.failures = list(failures)
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The folder of one run, finished or not."""
@@ -70,13 +78,7 @@ class RunFolder:
         self._write_csv(name, list(rows[0]) if rows else [], (list(row.values()) for row in rows))
 
     def _write_csv(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        def write(path: Path) -> None:
-            with path.open("w", newline="") as file:
-                table = csv.writer(file, lineterminator="\n")
-                table.writerow(header)
-                table.writerows(rows)
-
-        self._write(f"{name}.csv", write)
+        write_file(self.path / f"{name}.csv", lambda path: _write_table(path, header, rows))
 
     def write_figure(self, figure: Any) -> None:
         """figure.png from a matplotlib figure."""
@@ -156,12 +158,30 @@ class RunFolder:
         self._write(name, lambda path: path.write_text(text))
 
     def _write(self, name: str, write: Callable[[Path], Any]) -> None:
-        temporary = self.path / f".{name}.{os.getpid()}"
-        try:
-            write(temporary)
-            os.replace(temporary, self.path / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(self.path / name, write)
+
+
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a temporary file, and put it in place of `path` once it is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A CSV file of rows that may lack some keys."""
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    write_file(path, lambda file: _write_table(file, header, ([row.get(key) for key in header] for row in rows)))
+
+
+def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with path.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(header)
+        table.writerows(rows)
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
