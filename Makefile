@@ -35,7 +35,7 @@ clean: ## remove the virtual environment and all caches; outputs/ stays
 # Built anew when a dependency or a pin changes, so that it never holds more than they say.
 .venv/ready: pyproject.toml .ci/constraints.txt
 	rm -rf .venv
-	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"lipexp needs Python 3.11 to 3.13, this is {v.major}.{v.minor}; try make PYTHON=python3.13")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"lipexp needs Python 3.11 to 3.13, this is {v.major}.{v.minor}; try make PYTHON=python3.13")'
 	$(PYTHON) -m venv .venv
 	PIP_CONSTRAINT=.ci/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@

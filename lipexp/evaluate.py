@@ -76,12 +76,13 @@ class Evaluator:
         self.n_train = len(stack.data[0].train_x)
         self.x = _stacked([np.concatenate([data.train_x, data.test_x]) for data in stack.data])  # (K, N, D)
         self.y = _stacked([np.concatenate([data.train_y, data.test_y]) for data in stack.data])  # (K, N)
-        self.classifies = stack.loss.task == "classification"
+        self.classifies = stack.task == "classification"
         self.metric = "accuracy" if self.classifies else "mse"
+        self._last: tuple[Checkpoint, Scan] | None = None
 
     def history(self, checkpoint: Checkpoint) -> list[dict[str, float | None]]:
         """One line of history.csv a run; failed runs get an empty one."""
-        scanned = scan(checkpoint.layers, checkpoint.act, self.x)
+        scanned = self._scan(checkpoint)
         scores = self._scores(scanned.f)
         rows: list[dict[str, float | None]] = []
         for run in range(len(self.x)):
@@ -108,7 +109,7 @@ class Evaluator:
     def final(self, checkpoint: Checkpoint) -> list[Record | None]:
         """The full record of each run, None for failed ones."""
         constraint, layers, act = self.stack.constraint, checkpoint.layers, checkpoint.act
-        scanned = scan(layers, act, self.x, hidden=True)
+        scanned = self._scan(checkpoint, final=True)
         generators = [generator(s.search) for s in self.stack.streams]
         sources = {"data": (self.x, scanned.gradients[0])}
         low, high = self.x.amin(dim=1), self.x.amax(dim=1)  # (K, D)
@@ -122,6 +123,19 @@ class Evaluator:
             None if run in checkpoint.failures else self._record(checkpoint, run, scanned, sources, scores[run])
             for run in range(len(self.x))
         ]
+
+    def _scan(self, checkpoint: Checkpoint, final: bool = False) -> Scan:
+        """f and its gradients at the data, at the end to the input of every layer.
+
+        The last checkpoint is reported twice, in the history and in the record, and scanned once.
+        """
+        if self._last is not None and self._last[0] is checkpoint:
+            return self._last[1]
+        final = final or checkpoint.step == self.stack.steps
+        scanned = scan(checkpoint.layers, checkpoint.act, self.x, hidden=final)
+        if final:
+            self._last = (checkpoint, scanned)
+        return scanned
 
     def certify(self, checkpoint: Checkpoint, run: int) -> Certificate:
         """The product of the layers' norms, in the constraint's own chain, proven on the stored weights."""
@@ -160,11 +174,12 @@ class Evaluator:
     ) -> Record:
         certificate = self.certify(checkpoint, run)
         q = certificate.q
-        by: dict[str, Maximum] = {}
-        for source, (points, gradients) in sources.items():
-            found = largest(checkpoint.layers, checkpoint.act, run, points[run], gradients[run], q)
-            if found is not None:
-                by[source] = found
+
+        def steepest(source: str, norm: float) -> Maximum | None:
+            points, gradients = sources[source]
+            return largest(checkpoint.layers, checkpoint.act, run, points[run], gradients[run], norm)
+
+        by = {source: found for source in sources if (found := steepest(source, q)) is not None}
         # A network whose points all lie on kinks has shown no slope; 0 is a lower bound of anything.
         measured = max(by.values(), key=lambda m: m.value, default=Maximum(0.0, ()))
         at_data = scanned.gradients[0][run]  # (N, D)
@@ -172,7 +187,7 @@ class Evaluator:
         in_norm = {
             str(norm_name(q_)): found.value
             for q_ in NORMS
-            if (found := largest(checkpoint.layers, checkpoint.act, run, self.x[run], at_data, q_)) is not None
+            if (found := by.get("data") if q_ == q else steepest("data", q_)) is not None
         }
         spread = sizes[q].quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
         x = self.x[run].numpy()

@@ -54,6 +54,7 @@ class Stack:
     constraint: Constraint
     loss: Loss
     optim: Adam
+    task: str  # classification or regression
     data: Sequence[Data]  # one a run
     streams: Sequence[Streams]  # one a run
     steps: int

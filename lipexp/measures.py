@@ -28,7 +28,7 @@ from lipexp.activations import PiecewiseLinear, is_piecewise_linear
 from lipexp.certificates import UNIT_ROUNDOFF, round_down, row_norm_bound
 from lipexp.models import Layer, hidden_inputs
 
-GRID_POINTS = {1: 2001, 2: 101}  # per axis, for inputs of so many dimensions
+GRID_POINTS = {1: 2001, 2: 64}  # per axis, for inputs of so many dimensions
 SEARCH_STARTS = 64
 SEARCH_ROUNDS = 20
 _CANDIDATES = 8  # points tried in exact arithmetic before a source is given up: more than one is rare

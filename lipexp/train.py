@@ -29,6 +29,17 @@ from lipexp.models import Layer, state_dict
 from lipexp.runs import RunFolder
 
 
+# What the object of a group must have, whoever wrote its class.
+NEEDED = {
+    "dataset": ("task", "n_inputs", "n_train", "draw"),
+    "act": ("__call__",),
+    "constraint": ("p", "q", "hidden_p", "lipschitz", "norms", "check", "start", "apply", "bake"),
+    "loss": ("__call__",),
+    "model": ("shapes", "initial"),
+    "optim": ("start", "step"),
+}
+
+
 @dataclass
 class Member:
     """One run before training: its settings, its objects, and what names them on the command line."""
@@ -66,10 +77,14 @@ def build(config: DictConfig, choices: Mapping[str, Any] = {}) -> Member:
         for group in GROUPS
     }
     parts = {group: instantiate(config[group], group) for group in GROUPS}
+    for group, needed in NEEDED.items():
+        lacking = [name for name in needed if not hasattr(parts[group], name)]
+        if lacking:
+            raise ConfigError(group, names[group], f"cannot be used as {group}: it has no {', '.join(lacking)}")
     dataset, loss, constraint, act = (parts[group] for group in ("dataset", "loss", "constraint", "act"))
     if config.batch_size > dataset.n_train:
         raise ConfigError("batch_size", config.batch_size, f"must be at most dataset.n_train={dataset.n_train}")
-    if loss.task != dataset.task:
+    if getattr(loss, "task", dataset.task) != dataset.task:  # a user's loss need not say
         raise ConfigError(
             "loss",
             names["loss"],
@@ -138,6 +153,7 @@ def stack(members: Sequence[Member]) -> Stack:
     streams = [Streams.of(member.seed) for member in members]
     return Stack(
         **{group: _stacked(group, members) for group in ("model", "act", "constraint", "loss", "optim")},
+        task=first.parts["dataset"].task,
         data=[m.parts["dataset"].draw(s.data) for m, s in zip(members, streams, strict=True)],
         streams=streams,
         steps=config.steps,

@@ -308,6 +308,10 @@ USER_CODE = """
             ).to(x) * b
             return torch.cat([torch.where(reflect, c * a + s * b, a), torch.where(reflect, s * a - c * b, b)], -1)
 
+    class Square(nn.Module):
+        def forward(self, f, y):
+            return (f - (2 * y - 1)).square()
+
     class Breaks(nn.Module):
         norms = (2,)
 
@@ -323,6 +327,8 @@ def user_code(lipexp):
     folder = Path("my_conf/act")
     folder.mkdir(parents=True)
     (folder / "householder.yaml").write_text("_target_: my_package.Householder\nangle: 1.0\n")
+    Path("my_conf/loss").mkdir()
+    Path("my_conf/loss/square.yaml").write_text("_target_: my_package.Square\n")
     (folder / "tanh.yaml").write_text("_target_: torch.nn.Tanh\n")
     (folder / "breaks.yaml").write_text("_target_: my_package.Breaks\n")
     yield lipexp
@@ -357,6 +363,23 @@ def test_an_activation_that_declares_nothing_trains_without_a_constraint_only(us
     assert lipschitz["certified"] is None
     assert lipschitz["measured"] > 0
     assert "declares no bound" in lipschitz["method"]
+
+
+def test_a_users_loss_needs_no_more_than_its_formula(user_code):
+    done = user_code("train", "-cd", "my_conf", "loss=square", *DEBUG)
+    assert done.code == 0, done.err
+    (folder,) = run_folders()
+    table = pd.read_csv(folder / "gradients.csv").query("split == 'test'")
+    loss = json.loads((folder / "metrics.json").read_text())["test"]["loss"]
+    assert loss == pytest.approx(((table["f"] - (2 * table["y"] - 1)) ** 2).mean(), rel=1e-9)
+
+
+def test_a_class_that_does_not_fit_its_group_is_refused(user_code):
+    Path("my_conf/dataset").mkdir()
+    Path("my_conf/dataset/wrong.yaml").write_text("_target_: my_package.Square\n")
+    done = user_code("train", "-cd", "my_conf", "dataset=wrong")
+    lacking = "dataset=wrong: cannot be used as dataset: it has no task, n_inputs, n_train, draw"
+    assert (done.code, done.err) == (2, f"lipexp: {lacking}\n")
 
 
 def test_an_error_in_a_users_class_fails_the_run_and_names_its_traceback(user_code):
