@@ -28,7 +28,6 @@ from lipexp.losses import Loss
 from lipexp.models import Layer, state_dict
 from lipexp.runs import RunFolder
 
-
 # What the object of a group must have, whoever wrote its class.
 NEEDED = {
     "dataset": ("task", "n_inputs", "n_train", "draw"),

@@ -74,8 +74,9 @@ def test_one_point_is_a_dataset(dataset_option, make):
 
 @pytest.mark.parametrize(("noise", "scale"), [(0.05, 2.0), (0.0, 2.0), (0.3, 0.5)])
 def test_two_moons_are_those_of_scikit_learn_times_the_scale(noise, scale):
-    data = drawn(TwoMoons(noise, scale, n_train=100, n_test=41), seed=7)
-    train, test = np.random.SeedSequence(7).spawn(2)
+    stream = np.random.SeedSequence(7).spawn(3)[2]
+    data = TwoMoons(noise, scale, n_train=100, n_test=41).draw(stream)
+    train, test = stream.spawn(2)
     for x, y, child in ((data.train_x, data.train_y, train), (data.test_x, data.test_y, test)):
         state = int(np.random.default_rng(child).integers(2**32))
         expected_x, expected_y = make_moons(len(x), noise=noise or None, random_state=state)
