@@ -12,10 +12,12 @@ tested by being there:
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
 import pytest
@@ -25,7 +27,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
 from omegaconf import DictConfig, OmegaConf
 
-from lipexp import config, loop, train
+from lipexp import cli, config, loop, train
 
 settings.register_profile("lipexp", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("lipexp")
@@ -200,3 +202,36 @@ class Exact:
 @pytest.fixture(scope="session")
 def exact() -> type[Exact]:
     return Exact
+
+
+# The command line ------------------------------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def lipexp(tmp_path, monkeypatch, capfd):
+    """Calls the command in this process, in an empty folder: lipexp("train", "loss=bce") -> Result."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def call(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["lipexp", *arguments])
+        capfd.readouterr()
+        try:
+            code = cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Result(code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def run_folders() -> Callable[[], list[Path]]:
+    """run_folders() -> the finished runs under outputs/, in the order of their paths."""
+    return lambda: sorted(path.parent for path in Path("outputs").glob("*/*/metrics.json"))

@@ -1,0 +1,96 @@
+"""Bad input is one clear line on stderr and exit status 2, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+DEBUG = ("experiment=debug", "device=cpu")
+
+BAD_INPUT = {
+    "loss=hing": "loss=hing: no such option; did you mean loss=hinge? (bce, hinge, mse)",
+    "los=hinge": "los: no such setting; did you mean loss?",
+    "loss.margn=1": "loss.margn: no such setting; did you mean loss.margin?",
+    "loss=null": "loss=null: needs one option",
+    "loss=bce,hinge": "loss=bce,hinge: several values are a sweep, which needs -m",
+    "steps=foo": "steps=foo: must be a whole number",
+    "steps=1.5": "steps=1.5: must be a whole number",
+    "steps=-1": "steps=-1: must be a whole number, at least 0",
+    "seed=-1": "seed=-1: must be a whole number, at least 0",
+    "eval_every=-1": "eval_every=-1: must be a whole number, at least 0",
+    "threads=0": "threads=0: must be a whole number, at least 1",
+    "lipschitz=0": "lipschitz=0.0: must be a finite number above 0",
+    "lipschitz=-1": "lipschitz=-1.0: must be a finite number above 0",
+    "lipschitz=nan": "lipschitz=nan: must be a finite number above 0",
+    "lipschitz=inf": "lipschitz=inf: must be a finite number above 0",
+    "lipschitz=1e100": "lipschitz=1e+100: must be between 1e-30 and 1e+30",
+    "batch_size=2001": "batch_size=2001: must be at most dataset.n_train=2000",
+    "batch_size=0": "batch_size=0: must be a whole number, at least 1",
+    "model.width=63": "model.width=63: must be a multiple of act's group size, MaxMin's 2",
+    "act.n_groups=5": "model.width=64: must be a multiple of act.n_groups=5",
+    "act.group_size=5": "model.width=64: must be a multiple of act.group_size 5",
+    "act.n_groups=2 act.group_size=32": "act.n_groups=2: give it or group_size (now 32), not both",
+    "constraint=linf constraint.p=3": "constraint.p=3: must be 1, 2 or inf",
+    "constraint=linf constraint.p=x": "constraint.p=x: must be 1, 2 or inf",
+    "loss=mse": "loss=mse: is for regression, but dataset=two_moons is classification (bce, hinge)",
+    "dataset=absolute_value loss=bce": "loss=bce: is for classification, but dataset=absolute_value is regression",
+    "loss.margin=-1": "loss.margin=-1: must be a finite number, at least 0",
+    "loss.margin=wide": "loss.margin=wide: must be a finite number, at least 0",
+    "loss=bce loss.temperature=0": "loss.temperature=0: must be a finite number above 0",
+    "dataset.noise=-1": "dataset.noise=-1: must be a finite number, at least 0",
+    "optim.lr=0": "optim.lr=0: must be a finite number above 0",
+    "optim.schedule=cosin": "optim.schedule=cosin: no such option; did you mean cosine?",
+    "optim.betas=[0.9,1]": "optim.betas=[0.9, 1]: must be two numbers in [0, 1)",
+    "device=tpu": "device=tpu: no such option; did you mean cpu?",
+    "act._target_=nowhere.Act": "act._target_=nowhere.Act: cannot be used: No module named 'nowhere'",
+    "act._target_=lipexp.activations.Nope": "cannot be used: lipexp.activations has no Nope",
+    "+loss.extra=1": "does not take these arguments",
+    "experiment=none_such": "experiment=none_such: no such option",
+    "a=b=c": "a=b=c: cannot be read as option=value",
+    "--multirum": "--multirum: no such flag; did you mean --multirun?",
+    "-m --cfg job": "--multirun: shows nothing together with --cfg or --info",
+    "-m loss=hing,bce": "loss=hing: no such option; did you mean loss=hinge?",
+    "-m steps=5,foo": "steps=foo: must be a whole number",
+    "-cd nowhere": "nowhere' not found",
+    "-cn nowhere": "nowhere",
+}
+
+
+@pytest.mark.parametrize("command", BAD_INPUT)
+def test_bad_input_is_one_line_and_leaves_nothing(lipexp, command):
+    done = lipexp("train", *command.split())
+    assert done.code == 2
+    assert done.out == ""
+    assert len(done.err.splitlines()) == 1, done.err
+    assert done.err.startswith("lipexp: ")
+    assert BAD_INPUT[command] in done.err
+    assert not list(Path("outputs").rglob("*")) or {p.name for p in Path("outputs").rglob("*")} == set()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens on a machine without CUDA")
+def test_cuda_without_a_device_is_refused(lipexp):
+    done = lipexp("train", "device=cuda")
+    assert (done.code, done.err) == (2, "lipexp: device=cuda: no CUDA device is available here (auto, cpu)\n")
+
+
+@pytest.mark.parametrize("mode", [(), ("-m",)])
+def test_outputs_that_cannot_be_written_are_refused(lipexp, mode):
+    Path("outputs").write_text("a file")
+    done = lipexp("train", *mode, *DEBUG)
+    assert done.code == 2
+    assert "cannot be written: Not a directory" in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("mode", ["run", "sweep"])
+def test_a_finished_result_is_never_overwritten(lipexp, mode):
+    flags = ["-m"] if mode == "sweep" else []
+    command = ("train", *flags, f"hydra.{mode}.dir=kept", *DEBUG)
+    assert lipexp(*command).code == 0
+    before = {path: path.read_bytes() for path in Path("kept").rglob("*") if path.is_file()}
+    again = lipexp(*command, "seed=1")
+    assert again.code == 2
+    assert "is not empty; results are never overwritten" in again.err
+    assert {path: path.read_bytes() for path in Path("kept").rglob("*") if path.is_file()} == before
