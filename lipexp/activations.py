@@ -35,7 +35,6 @@ class Activation(nn.Module):
     """Base of lipexp's activations: what a network asks of its nonlinearity beyond `forward`."""
 
     norms: frozenset[float] = frozenset()
-    per_run: tuple[str, ...] = ()
 
     def check_width(self, width: int) -> None:
         """Raise ConfigError if a layer of `width` features does not suit."""

@@ -8,6 +8,7 @@ Hydra's own functions. What is written into `.hydra/` is what Hydra's launcher w
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_d
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf._utils import get_omega_conf_dumper
 
@@ -28,19 +30,24 @@ class Job:
 
     index: int
     overrides: tuple[str, ...]  # of the job alone, in the order of the command line
-    config: dict[str, Any]  # unresolved
+    config: dict[str, Any]  # as it is written, with its interpolations
+    resolved: dict[str, Any]
     hydra: str  # .hydra/hydra.yaml
     choices: Mapping[str, str]
     folder: Path
+    record: str | None = ".hydra"  # the folder for Hydra's files; None: they are not wanted
 
     def composed(self) -> DictConfig:
-        """The configuration as the task sees it."""
-        return OmegaConf.create(self.config)
+        """The configuration as the task sees it, its interpolations resolved."""
+        return OmegaConf.create(self.resolved)
 
     def write_hydra_files(self) -> None:
         """Hydra's own record of the run."""
-        record = self.folder / ".hydra"
-        record.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.record is None:
+            return
+        record = self.folder / self.record
+        record.mkdir(exist_ok=True)
         (record / "config.yaml").write_text(dump(self.config))
         (record / "hydra.yaml").write_text(self.hydra)
         (record / "overrides.yaml").write_text(dump(list(self.overrides)))
@@ -58,6 +65,10 @@ class Composer:
         self.loader = loader
         self.master = master
         _ = master.hydra.sweep.dir  # resolved now, its time stamp is the same for all jobs
+        own: Any = OmegaConf.to_container(master.hydra.overrides.hydra)
+        # The files that can be chosen are those that these overrides let Hydra find (hydra.searchpath).
+        name = master.hydra.job.config_name
+        self._files = loader._parse_overrides_and_create_caching_repo(name, own)[1]
         self._parser = OverridesParser.create(config_loader=loader)
         self._parsed: dict[str, Override] = {}
         self._bases: dict[tuple[str, ...], DictConfig] = {}
@@ -67,66 +78,77 @@ class Composer:
 
         Raises:
             HydraException: whatever Hydra says of these overrides.
+            OmegaConfBaseException: an interpolation that cannot be resolved.
         """
-        parsed = [self._parse(override) for override in overrides]
-        chooses = [self._chooses_files(override) for override in parsed]
-        base = self._base(tuple(line for line, files in zip(overrides, chooses, strict=True) if files))
+        parsed = [self._parse(line) for line in overrides]
+        base = self._base(tuple(o.input_line or "" for o in parsed if self._chooses_files(o)))
         config = copy.deepcopy(base)
         OmegaConf.copy_cache(from_config=self.master, to_config=config)
-        values = [override for override, files in zip(parsed, chooses, strict=True) if not files]
-        ConfigLoaderImpl._apply_overrides_to_config(values, config)
-        app = [override for override in parsed if not override.is_hydra_override()]
+        ConfigLoaderImpl._apply_overrides_to_config([o for o in parsed if not self._chooses_files(o)], config)
+        tasks = [override for override in parsed if not override.is_hydra_override()]
         with flag_override(config, ["readonly", "struct"], [False, False]):
-            config.hydra.overrides.task = [override.input_line for override in app]
-            style = config.hydra.job.config.override_dirname
-            config.hydra.job.override_dirname = get_overrides_dirname(
-                overrides=app,
-                kv_sep=style.kv_sep,
-                item_sep=style.item_sep,
-                exclude_keys=style.exclude_keys,
-            )
-            config.hydra.job.id = config.hydra.job.num = index
-        folder = self._folder(config)  # Hydra makes its node read-only here
-        with flag_override(config.hydra.runtime, ["readonly", "struct"], [False, False]):
-            config.hydra.runtime.output_dir = str(folder.absolute())
-        content: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
+            _describe(config, index, tasks)
+        content, resolved, folder = self._carry_out(config)
         record = content.pop("hydra")
         return Job(
             index=index,
-            overrides=tuple(config.hydra.overrides.task),
+            overrides=tuple(record["overrides"]["task"]),
             config=content,
+            resolved=resolved,
             hydra=dump({"hydra": record}),
-            choices={str(k): str(v) for k, v in config.hydra.runtime.choices.items()},
+            choices={str(group): str(option) for group, option in record["runtime"]["choices"].items()},
             folder=folder,
+            record=record["output_subdir"],
         )
 
     def _parse(self, line: str) -> Override:
+        """`line`, parsed; Hydra's refusal of a sweep within a job included."""
         if line not in self._parsed:
-            (self._parsed[line],) = self._parser.parse_overrides([line])
+            (override,) = self._parser.parse_overrides([line])
+            self.loader.validate_sweep_overrides_legal([override], RunMode.RUN, from_shell=True)
+            self._parsed[line] = override
         return self._parsed[line]
 
     def _chooses_files(self, override: Override) -> bool:
         """Whether an override takes part in choosing the files that are composed, or is one of Hydra's own."""
         if override.is_hydra_override() or override.package is not None:
             return True
-        return self.loader.repository.group_exists(override.key_or_group) and not isinstance(
-            override.value(), dict
-        )
+        return self._files.group_exists(override.key_or_group) and not isinstance(override.value(), dict)
 
     def _base(self, overrides: tuple[str, ...]) -> DictConfig:
         if overrides not in self._bases:
             self._bases[overrides] = self.loader.load_sweep_config(self.master, list(overrides))
         return self._bases[overrides]
 
-    def _folder(self, config: DictConfig) -> Path:
-        """hydra.sweep.dir / hydra.sweep.subdir, which may refer to the job through the `hydra:` resolver."""
-        running = HydraConfig.instance()
+    def _carry_out(self, config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], Path]:
+        """What Hydra makes of a composed job: its content, the same resolved, and its folder."""
+        running: Any = HydraConfig.instance()
         before = running.cfg
+        running.cfg = config  # for the `hydra:` resolver; HydraConfig.set_config would copy it, in 5 ms
         try:
-            running.set_config(config)
-            return Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
+            folder = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
+            with flag_override(config.hydra.runtime, ["readonly", "struct"], [False, False]):
+                config.hydra.runtime.output_dir = os.path.abspath(folder)
+            content: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
+            task = OmegaConf.create({key: value for key, value in content.items() if key != "hydra"})
+            OmegaConf.copy_cache(from_config=config, to_config=task)
+            resolved: Any = OmegaConf.to_container(task, resolve=True)
         finally:
             running.cfg = before
+        return content, resolved, folder
+
+
+def _describe(config: DictConfig, index: int, overrides: Sequence[Override]) -> None:
+    """Hydra's own settings that depend on the job."""
+    config.hydra.overrides.task = [override.input_line for override in overrides]
+    style = config.hydra.job.config.override_dirname
+    config.hydra.job.override_dirname = get_overrides_dirname(
+        overrides=list(overrides),
+        kv_sep=style.kv_sep,
+        item_sep=style.item_sep,
+        exclude_keys=style.exclude_keys,
+    )
+    config.hydra.job.id = config.hydra.job.num = index
 
 
 class _Dumper(yaml.CDumper):  # in C, five times as fast as OmegaConf's

@@ -121,7 +121,7 @@ def no_such(kind: str, value: str, allowed: Sequence[str], prefix: str = "") -> 
     """'no such option; did you mean loss=hinge? (bce, hinge, mse)', with kind 'option' and prefix 'loss='."""
     near = get_close_matches(value, allowed, n=1)
     guess = f"; did you mean {prefix}{near[0]}?" if near else ""
-    return f"no such {kind}{guess} ({', '.join(allowed)})"
+    return f"no such {kind}{guess}" + (f" ({', '.join(allowed)})" if allowed else "")
 
 
 def _is_tensor(value: object) -> bool:
@@ -180,14 +180,16 @@ def instantiate(node: Any, group: str, *, trust: bool = True) -> Any:
         if isinstance(cause, ConfigError):
             raise cause.under(group) from None
         if isinstance(cause, TypeError):
-            raise ConfigError(option, target, f"does not take these arguments: {one_line(cause)}") from None
+            raise ConfigError(
+                option, target, f"does not take these arguments: {str(cause).splitlines()[0]}"
+            ) from None
         raise ConfigError(option, target, f"cannot be used: {one_line(cause or error)}") from None
 
 
 def one_line(error: BaseException) -> str:
     """The first line of what an error says, with its type unless lipexp or the import system raised it."""
     text = str(error).strip().split("\n")[0]
-    return text if isinstance(error, ConfigError | ImportError | TypeError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, ConfigError | ImportError) else f"{type(error).__name__}: {text}"
 
 
 def _find(target: str) -> Any:

@@ -5,9 +5,9 @@ On a terminal a live bar; otherwise plain lines, one for each checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from pathlib import Path
 from statistics import median
@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 SUBSCRIPT = {1: "₁", 2: "₂", "inf": "∞"}
 
@@ -104,23 +104,36 @@ class Display:
 class SweepDisplay:
     """The screen of a sweep: a bar for each stack that trains, then one table.
 
-    On a terminal the bars are live; otherwise a line is printed when a stack ends.
+    On a terminal the bars are live; otherwise a line is printed when a stack has ended.
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
         self._bars: Progress | None = None
         self._tasks: dict[int, TaskID] = {}
-        self._runs: list[int] = []
-        self._totals: dict[int, int] = {}
+        self._runs: Sequence[int] = []
+        self._steps: dict[int, int] = {}
+        self._live: dict[int, str] = {}
 
-    def header(self, jobs: int, missing: int, stacks: Sequence[int]) -> None:
-        """How many jobs there are, how many are still to be trained, and in what stacks."""
-        self._runs = list(stacks)
-        left = "" if missing == jobs else f", {jobs - missing} done before"
-        split = ", ".join(f"{stacks.count(runs)} of {runs}" for runs in sorted(set(stacks), reverse=True))
-        what = f" as {len(stacks)} stacked models ({split} runs)" if stacks else ""
-        self._print(f"[bold]lipexp train -m[/bold]  {jobs} jobs{left}{what}")
+    def header(
+        self, jobs: int, done: int, stacks: Sequence[int], run_bytes: int = 0, processes: int | None = None
+    ) -> None:
+        """How many jobs there are, how many were trained before, and in what stacks the others train.
+
+        Args:
+            stacks: the number of runs of each.
+            run_bytes: the memory that a run takes.
+            processes: how many stacks train at the same time; None is one, in this process.
+        """
+        self._runs = stacks
+        sizes = sorted(set(stacks), reverse=True)
+        split = ", ".join(f"{stacks.count(runs)} of {_count(runs, 'run')}" for runs in sizes)
+        parts = [_count(jobs, "job")]
+        parts += [f"{done} done before"] if done else []
+        parts += [f"{_count(len(stacks), 'stack')} ({split})"] if stacks else []
+        parts += [f"about {run_bytes / 1e6:.2g} MB a run"] if stacks and run_bytes else []
+        parts += [f"{_count(min(processes, len(stacks)), 'process', 'es')}"] if stacks and processes else []
+        self._print(f"[bold]lipexp train -m[/bold]  {', '.join(parts)}")
 
     @contextmanager
     def progress(self) -> Iterator[None]:
@@ -128,106 +141,136 @@ class SweepDisplay:
         if not self.console.is_terminal:
             yield
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
+        columns = (  # of 80 characters, the text at the end gives way
+            TextColumn("{task.description}", table_column=Column(min_width=20)),
+            BarColumn(bar_width=8),
+            MofNCompleteColumn(table_column=Column(min_width=9)),
+            TimeRemainingColumn(compact=True, table_column=Column(min_width=5)),
             TextColumn("{task.fields[live]}"),
-            TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as self._bars:
             yield
         self._bars = None
 
-    def stack(self, number: int, runs: int) -> StackDisplay:
-        """The part of the screen that belongs to one stack."""
-        return StackDisplay(self, number)
-
-    def update(self, number: int, step: int, total: int | None, live: str | None) -> None:
-        """Stack `number` has finished `step` steps."""
-        if total is not None:
-            self._totals[number] = total
-        if self._bars is not None:
-            if number not in self._tasks:
-                name = f"stack {number + 1} of {len(self._runs)}, {self._runs[number]} runs"
-                self._tasks[number] = self._bars.add_task(name, total=total, live="")
-            self._bars.update(self._tasks[number], completed=step)
-            if live is not None:
-                self._bars.update(self._tasks[number], live=live)
-        elif live is not None and step == self._totals.get(number):
-            self._print(
-                f"stack {number + 1} of {len(self._runs)}: {self._runs[number]} runs, {step} steps  {live}"
-            )
+    def update(self, number: int, step: int, total: int | None, live: str | None, done: bool = False) -> None:
+        """Stack `number` has finished `step` steps; `done`: and written all its results."""
+        self._steps[number] = step
+        if live is not None:
+            self._live[number] = live
+        name = f"stack {number + 1} of {len(self._runs)}, {_count(self._runs[number], 'run')}"
+        bars = self._bars
+        if bars is None:
+            if done:
+                self._print(f"{name}: {_count(step, 'step')}  {self._live.get(number, 'all failed')}")
+            return
+        if done:
+            if number in self._tasks:
+                bars.remove_task(self._tasks.pop(number))
+            return
+        if number not in self._tasks:
+            self._tasks[number] = bars.add_task(name, total=total, live="")
+        bars.update(self._tasks[number], completed=step, total=total, live=self._live.get(number, ""))
 
     def result(self, rows: Sequence[Mapping[str, Any]], csv_file: Path) -> None:
-        """The table of the jobs, best first, and where all of it lies."""
-        metric = next((key for row in rows for key in ("test.accuracy", "test.mse") if key in row), None)
-        if metric is not None:
-            self._print(sweep_table(rows, metric))
+        """The table of the jobs, best first and failed last, and where all of it lies."""
+        self._print(sweep_table(rows))
         counts = {status: sum(row["status"] == status for row in rows) for status in ("ok", "failed", "missing")}
         self._print(", ".join(f"{count} {status}" for status, count in counts.items() if count))
-        self._print(str(csv_file))
+        shown = os.path.relpath(csv_file)
+        self._print(str(csv_file.absolute()) if shown.startswith("..") else shown)
 
     def _print(self, what: Any) -> None:
         self.console.print(what, soft_wrap=True)
 
 
-@dataclass
 class StackDisplay:
-    """What the training of one stack reports to the screen of its sweep."""
+    """What the training of one stack reports to the screen of its sweep, perhaps in another process."""
 
-    sweep: SweepDisplay
-    number: int
+    def __init__(self, update: Callable[..., None], number: int) -> None:
+        self._update, self._number = update, number
+        self.step = 0
 
     @contextmanager
     def training(self, total: int) -> Iterator[None]:
-        self.sweep.update(self.number, 0, total, "")
+        """`total` steps begin."""
+        self.step = 0
+        self._update(self._number, 0, total, None)
         yield
 
     def tick(self, step: int) -> None:
-        self.sweep.update(self.number, step, None, None)
+        """`step` steps are done."""
+        self.step = step
+        self._update(self._number, step, None, None)
 
     def checkpoint(self, step: int, rows: Sequence[Mapping[str, float | None]]) -> None:
-        self.sweep.update(self.number, step, None, live_summary(rows))
+        """New lines of history.csv, one a run."""
+        self.step = step
+        self._update(self._number, step, None, live_summary(rows))
+
+    def done(self) -> None:
+        """All results are written."""
+        self._update(self._number, self.step, None, None, True)
+
+
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}{'' if number == 1 else plural}"
 
 
 def live_summary(rows: Sequence[Mapping[str, float | None]]) -> str:
-    """The best and the median metric of the runs of a stack."""
+    """The best and the median metric of the runs of a stack; a failed run has an empty row."""
     sound = [row for row in rows if row]
     if not sound:
-        return "all runs failed"
+        return "all failed"
     metric = next(key for key in sound[0] if key in ("test_accuracy", "test_mse"))
     values = sorted(float(row[metric] or 0) for row in sound)
     best = values[-1] if metric == "test_accuracy" else values[0]
-    return f"{metric.replace('_', ' ')} best {best:.4g}, median {median(values):.4g}"
+    failed = f", {len(rows) - len(sound)} failed" if len(sound) < len(rows) else ""
+    return f"{metric.replace('_', ' ')} best {best:.4g}, median {median(values):.4g}{failed}"
 
 
-SHOWN_ROWS = 40  # of a sweep's table; sweep.csv has them all
+SHOWN_ROWS = 40  # of a sweep's table, and as many failed ones; sweep.csv has them all
 
 
-def sweep_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
+def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What differs between the jobs of a sweep, their metric and their interval, best first, failed last."""
-    fixed = {"job", "status", "reason"}
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in fixed]
-    overrides = keys[: next((i for i, key in enumerate(keys) if key in ("schema",)), 0)]
+    metrics = [key for key in ("test.accuracy", "test.mse") if any(key in row for row in rows)]
+    keys = list(dict.fromkeys(key for row in rows for key in row))[3:]  # without job, status, reason
+    overrides = keys[: keys.index("schema") if "schema" in keys else None]
     varied = [key for key in overrides if len({row.get(key) for row in rows}) > 1]
-    sign = -1 if metric == "test.accuracy" else 1
-    ranked = sorted(rows, key=lambda row: (metric not in row, sign * float(row.get(metric) or 0)))
     table = Table(show_edge=False, box=None, pad_edge=False, header_style="bold")
-    for name in ("job", *varied, metric.replace(".", " "), "measured", "certified", ""):
-        table.add_column(name, justify="right" if name in ("measured", "certified", metric) else "left")
-    for row in ranked[:SHOWN_ROWS]:
+    for name in ("job", *varied):
+        table.add_column(name)
+    for name in [*(metric.replace(".", " ") for metric in metrics), *(["measured", "certified"] * bool(metrics))]:
+        table.add_column(name, justify="right")
+    table.add_column("")
+    ranked = [row for metric in metrics for row in _ranked(rows, metric)]
+    failed = [row for row in rows if row["status"] != "ok"]
+    for row in [*ranked[:SHOWN_ROWS], *failed[:SHOWN_ROWS]]:
         cells = [str(row["job"]), *(str(row.get(key, "")) for key in varied)]
-        if metric in row:
-            certified = row["lipschitz.certified"]
-            shown = "" if certified is None else above(certified, row["lipschitz.target"])
-            cells += [f"{row[metric]:.4g}", below(row["lipschitz.measured"]), shown, row["lipschitz.verdict"]]
-        else:
-            cells += ["", "", "", row["reason"] or row["status"]]
-        table.add_row(*cells)
-    if len(ranked) > SHOWN_ROWS:
-        table.caption = f"the best {SHOWN_ROWS} of {len(ranked)}"
+        table.add_row(
+            *cells, *_result_cells(row, metrics), row["reason"] or row.get("lipschitz.verdict", "missing")
+        )
+    shown = min(len(ranked), SHOWN_ROWS) + min(len(failed), SHOWN_ROWS)
+    if shown < len(rows):
+        table.caption = f"{shown} of {len(rows)} jobs"
     return table
+
+
+def _ranked(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, Any]]:
+    """The jobs without a fault that have `metric`, best first."""
+    sign = -1 if metric == "test.accuracy" else 1
+    sound = [row for row in rows if metric in row and row["status"] == "ok"]
+    return sorted(sound, key=lambda row: sign * float(row[metric]))
+
+
+def _result_cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
+    """The metric of a job, in the column of its kind, and its measured and certified constant."""
+    if "lipschitz.measured" not in row:
+        return [""] * (len(metrics) + 2 * bool(metrics))
+    certified = row["lipschitz.certified"]
+    bound = "" if certified is None else above(certified, row["lipschitz.target"])
+    values = [f"{row[metric]:.4g}" if metric in row else "" for metric in metrics]
+    return [*values, below(row["lipschitz.measured"]), bound]
 
 
 def result_table(metrics: Mapping[str, Any]) -> Table:

@@ -19,6 +19,7 @@ from lipexp.activations import declared_norms
 from lipexp.certificates import dual, product_bound
 from lipexp.loop import Checkpoint, Stack, generator
 from lipexp.measures import SEARCH_STARTS, Maximum, Scan, grid, largest, norms, scan, search
+from lipexp.models import run_layers
 
 NORMS = (1.0, 2.0, math.inf)
 
@@ -109,7 +110,7 @@ class Evaluator:
     def final(self, checkpoint: Checkpoint) -> list[Record | None]:
         """The full record of each run, None for failed ones."""
         constraint, layers, act = self.stack.constraint, checkpoint.layers, checkpoint.act
-        scanned = self._scan(checkpoint, final=True)
+        scanned = self._scan(checkpoint)
         generators = [generator(s.search) for s in self.stack.streams]
         sources = {"data": (self.x, scanned.gradients[0])}
         low, high = self.x.amin(dim=1), self.x.amax(dim=1)  # (K, D)
@@ -124,18 +125,11 @@ class Evaluator:
             for run in range(len(self.x))
         ]
 
-    def _scan(self, checkpoint: Checkpoint, final: bool = False) -> Scan:
-        """f and its gradients at the data, at the end to the input of every layer.
-
-        The last checkpoint is reported twice, in the history and in the record, and scanned once.
-        """
-        if self._last is not None and self._last[0] is checkpoint:
-            return self._last[1]
-        final = final or checkpoint.step == self.stack.steps
-        scanned = scan(checkpoint.layers, checkpoint.act, self.x, hidden=final)
-        if final:
-            self._last = (checkpoint, scanned)
-        return scanned
+    def _scan(self, checkpoint: Checkpoint) -> Scan:
+        """f and its gradient at the data. The last checkpoint is reported twice, and scanned once."""
+        if self._last is None or self._last[0] is not checkpoint:
+            self._last = (checkpoint, scan(checkpoint.layers, checkpoint.act, self.x))
+        return self._last[1]
 
     def certify(self, checkpoint: Checkpoint, run: int) -> Certificate:
         """The product of the layers' norms, in the constraint's own chain, proven on the stored weights."""
@@ -220,19 +214,18 @@ class Evaluator:
                 "f": scanned.f[run].numpy(),
                 **{f"grad_{norm_name(q_)}": sizes[q_].numpy() for q_ in NORMS},
             },
-            layers=self._layer_rows(checkpoint, run, scanned, certificate),
+            layers=self._layer_rows(checkpoint, run, certificate),
         )
 
-    def _layer_rows(
-        self, checkpoint: Checkpoint, run: int, scanned: Scan, certificate: Certificate
-    ) -> list[dict[str, Any]]:
+    def _layer_rows(self, checkpoint: Checkpoint, run: int, certificate: Certificate) -> list[dict[str, Any]]:
         """One row a layer: its norm and bound, its singular values, and the gradient norm at its input."""
         constraint = self.stack.constraint
+        layers = run_layers(checkpoint.layers, run)
+        # One run at a time: the gradients at all features of a whole stack would be its largest arrays.
+        hidden = scan(layers, checkpoint.act, self.x[run : run + 1], hidden=True).gradients
         rows = []
-        for i, (norm, layer) in enumerate(
-            zip(constraint.norms(len(checkpoint.layers)), checkpoint.layers, strict=True)
-        ):
-            singular = torch.linalg.svdvals(layer.weight[run].double())
+        for i, (norm, layer) in enumerate(zip(constraint.norms(len(layers)), layers, strict=True)):
+            singular = torch.linalg.svdvals(layer.weight[0].double())
             # The space at the input of layer i has norm p for the first layer, hidden_p afterwards; gradients
             # are measured in its dual.
             input_dual = dual(constraint.p if i == 0 else constraint.hidden_p)
@@ -248,7 +241,7 @@ class Evaluator:
                     "singular_median": float(singular.median()),
                     "singular_max": float(singular[0]),
                     "gradient_q": norm_name(input_dual),
-                    "gradient_median": float(norms(scanned.gradients[i][run], input_dual).median()),
+                    "gradient_median": float(norms(hidden[i][0], input_dual).median()),
                 }
             )
         return rows

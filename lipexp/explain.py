@@ -49,7 +49,10 @@ def _unknown_key(error: HydraException, cause: BaseException) -> str:
     parent = getattr(cause, "parent_node", None)
     if not isinstance(parent, DictConfig):
         return f"{key}: {_first_line(error)}"
-    prefix, _, last = key.rpartition(".")
+    # The part of the key that is wrong is the one that its parent lacks: `los` of `los.margin`.
+    parts = key.split(".")
+    depth = next((i for i, part in enumerate(parts) if part == str(getattr(cause, "key", ""))), len(parts) - 1)
+    prefix, last = ".".join(parts[:depth]), parts[depth]
     allowed = [str(name) for name in parent if name not in ("hydra", "_target_")]
     return f"{key}: {no_such('setting', last, allowed, f'{prefix}.' if prefix else '')}"
 

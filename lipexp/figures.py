@@ -13,7 +13,7 @@ from torch import nn
 from lipexp.display import SUBSCRIPT, above, below
 from lipexp.evaluate import Record, norm_name
 from lipexp.measures import scan
-from lipexp.models import Layer
+from lipexp.models import Layer, run_layers
 
 # Okabe and Ito's palette, told apart with any colour vision.
 BLUE, ORANGE, BLACK, GREY = "#0072B2", "#E69F00", "#222222", "#8a8a8a"
@@ -25,7 +25,7 @@ def run_figure(
     layers: Sequence[Layer], act: nn.Module, run: int, record: Record, names: Mapping[str, str]
 ) -> Figure | None:
     """The picture of one run: contour lines over 2-D data, the fitted curve over 1-D data, else None."""
-    layers = [Layer(weight[run : run + 1], bias[run : run + 1]) for weight, bias in layers]
+    layers = run_layers(layers, run)
     dims = layers[0].weight.shape[2]
     if dims == 2 and "accuracy" in record.test:
         return _contours(layers, act, record, names)

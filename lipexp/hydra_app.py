@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lipexp.config import GROUPS, ConfigError, Settings, conf_dir, no_such
+from lipexp.config import GROUPS, ConfigError, Settings, conf_dir, no_such, one_line
 from lipexp.explain import explain
 from lipexp.runs import RunFolder, SweepFailed
 
@@ -104,7 +104,7 @@ def run_one(config: DictConfig) -> None:
         folder.write_failure("interrupted", display.step)
         raise
     except Exception as error:  # a user's class may raise anything: the run fails, with its traceback in the log
-        reason = f"{type(error).__name__}: {error}"
+        reason = one_line(error)
         log.exception("the run ended with an error")
         folder.write_failure(reason, display.step)
         raise RunFailed(f"{reason} (traceback in {folder.path / 'train.log'})") from error

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lipexp.activations import PiecewiseLinear, is_piecewise_linear
 from lipexp.certificates import UNIT_ROUNDOFF, round_down, row_norm_bound
-from lipexp.models import Layer, hidden_inputs
+from lipexp.models import Layer, hidden_inputs, run_layers
 
 GRID_POINTS = {1: 2001, 2: 64}  # per axis, for inputs of so many dimensions
 SEARCH_STARTS = 64
@@ -191,7 +191,7 @@ def _estimate(layers: Sequence[Layer], act: nn.Module, run: int, point: Tensor, 
     on the rounding error of backpropagation through n matrices of at most H columns, gamma_{n (H + 2)} times the
     product of their norms. The derivative of the activation itself is taken on trust, so this is an estimate.
     """
-    one = [Layer(weight[run : run + 1], bias[run : run + 1]) for weight, bias in layers]
+    one = run_layers(layers, run)
     around = torch.stack(list(_nearby(point)))
     value = float(norms(scan(one, act, around.unsqueeze(0)).gradients[0][0], q).nan_to_num(nan=0).min())
     widest = max(max(layer.weight.shape[1:]) for layer in one)

@@ -57,6 +57,11 @@ def unflatten(parameters: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Lay
     return [Layer(next(parts).view(runs, n_out, n_in), next(parts).view(runs, 1, n_out)) for n_out, n_in in shapes]
 
 
+def run_layers(layers: Sequence[Layer], run: int) -> list[Layer]:
+    """The layers of one of K networks, as a stack of one."""
+    return [Layer(weight[run : run + 1], bias[run : run + 1]) for weight, bias in layers]
+
+
 def hidden_inputs(layers: Sequence[Layer], act: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The outputs (K, B, C) at points (K, B, D), and the input of every layer, x first."""
     inputs = []

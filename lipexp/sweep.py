@@ -1,4 +1,4 @@
-"""A sweep as a few stacked models: grouping, splitting, resuming, executors, sweep.csv.
+"""A sweep as a few stacked models: grouping, splitting, resuming, sweep.csv.
 
 The jobs of a sweep that share their signature (train.py) train as one stack. A stack is split where memory or the
 number of workers asks for it; the split is written into the sweep's folder before anything is trained, and a
@@ -8,26 +8,26 @@ resumed sweep reuses it, so that it ends as it would have without the interrupti
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import threading
-import time
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lipexp.compose import Job
-from lipexp.config import ConfigError, one_of, whole
-from lipexp.display import SweepDisplay, broken_bound, live_summary
+from omegaconf import OmegaConf
+
+from lipexp.compose import Composer, Job
+from lipexp.config import ConfigError, no_such, number, one_line, one_of, whole
+from lipexp.display import SweepDisplay, broken_bound
+from lipexp.executors import execute
 from lipexp.runs import RunFolder, SweepFailed, flat, write_csv, write_file
 
 RECORD = "sweep.json"  # the jobs and their split into stacks
+LOCK = ".lock"
 EXECUTORS = ("inline", "process")
 SHARE_OF_FREE_MEMORY = 0.25  # for the stacks that train at the same time, unless a limit is given
 LARGEST_STACK = 128  # runs; larger stacks are no faster, and keep results back for longer
@@ -51,27 +51,74 @@ class Options:
         one_of("hydra.launcher.executor", self.executor, EXECUTORS)
         if self.workers is not None:
             whole("hydra.launcher.workers", self.workers, least=1)
-        if self.memory_gib is not None and not self.memory_gib > 0:
-            raise ConfigError("hydra.launcher.memory_gib", self.memory_gib, "must be a number above 0")
+        if self.memory_gib is not None:
+            number("hydra.launcher.memory_gib", self.memory_gib, above=0)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Options:
+        """The options from the node hydra.launcher.
+
+        Raises:
+            ConfigError: one that does not exist, or has a value that is not allowed.
+        """
+        names = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in names:
+                option = f"hydra.launcher.{name}"
+                raise ConfigError(option, None, no_such("setting", name, names, "hydra.launcher."))
+        return cls(**settings)
 
     @property
     def processes(self) -> int:
         """How many stacks train at the same time."""
         return 1 if self.executor == "inline" else self.workers or os.cpu_count() or 1
 
-    def memory(self) -> int:
-        """Bytes for one stack."""
-        total = self.memory_gib * 2**30 if self.memory_gib is not None else SHARE_OF_FREE_MEMORY * free_memory()
+    def memory(self, free: int) -> int:
+        """Bytes for one stack, of those that are free."""
+        total = SHARE_OF_FREE_MEMORY * free if self.memory_gib is None else self.memory_gib * 2**30
         return int(total / self.processes)
 
 
-def free_memory() -> int:
-    """Bytes that are free for new programs."""
+def free_memory(cuda: bool = False) -> int:
+    """Bytes that are free for new programs; with `cuda`, on the GPU as well."""
     try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if cuda:
+        import torch
+
+        free = min(free, torch.cuda.mem_get_info()[0])
+    return free
+
+
+class Needs(NamedTuple):
+    """What a job can be stacked with, and the memory that it takes."""
+
+    signature: str
+    run_bytes: int
+
+
+def split(jobs: Mapping[int, Needs], processes: int, memory: int) -> list[list[int]]:
+    """Jobs of equal signature as stacks, small enough for the memory, and enough of them for all processes.
+
+    Args:
+        jobs: job number -> what it needs.
+        memory: bytes for one stack.
+    """
+    groups: dict[str, list[int]] = {}
+    for job, needs in jobs.items():
+        groups.setdefault(needs.signature, []).append(job)
+    stacks: list[list[int]] = []
+    for group in groups.values():
+        largest = max(1, min(LARGEST_STACK, memory // jobs[group[0]].run_bytes))
+        pieces = -(-len(group) // largest)
+        if len(groups) < processes:  # so that none stays idle
+            pieces = max(pieces, min(len(group), -(-processes // len(groups))))
+        ends = [len(group) * piece // pieces for piece in range(pieces + 1)]
+        stacks.extend(group[start:end] for start, end in pairwise(ends))
+    return stacks
 
 
 @dataclass(frozen=True)
@@ -79,40 +126,36 @@ class Plan:
     """What a sweep has to do: its jobs in order, and the stacks they train in, as job numbers."""
 
     jobs: list[list[str]]  # the overrides of each job
+    digest: str  # of their configurations, as conf/ may have changed since
     stacks: list[list[int]]
+    refused: dict[int, str]  # jobs that cannot be trained, and why
+    run_bytes: int  # the memory of the largest run
 
     @classmethod
-    def read(cls, folder: Path) -> Plan | None:
-        """The plan that an earlier call wrote into `folder`; None if there is none."""
+    def read(cls, folder: Path) -> Plan:
+        """The plan that an earlier call wrote into `folder`.
+
+        Raises:
+            ConfigError: there is none, or it cannot be read.
+        """
         try:
             record = json.loads((folder / RECORD).read_text())
+            refused = {int(job): str(reason) for job, reason in record.pop("refused").items()}
+            return cls(**record, refused=refused)
         except FileNotFoundError:
-            return None
-        return cls(record["jobs"], record["stacks"])
+            raise ConfigError("resume", "true", f"{folder} holds no sweep that could be continued") from None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ConfigError("resume", "true", f"{folder / RECORD} cannot be read") from None
 
     def write(self, folder: Path) -> None:
-        content = json.dumps({"jobs": self.jobs, "stacks": self.stacks})
+        content = json.dumps(asdict(self))
         write_file(folder / RECORD, lambda path: path.write_text(content))
 
 
-def split(signatures: Mapping[int, tuple[str, int]], options: Options) -> list[list[int]]:
-    """Jobs of equal signature as stacks, small enough for the memory, and enough of them for all workers.
-
-    Args:
-        signatures: job number -> (signature, bytes that one run takes).
-    """
-    groups: dict[str, list[int]] = {}
-    for job, (signature, _) in signatures.items():
-        groups.setdefault(signature, []).append(job)
-    stacks: list[list[int]] = []
-    for jobs in groups.values():
-        runs = max(1, min(LARGEST_STACK, options.memory() // signatures[jobs[0]][1]))
-        pieces = max(-(-len(jobs) // runs), 1)
-        if len(groups) < options.processes:  # so that no worker stays idle
-            pieces = max(pieces, min(len(jobs), -(-options.processes // len(groups))))
-        size = -(-len(jobs) // pieces)
-        stacks.extend(jobs[start : start + size] for start in range(0, len(jobs), size))
-    return stacks
+def digest(jobs: Iterable[Job]) -> str:
+    """Equal for jobs of equal configurations."""
+    content = json.dumps([job.config for job in jobs], default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 @contextmanager
@@ -122,7 +165,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process holds it.
     """
-    with (folder / ".lock").open("w") as lock:
+    with (folder / LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -135,16 +178,21 @@ class End(NamedTuple):
 
     status: str
     reason: str = ""
+    step: int = 0  # at which it failed
+    metrics: Mapping[str, Any] = {}
 
-
-def end_of(folder: RunFolder) -> End:
-    """How the run in `folder` ended, as its files tell."""
-    if folder.complete:
-        lipschitz = folder.metrics()["lipschitz"]
-        return End("failed", broken_bound(lipschitz)) if lipschitz["verdict"] == "FAIL" else End("ok")
-    if folder.failed:
-        return End("failed", str(folder.failure()["reason"]))
-    return End("missing")
+    @classmethod
+    def of(cls, folder: RunFolder) -> End:
+        """How the run in `folder` ended, as its files tell."""
+        if folder.complete:
+            metrics = folder.metrics()
+            if metrics["lipschitz"]["verdict"] == "FAIL":
+                return cls("failed", broken_bound(metrics["lipschitz"]), metrics=metrics)
+            return cls("ok", metrics=metrics)
+        if folder.failed:
+            failure = folder.failure()
+            return cls("failed", str(failure["reason"]), int(failure["step"]))
+        return cls("missing")
 
 
 class Sweep:
@@ -161,183 +209,114 @@ class Sweep:
             ConfigError: the folder is in use, or holds something else.
             SweepFailed: at the end, if jobs failed.
         """
-        self._make_folder()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / LOCK).exists():
+            self._check_use()  # before the lock is made: what is not ours stays as it is
         with exclusive(self.folder):
-            plan = self._plan()
-            pending = [[job for job in stack if self._end(job).status == "missing"] for stack in plan.stacks]
-            stacks = [[self.jobs[job] for job in stack] for stack in pending if stack]
-            display = SweepDisplay()
-            display.header(len(self.jobs), sum(map(len, stacks)), [len(stack) for stack in stacks])
-            try:
-                if stacks:
-                    execute(stacks, self.options, display)
-            finally:
-                ends = [self._end(job) for job in self.jobs]
-                table = self.rows()
-                write_csv(self.folder / "sweep.csv", table)
-            display.result(table, self.folder / "sweep.csv")
-        failures = [
-            f"{end.reason} ({job.folder})"
-            for job, end in zip(self.jobs.values(), ends, strict=True)
-            if end.status == "failed"
-        ]
+            used = self._check_use()
+            plan = self._known_plan() if used else self._new_plan()
+            for job, reason in plan.refused.items():
+                if self._missing(job):
+                    self.jobs[job].write_hydra_files()
+                    RunFolder(self.jobs[job].folder).write_failure(reason, step=0)
+            ends = self._train(plan)
+        failures = self._failures(ends)
         if failures:
             raise SweepFailed(failures)
         return ends
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of sweep.csv: job, status, reason, its overrides, and its metrics with dotted keys."""
-        rows = []
-        for number, job in self.jobs.items():
-            end = self._end(number)
-            row: dict[str, Any] = {"job": number, "status": end.status, "reason": end.reason}
-            row |= {key.lstrip("+"): value for key, _, value in (line.partition("=") for line in job.overrides)}
-            if RunFolder(job.folder).complete:
-                row |= {
-                    key: value for key, value in flat(RunFolder(job.folder).metrics()).items() if key not in row
-                }
-            rows.append(row)
-        return rows
-
-    def _end(self, job: int) -> End:
-        return end_of(RunFolder(self.jobs[job].folder))
-
-    def _make_folder(self) -> None:
+    def _train(self, plan: Plan) -> list[End]:
+        """Train the jobs that are missing, show and write down how all jobs ended, whatever happens."""
+        missing = [[self.jobs[job] for job in stack if self._missing(job)] for stack in plan.stacks]
+        stacks = [stack for stack in missing if stack]
+        processes = None if self.options.executor == "inline" else self.options.processes
+        done = sum(not self._missing(job) for job in self.jobs if job not in plan.refused)
+        display = SweepDisplay()
+        display.header(len(self.jobs), done, [len(stack) for stack in stacks], plan.run_bytes, processes)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            used = {entry.name for entry in self.folder.iterdir()} - {".lock"}
-        except OSError as error:
-            raise ConfigError("hydra.sweep.dir", self.folder, f"cannot be written: {error.strerror}") from None
-        if used and not self.resume:
+            if stacks:
+                execute(stacks, processes, display)
+        finally:
+            ends = [End.of(RunFolder(job.folder)) for job in self.jobs.values()]
+            rows = [self._row(job, end) for job, end in zip(self.jobs.values(), ends, strict=True)]
+            write_csv(self.folder / "sweep.csv", rows)
+            display.result(rows, self.folder / "sweep.csv")
+        return ends
+
+    def _missing(self, job: int) -> bool:
+        folder = RunFolder(self.jobs[job].folder)
+        return not (folder.complete or folder.failed)
+
+    @staticmethod
+    def _row(job: Job, end: End) -> dict[str, Any]:
+        """The row of sweep.csv: job, status, reason, its overrides, and its metrics with dotted keys."""
+        row: dict[str, Any] = {"job": job.index, "status": end.status, "reason": end.reason}
+        row |= {key.lstrip("+"): value for key, _, value in (line.partition("=") for line in job.overrides)}
+        return row | {key: value for key, value in flat(end.metrics).items() if key not in row}
+
+    def _failures(self, ends: Sequence[End]) -> list[str]:
+        """A line for each job that failed, and one for those that a dead worker has left out."""
+        lines = []
+        for job, end in zip(self.jobs.values(), ends, strict=True):
+            if end.status == "failed":
+                log = RunFolder(job.folder).path / "train.log"
+                where = f"traceback in {log}" if log.is_file() else f"{job.folder}"
+                lines.append(f"{end.reason}{f' at step {end.step}' if end.step else ''} ({where})")
+        missing = sum(end.status == "missing" for end in ends)
+        if missing:
+            lines.append(
+                f"{missing} jobs are missing: a worker process died, of too little memory perhaps; "
+                f"hydra.sweep.dir={self.folder} resume=true trains them"
+            )
+        return lines
+
+    def _check_use(self) -> bool:
+        """Whether the folder holds a sweep that is to be continued.
+
+        Raises:
+            ConfigError: it holds something, and that is not to be continued, or cannot be.
+        """
+        names = {entry.name for entry in self.folder.iterdir()} - {LOCK, "multirun.yaml"}
+        if not {name for name in names if not name.startswith(f".{RECORD}.")}:  # killed while it was written
+            return False
+        if not self.resume:
             allowed = "is not empty; results are never overwritten (resume=true continues a sweep)"
             raise ConfigError("hydra.sweep.dir", self.folder, allowed)
+        Plan.read(self.folder)
+        return True
 
-    def _plan(self) -> Plan:
-        """The plan of an interrupted sweep, or a new one, written down before anything is trained."""
-        overrides = [list(job.overrides) for job in self.jobs.values()]
-        plan = Plan.read(self.folder) if self.resume else None
-        if plan is not None and plan.jobs != overrides:
-            allowed = f"{self.folder} holds another sweep, of {len(plan.jobs)} jobs"
-            raise ConfigError("resume", "true", allowed)
-        if plan is None:
-            plan = Plan(overrides, split(self._signatures(), self.options))
-            plan.write(self.folder)
+    def _known_plan(self) -> Plan:
+        """The plan of an interrupted sweep."""
+        plan = Plan.read(self.folder)
+        if plan.jobs != [list(job.overrides) for job in self.jobs.values()]:
+            raise ConfigError("resume", "true", f"{self.folder} holds another sweep, of {len(plan.jobs)} jobs")
+        if plan.digest != digest(self.jobs.values()):
+            raise ConfigError("resume", "true", f"the configuration of {self.folder} was another one")
         return plan
 
-    def _signatures(self) -> dict[int, tuple[str, int]]:
-        """Signature and bytes of each job; one that its constructors refuse fails here, by itself."""
+    def _new_plan(self) -> Plan:
+        """A plan, written down before anything is trained. A job that its constructors refuse is in no stack."""
+        import torch
+
         from lipexp.train import build, run_bytes, signature
 
-        signatures = {}
-        for number, job in self.jobs.items():
+        needs, refused, devices = {}, {}, set()
+        for job in self.jobs.values():
             try:
                 member = build(job.composed(), job.choices)
+                needs[job.index] = Needs(signature(member), run_bytes(member))
+                devices.add(member.config.device)
             except ConfigError as error:
-                job.write_hydra_files()
-                RunFolder(job.folder).write_failure(str(error), step=0)
-                continue
-            signatures[number] = (signature(member), run_bytes(member))
-        return signatures
-
-
-def execute(stacks: Sequence[Sequence[Job]], options: Options, display: SweepDisplay) -> None:
-    """Train the stacks, here or in worker processes."""
-    with display.progress():
-        if options.executor == "inline":
-            for number, jobs in enumerate(stacks):
-                train_stack(jobs, display.stack(number, len(jobs)))
-        else:
-            _in_processes(stacks, options.processes, display)
-
-
-def train_stack(jobs: Sequence[Job], display: Any) -> None:
-    """Train jobs of one signature as one stack; each leaves a result or a failure in its folder.
-
-    A class of the user's that raises breaks the whole stack; then each job is trained alone, so that only those
-    that cannot be trained fail.
-    """
-    from lipexp.train import build, train_many
-
-    folders = [RunFolder(job.folder) for job in jobs]
-    for job in jobs:
-        job.write_hydra_files()
-    try:
-        members = [build(job.composed(), job.choices) for job in jobs]
-        train_many(members, folders, display, figures=False)
-    except Exception as error:
-        if len(jobs) == 1:
-            (folders[0].path / "train.log").write_text(traceback.format_exc())
-            folders[0].write_failure(f"{type(error).__name__}: {error}", step=0)
-            return
-        for job, folder in zip(jobs, folders, strict=True):
-            if end_of(folder).status == "missing":
-                train_stack([job], display)
-
-
-def _in_processes(stacks: Sequence[Sequence[Job]], workers: int, display: SweepDisplay) -> None:
-    context = multiprocessing.get_context("spawn")  # a forked torch may hang
-    messages = context.SimpleQueue()
-    listener = threading.Thread(target=_listen, args=(messages, display), daemon=True)
-    listener.start()
-    start = (messages, os.getpid())
-    with ProcessPoolExecutor(min(workers, len(stacks)), context, _start_worker, start) as pool:
-        futures = [pool.submit(_work, number, list(jobs)) for number, jobs in enumerate(stacks)]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            raise
-    messages.put(None)
-    listener.join()
-
-
-class _Remote:
-    """The display of a stack in a worker process: it sends what it is told to the parent."""
-
-    def __init__(self, messages: Any, number: int) -> None:
-        self.messages, self.number = messages, number
-
-    @contextmanager
-    def training(self, total: int) -> Iterator[None]:
-        self.messages.put((self.number, 0, total, ""))
-        yield
-
-    def tick(self, step: int) -> None:
-        self.messages.put((self.number, step, None, None))
-
-    def checkpoint(self, step: int, rows: Sequence[Mapping[str, float | None]]) -> None:
-        self.messages.put((self.number, step, None, live_summary(rows)))
-
-
-def _listen(messages: Any, display: SweepDisplay) -> None:
-    """Shows what the workers send, until None."""
-    while (message := messages.get()) is not None:
-        display.update(*message)
-
-
-_worker_messages: Any = None
-
-
-def _start_worker(messages: Any, parent: int) -> None:
-    """A worker leaves Ctrl-C to its parent, and ends when the parent does, however that ended."""
-    global _worker_messages
-    _worker_messages = messages
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _work(number: int, jobs: Sequence[Job]) -> None:
-    train_stack(jobs, _Remote(_worker_messages, number))
+                refused[job.index] = str(error)
+            except Exception as error:  # a user's class may raise anything
+                refused[job.index] = one_line(error)
+        memory = self.options.memory(free_memory(cuda=torch.cuda.is_available() and devices != {"cpu"}))
+        stacks = split(needs, self.options.processes, memory)
+        largest = max((need.run_bytes for need in needs.values()), default=0)
+        overrides = [list(job.overrides) for job in self.jobs.values()]
+        plan = Plan(overrides, digest(self.jobs.values()), stacks, refused, largest)
+        plan.write(self.folder)
+        return plan
 
 
 def launch(
@@ -357,16 +336,37 @@ def launch(
     """
     from hydra.core.utils import JobReturn, JobStatus
 
-    from lipexp.compose import Composer
-
-    chosen = Options(**options)
-    own = [[line for line in overrides if not line.startswith("resume=")] for overrides in job_overrides]
+    chosen = Options.of(options)
+    if first:
+        sweeper = master.hydra.runtime.choices["hydra/sweeper"]
+        raise ConfigError(
+            "hydra/sweeper", sweeper, "hands over its jobs in parts; hydra/launcher=basic takes them"
+        )
+    if any(line.startswith("resume=") for overrides in job_overrides for line in overrides):
+        raise ConfigError("resume", None, "is read once, for the whole sweep: true or false")
     composer = Composer(loader, master)
-    jobs = [composer.job(number, overrides) for number, overrides in enumerate(own, first)]
-    ends = Sweep(jobs, Path(master.hydra.sweep.dir), chosen, resume=bool(master.resume)).run()
+    jobs = [composer.job(number, overrides) for number, overrides in enumerate(job_overrides)]
+    _check_folders(jobs)
+    folder = Path(master.hydra.sweep.dir)
+    try:
+        ends = Sweep(jobs, folder, chosen, resume=bool(OmegaConf.select(master, "resume"))).run()
+    except OSError as error:
+        raise ConfigError("hydra.sweep.dir", folder, f"cannot be written: {error.strerror}") from None
     returns = []
     for job, end in zip(jobs, ends, strict=True):
         result = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
         result.return_value = end
         returns.append(result)
     return returns
+
+
+def _check_folders(jobs: Sequence[Job]) -> None:
+    """Refuse a sweep without jobs, as of a glob that matches nothing, and jobs that share a folder."""
+    if not jobs:
+        raise ConfigError("--multirun", None, "there is no job in this sweep")
+    first: dict[Path, int] = {}
+    for job in jobs:
+        other = first.setdefault(job.folder, job.index)
+        if other != job.index:
+            allowed = f"gives jobs {other} and {job.index} the same folder, {job.folder}"
+            raise ConfigError("hydra.sweep.subdir", None, allowed)

@@ -10,8 +10,9 @@ import dataclasses
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,11 +22,10 @@ import lipexp
 from lipexp.activations import Activation
 from lipexp.config import GROUPS, ConfigError, Settings, instantiate, lipschitz_constant, one_of, plain, whole
 from lipexp.constraints import in_usual_order
-from lipexp.display import Display
 from lipexp.evaluate import Evaluator, Record, norm_name
 from lipexp.loop import Checkpoint, Failure, Stack, Streams, fit
 from lipexp.losses import Loss
-from lipexp.models import Layer, state_dict
+from lipexp.models import run_layers, state_dict
 from lipexp.runs import RunFolder
 
 # What the object of a group must have, whoever wrote its class.
@@ -120,23 +120,31 @@ def signature(member: Member) -> str:
         if field.name not in (*GROUPS, "seed", "lipschitz", "resume")
     }
     for group in GROUPS:
-        per_run = getattr(type(member.parts[group]), "per_run", ())
+        per_run = _per_run(group, member.parts[group])
         shared[group] = {k: v for k, v in plain(member.config[group]).items() if k not in per_run}
     return repr(sorted(shared.items()))
+
+
+def _per_run(group: str, part: Any) -> tuple[str, ...]:
+    """The arguments that the class of `part` accepts as a (K,) tensor, one value a run.
+
+    None for an activation: networks are also evaluated one at a time, which must not change what it does.
+    """
+    return () if group == "act" else tuple(getattr(type(part), "per_run", ()))
 
 
 def run_bytes(member: Member) -> int:
     """About how much memory one run of a stack takes: what grows with the number of runs, at its largest.
 
-    In training: the batch at each layer, four times, and the parameters, ten times, in float32. In evaluation:
-    the points with their targets, values and gradients in float64.
+    In training: the batch at each layer, six times, and the parameters, twelve times, in float32. In evaluation:
+    the points, their targets, values, gradients and norms in float64, several times while they are put together.
     """
     dataset = member.parts["dataset"]
     shapes = member.parts["model"].shapes(dataset.n_inputs)
     features = sum(n_out for n_out, _ in shapes)
     parameters = sum(n_out * (n_in + 1) for n_out, n_in in shapes)
-    points = (dataset.n_train + dataset.n_test) * (3 * dataset.n_inputs + 8)
-    return 4 * (4 * member.config.batch_size * features + 10 * parameters) + 8 * points
+    points = (dataset.n_train + dataset.n_test) * (8 * dataset.n_inputs + 16)
+    return 4 * (6 * member.config.batch_size * features + 12 * parameters) + 8 * points
 
 
 def stack(members: Sequence[Member]) -> Stack:
@@ -164,7 +172,7 @@ def stack(members: Sequence[Member]) -> Stack:
 def _stacked(group: str, members: Sequence[Member]) -> Any:
     """The object of `group` for all members: what may differ between them becomes a (K,) tensor."""
     one = members[0].parts[group]
-    per_run = getattr(type(one), "per_run", ())
+    per_run = _per_run(group, one)
     if not per_run:
         return one
     arguments = {k: v for k, v in plain(members[0].config[group]).items() if k not in {"_target_", *per_run}}
@@ -175,8 +183,21 @@ def _stacked(group: str, members: Sequence[Member]) -> Any:
     return type(one)(**arguments, **columns)
 
 
+class Progress(Protocol):
+    """What training tells a display."""
+
+    def training(self, total: int) -> AbstractContextManager[None]:
+        """Shows the progress of `total` steps while the body runs."""
+
+    def tick(self, step: int) -> None:
+        """`step` steps are done."""
+
+    def checkpoint(self, step: int, rows: Sequence[Mapping[str, float | None]]) -> None:
+        """New lines of history.csv, one a run; empty for a failed one."""
+
+
 def train_many(
-    members: Sequence[Member], folders: Sequence[RunFolder], display: Display, figures: bool = True
+    members: Sequence[Member], folders: Sequence[RunFolder], display: Progress, figures: bool = True
 ) -> list[Outcome]:
     """Train runs of one signature as one stack and write each run's folder.
 
@@ -245,9 +266,7 @@ def _write(
     folder.write_rows("history", history)
     folder.write_columns("gradients", record.gradients)
     folder.write_rows("layers", record.layers)
-    layers = in_usual_order(
-        [Layer(*(part[run : run + 1] for part in layer)) for layer in checkpoint.layers], checkpoint.act
-    )
+    layers = in_usual_order(run_layers(checkpoint.layers, run), checkpoint.act)
     digest = folder.write_model(state_dict(layers, run=0))
     verdict = certificate.verdict(record.measured.value)
     metrics = {

@@ -35,10 +35,12 @@ class StackSweeper(BasicSweeper):
     """Hydra's own grid of overrides, handed over whole: the launcher composes each job, once, before all else."""
 
     def sweep(self, arguments: list[str]) -> Any:
+        if not isinstance(self.launcher, StackLauncher):
+            return super().sweep(arguments)
         assert self.hydra_context is not None
-        assert self.config is not None
-        assert self.launcher is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
-        (batch,) = self.split_arguments(overrides, max_batch_size=None)
+        # `resume` is read once, for the whole sweep.
+        jobs = [line for line in overrides if line.key_or_group != "resume" or line.is_sweep_override()]
+        (batch,) = self.split_arguments(jobs, max_batch_size=None)
         return [self.launcher.launch(batch, initial_job_idx=0)]

@@ -1,0 +1,120 @@
+"""Where the stacks of a sweep train: in this process, or spread over worker processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
+
+from lipexp.compose import Job
+from lipexp.config import one_line
+from lipexp.display import StackDisplay, SweepDisplay
+from lipexp.runs import RunFolder
+
+WATCH_SECONDS = 0.5  # between two looks of a worker at whether its parent still lives
+
+
+def execute(stacks: Sequence[Sequence[Job]], workers: int | None, display: SweepDisplay) -> None:
+    """Train the stacks in so many worker processes; None is here, one after the other.
+
+    A worker that dies leaves jobs without a result and without a failure.
+    """
+    with display.progress():
+        if workers is not None:
+            _in_processes(stacks, min(workers, len(stacks)), display)
+            return
+        for number, jobs in enumerate(stacks):
+            part = StackDisplay(display.update, number)
+            train_stack(jobs, part)
+            part.done()
+
+
+def train_stack(jobs: Sequence[Job], display: StackDisplay) -> None:
+    """Train jobs of one signature as one stack; each leaves a result or a failure in its folder.
+
+    A class of the user's that raises breaks the whole stack; then each job is trained alone, so that only those
+    that cannot be trained fail.
+    """
+    from lipexp.train import build, train_many
+
+    folders = [RunFolder(job.folder) for job in jobs]
+    for job in jobs:
+        job.write_hydra_files()
+    try:
+        members = [build(job.composed(), job.choices) for job in jobs]
+        train_many(members, folders, display, figures=False)
+    except Exception as error:
+        if len(jobs) == 1:
+            (folders[0].path / "train.log").write_text(traceback.format_exc())
+            folders[0].write_failure(one_line(error), display.step)
+            return
+        for job, folder in zip(jobs, folders, strict=True):
+            if not (folder.complete or folder.failed):
+                train_stack([job], display)
+
+
+def _in_processes(stacks: Sequence[Sequence[Job]], workers: int, display: SweepDisplay) -> None:
+    context = multiprocessing.get_context("spawn")  # a forked torch may hang
+    messages = context.SimpleQueue()
+    listener = threading.Thread(target=_listen, args=(messages, display), daemon=True)
+    listener.start()
+    with ProcessPoolExecutor(workers, context, _start_worker, (messages, os.getpid())) as pool:
+        try:
+            with _no_interrupt():  # workers start here and keep this: Ctrl-C is left to their parent
+                futures = [pool.submit(_work, number, list(jobs)) for number, jobs in enumerate(stacks)]
+            for future in as_completed(futures):
+                future.result()
+        except BrokenProcessPool:  # the listener is left behind: the dead worker may hold its queue
+            return
+        except BaseException:
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+    messages.put(None)
+    listener.join()
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ctrl-C waits until the body is done; processes that the body starts never get one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _listen(messages: Any, display: SweepDisplay) -> None:
+    """Shows what the workers send, until None."""
+    while (message := messages.get()) is not None:
+        display.update(*message)
+
+
+_worker_messages: Any = None
+
+
+def _start_worker(messages: Any, parent: int) -> None:
+    """A worker ends when its parent does, however that ended."""
+    global _worker_messages
+    _worker_messages = messages
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(number: int, jobs: Sequence[Job]) -> None:
+    display = StackDisplay(lambda *message: _worker_messages.put(message), number)
+    train_stack(jobs, display)
+    display.done()
