@@ -136,15 +136,16 @@ def _per_run(group: str, part: Any) -> tuple[str, ...]:
 def run_bytes(member: Member) -> int:
     """About how much memory one run of a stack takes: what grows with the number of runs, at its largest.
 
-    In training: the batch at each layer, six times, and the parameters, twelve times, in float32. In evaluation:
-    the points, their targets, values, gradients and norms in float64, several times while they are put together.
+    In training: the batch at each layer, eight times, and the parameters, twelve times, in float32. In evaluation:
+    the points, their targets, values, gradients and norms in float64, as numbers and as the text of gradients.csv.
+    The factors were fitted to the peak of sweeps of 32 to 128 runs.
     """
     dataset = member.parts["dataset"]
     shapes = member.parts["model"].shapes(dataset.n_inputs)
     features = sum(n_out for n_out, _ in shapes)
     parameters = sum(n_out * (n_in + 1) for n_out, n_in in shapes)
-    points = (dataset.n_train + dataset.n_test) * (8 * dataset.n_inputs + 16)
-    return 4 * (6 * member.config.batch_size * features + 12 * parameters) + 8 * points
+    points = (dataset.n_train + dataset.n_test) * (8 * dataset.n_inputs + 40)
+    return 4 * (8 * member.config.batch_size * features + 12 * parameters) + 8 * points
 
 
 def stack(members: Sequence[Member]) -> Stack:
