@@ -10,7 +10,8 @@ The rule of the house: configuration group (singular) = module (plural) = test f
     conf/optim/       -> lipexp/optim.py
 
 The road of a command: cli -> train (configurations -> objects) -> loop (K stacked runs) -> evaluate, with
-measures (lower bounds) and certificates (upper bounds) -> runs (the folder of a run) -> figures, display.
+measures (lower bounds) and certificates (upper bounds) -> runs (the folder of a run) -> figures, display. A sweep
+takes the side road sweep (with compose and executors) -> train.
 """
 
 from __future__ import annotations
