@@ -244,6 +244,18 @@ def test_the_installed_script_runs_from_any_folder(tmp_path):
     assert "\x1b" not in done.stdout  # plain lines when the output is not a terminal
 
 
+def test_the_other_verbs_run_as_installed(lipexp):
+    assert lipexp("train", "act=relu", *DEBUG).code == 0
+    for verb, expected in (
+        (("report",), "relu"),
+        (("bench", "activation", "--rounds", "1"), "lipexp MaxMin"),
+        (("--version",), "lipexp 0."),
+    ):
+        done = subprocess.run([SCRIPT, *verb], capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+
+
 def test_unknown_verbs_are_refused(lipexp):
     done = lipexp("tarin")
     assert done.code == 2
