@@ -38,8 +38,8 @@ def test_the_wheel_holds_the_package_and_its_configuration(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in sorted((ROOT / "conf").rglob("*.yaml")):
         assert f"lipexp/conf/{path.relative_to(ROOT / 'conf').as_posix()}" in names
-    for path in sorted((ROOT / "lipexp").glob("*.py")):
-        assert f"lipexp/{path.name}" in names
+    for path in sorted((ROOT / "lipexp").rglob("*.py")):
+        assert path.relative_to(ROOT).as_posix() in names
     assert not any(name.startswith(("tests/", "outputs/")) for name in names)
 
 
@@ -72,3 +72,6 @@ def test_an_installed_wheel_trains_in_another_folder(wheel, tmp_path):
     done = run(home / "bin" / "lipexp", "train", "experiment=debug", "device=cpu")
     assert done.returncode == 0, done.stderr
     assert len(list(elsewhere.glob("outputs/*/*/metrics.json"))) == 1
+    swept = run(home / "bin" / "lipexp", "train", "-m", "experiment=debug", "device=cpu", "seed=0,1")
+    assert swept.returncode == 0, swept.stderr
+    assert len(list(elsewhere.glob("outputs/*/*/[01]/metrics.json"))) == 2
