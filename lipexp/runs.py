@@ -52,11 +52,6 @@ class RunFolder:
     def failed(self) -> bool:
         return (self.path / "failed.json").is_file()
 
-    @property
-    def used(self) -> bool:
-        """Whether a run has left anything here that another one would overwrite."""
-        return self.path.is_dir() and any(self.path.iterdir())
-
     def write_model(self, state: Mapping[str, Any]) -> str:
         """model.pt, a plain state dict; returns its SHA-256."""
         import torch
