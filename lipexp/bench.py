@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -51,6 +52,7 @@ EPILOG = """\
 step        a train step (batch, forward, loss, backward, optimiser) against a plain torch MLP with ReLU and Adam
 activation  MaxMin, forward and backward, against ReLU
 commands    lipexp --help against an empty Python, lipexp train against its imports
+sweep       runs of a stack against single ones; takes minutes, so it runs only when it is named
 
 A time is CPU time, user and system, unless it says wall. Targets are aims: missing one is no error."""
 
@@ -68,6 +70,7 @@ class Case:
     name: str
     work: Callable[[], object]
     target: float | None = None  # the largest ratio aimed at
+    runs: int = 1  # that one call trains: times are those of one
     cpu: list[float] = field(default_factory=list)  # seconds a call, one number a round
     wall: list[float] = field(default_factory=list)
 
@@ -77,7 +80,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = Parser("lipexp bench", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.description = "Speed, as ratios to other implementations measured in the same run."
     parser.epilog = EPILOG
-    parser.add_argument("sections", metavar="SECTION", nargs="*", help=f"{', '.join(SECTIONS)} (default: all)")
+    parser.add_argument(
+        "sections", metavar="SECTION", nargs="*", help=f"{', '.join(SECTIONS)} (default: all but sweep)"
+    )
     parser.add_argument(
         "--rounds", metavar="N", type=int, default=30, help="times that each case gets its turn (30)"
     )
@@ -94,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for section in dict.fromkeys(options.sections or SECTIONS):
+        for section in dict.fromkeys(options.sections or DEFAULT):
             SECTIONS[section](console, options.rounds)
     except subprocess.CalledProcessError as error:
         said = (error.stderr or "").strip().splitlines()
@@ -153,25 +158,34 @@ def commands(console: Console, rounds: int) -> None:
     lipexp = str(Path(sys.executable).with_name("lipexp"))
     rounds = -(-rounds // COMMAND_ROUNDS)
     with tempfile.TemporaryDirectory(prefix="lipexp-bench-") as folder:
-
-        def command(*words: str) -> Callable[[], object]:
-            return lambda: subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True)
-
         for cases in (
             [
-                Case("python -c pass", command(sys.executable, "-c", "pass")),
-                Case("lipexp --help", command(lipexp, "--help"), 3),
+                Case("python -c pass", command(folder, sys.executable, "-c", "pass")),
+                Case("lipexp --help", command(folder, lipexp, "--help"), 3),
             ],
             [
-                Case(f"python -c '{IMPORTS}'", command(sys.executable, "-c", IMPORTS)),
-                Case(" ".join(["lipexp", *TRAIN]), command(lipexp, *TRAIN), 4),
+                Case(f"python -c '{IMPORTS}'", command(folder, sys.executable, "-c", IMPORTS)),
+                Case(" ".join(["lipexp", *TRAIN]), command(folder, lipexp, *TRAIN), 4),
             ],
         ):
             take_turns(cases, rounds, INNER["commands"], warm_up=COMMAND_WARM_UP)
             console.print(table("command", cases, rounds))
 
 
-SECTIONS = {"step": step, "activation": activation, "commands": commands}
+def sweep(console: Console, rounds: int) -> None:
+    """Stacked runs against single ones."""
+    from lipexp import bench_sweep  # which builds on this module
+
+    bench_sweep.sweep(console, rounds)
+
+
+SECTIONS = {"step": step, "activation": activation, "commands": commands, "sweep": sweep}
+DEFAULT = ("step", "activation", "commands")  # a sweep takes minutes
+
+
+def command(folder: str, *words: str) -> Callable[[], object]:
+    """A command that runs in `folder`."""
+    return lambda: subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True)
 
 
 # Measuring ------------------------------------------------------------------------------------------------------
@@ -191,8 +205,8 @@ def take_turns(cases: Sequence[Case], rounds: int, inner: int, warm_up: int = WA
                 cpu, wall = cpu_seconds(), time.perf_counter()
                 for _ in range(inner):
                     case.work()
-                case.cpu.append((cpu_seconds() - cpu) / inner)
-                case.wall.append((time.perf_counter() - wall) / inner)
+                case.cpu.append((cpu_seconds() - cpu) / inner / case.runs)
+                case.wall.append((time.perf_counter() - wall) / inner / case.runs)
             gc.collect()
     finally:
         if collected:
@@ -213,8 +227,8 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def table(title: str, cases: Sequence[Case], rounds: int) -> Table:
-    """One row a case: its ratio to the first one, the target, and times for orientation."""
+def table(title: str, cases: Sequence[Case], rounds: int, clock: str = "cpu") -> Table:
+    """One row a case: its ratio to the first one by `clock` (cpu, wall), the target, and times for orientation."""
     out = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
     out.add_column(f"{rounds} {'rounds' if rounds > 1 else 'round'}", overflow="fold")
     for heading in ("ratio", "quartiles", "target", "", "CPU", "wall"):
@@ -222,13 +236,15 @@ def table(title: str, cases: Sequence[Case], rounds: int) -> Table:
             heading, justify="left" if heading in ("quartiles", "target", "") else "right", no_wrap=True
         )
     for case in cases:
-        low, ratio, high = quartiles([a / b for a, b in zip(case.cpu, cases[0].cpu, strict=True)])
+        low, ratio, high = quartiles(
+            [a / b for a, b in zip(getattr(case, clock), getattr(cases[0], clock), strict=True)]
+        )
         is_reference = case is cases[0]
         out.add_row(
             escape(case.name),
             "1" if is_reference else f"{ratio:.2f}",
             "" if is_reference else f"{low:.2f} to {high:.2f}",
-            "" if case.target is None else f"≤ {case.target:g}",
+            "" if case.target is None else f"≤ {case.target:.3g}",
             "" if case.target is None else "met" if ratio <= case.target else "[bold]missed[/bold]",
             *(duration(statistics.median(seconds)) for seconds in (case.cpu, case.wall)),
         )
@@ -242,12 +258,17 @@ def duration(seconds: float) -> str:
 # What is measured -----------------------------------------------------------------------------------------------
 
 
-def one_run(*overrides: str) -> Stack:
-    """The stack of `lipexp train` with these overrides, which are those of the benchmark's network."""
+def composed(*overrides: str) -> DictConfig:
+    """The configuration of `lipexp train` with these overrides, without an end."""
     ConfigStore.instance().store(name="lipexp_schema", node=Settings)
     shape = (f"model.width={WIDTH}", f"model.depth={DEPTH}", f"batch_size={BATCH}", f"loss.margin={MARGIN}")
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return stack([build(compose("config", overrides=[*shape, "steps=1000000", *overrides]))])
+        return compose("config", overrides=[*shape, "steps=1000000", *overrides])
+
+
+def one_run(*overrides: str) -> Stack:
+    """The stack of one run with these overrides, which are those of the benchmark's network."""
+    return stack([build(composed(*overrides))])
 
 
 def torch_step(network: nn.Module, runs: Stack) -> Callable[[], object]:
@@ -269,29 +290,32 @@ def torch_step(network: nn.Module, runs: Stack) -> Callable[[], object]:
     return step
 
 
-def mlp(linear: Callable[[int, int], nn.Module], act: Callable[[], nn.Module]) -> nn.Module:
+def mlp(linear: Callable[[int, int], nn.Module], act: Callable[[], nn.Module], width: int = WIDTH) -> nn.Module:
     """The benchmark's network out of other libraries' parts."""
-    sizes = [2, *[WIDTH] * DEPTH, 1]
+    sizes = [2, *[width] * DEPTH, 1]
     parts: list[nn.Module] = []
     for n_in, n_out in pairwise(sizes):
         parts += [linear(n_in, n_out), act()]
     return nn.Sequential(*parts[:-1])
 
 
-def peer_networks() -> tuple[dict[str, nn.Module], list[str]]:
+def peer_networks(width: int = WIDTH) -> tuple[dict[str, nn.Module], list[str]]:
     """The networks of other libraries, and the packages that are not installed."""
-    networks = {"torch spectral_norm + MaxMin": mlp(lambda i, o: spectral_norm(nn.Linear(i, o)), MinimumMaximum)}
+    networks = {
+        "torch spectral_norm + MaxMin": mlp(lambda i, o: spectral_norm(nn.Linear(i, o)), MinimumMaximum, width)
+    }
     missing = []
     try:
         torchlip: Any = importlib.import_module("deel.torchlip")
-        networks["torchlip Spectral + GroupSort2"] = mlp(torchlip.SpectralLinear, torchlip.GroupSort2)
+        networks["torchlip Spectral + GroupSort2"] = mlp(torchlip.SpectralLinear, torchlip.GroupSort2, width)
     except ImportError:
         missing.append("deel-torchlip")
     try:
         monotonic: Any = importlib.import_module("monotonicnetworks")
         networks["MonotonicNetworks inf + GroupSort"] = mlp(
             lambda i, o: monotonic.LipschitzLinear(i, o, kind="two-inf" if i == 2 else "inf"),
-            lambda: monotonic.GroupSort(WIDTH // 2),
+            lambda: monotonic.GroupSort(width // 2),
+            width,
         )
     except ImportError:
         missing.append("monotonicnetworks")

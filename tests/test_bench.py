@@ -149,7 +149,7 @@ def test_sections_run_once_each_in_the_order_given(run, called):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["stpe"], "stpe: no such section; did you mean step? (step, activation, commands)"),
+        (["stpe"], "stpe: no such section; did you mean step? (step, activation, commands, sweep)"),
         (["--rounds", "0"], "--rounds=0: must be a whole number, at least 1"),
         (["--rounds", "some"], "argument --rounds: invalid int value: 'some' (lipexp bench --help says more)"),
         (["--rounds"], "argument --rounds: expected one argument (lipexp bench --help says more)"),
