@@ -211,7 +211,7 @@ def test_a_killed_sweep_is_continued(sweep, tmp_path, moment):
     workers = children(process.pid)
     process.kill()
     process.communicate()
-    wait_for(lambda: not any(alive(worker) for worker in workers), seconds=3)
+    wait_for(lambda: not any(alive(worker) for worker in workers), seconds=5)
     finished = {path: path.stat().st_mtime_ns for path in Path("s").glob("*/metrics.json")}
     plan = Path("s/sweep.json").read_text()
     assert len(finished) < 6
@@ -333,7 +333,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, executor):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "lipexp: interrupted\n")
-    wait_for(lambda: not any(alive(worker) for worker in workers), seconds=3)
+    wait_for(lambda: not any(alive(worker) for worker in workers), seconds=5)
     assert [row["status"] for row in table(tmp_path / "s")] == ["ok", "ok", "missing", "missing"]
     assert not list(tmp_path.glob("s/*/failed.json"))
 
