@@ -51,7 +51,7 @@ def train_stack(jobs: Sequence[Job], display: StackDisplay) -> None:
     try:
         members = [build(job.composed(), job.choices) for job in jobs]
         train_many(members, folders, display, figures=False)
-    except Exception as error:
+    except Exception as error:  # a user's class may raise anything
         if len(jobs) == 1:
             (folders[0].path / "train.log").write_text(traceback.format_exc())
             folders[0].write_failure(one_line(error), display.step)

@@ -128,6 +128,8 @@ class RefuseEarly(Callback):
         from lipexp.train import build
 
         try:
+            if config.get("resume"):  # a replayed configuration may lack it
+                raise ConfigError("resume", "true", "continues a sweep, which needs -m")
             build(
                 OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]),
                 config.hydra.runtime.choices,
@@ -141,6 +143,8 @@ class RefuseEarly(Callback):
         if config.hydra.launcher._target_.startswith("hydra_plugins.lipexp"):
             return  # lipexp's launcher composes every job first, and knows which folder it may continue
         try:
+            if config.get("resume"):
+                raise ConfigError("resume", "true", "is for hydra/launcher=stack")
             self.claim("hydra.sweep.dir", Path(config.hydra.sweep.dir))
         except ConfigError as error:
             complain(error)

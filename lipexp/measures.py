@@ -167,8 +167,11 @@ def largest(
             if gradient is None:
                 continue
             value, scanned = _norm_below(*gradient, q), float(values[i])
-            # Rounding can put float64 on the other side of a kink at one candidate, but not at all of them.
-            if moved == 0 and abs(value - scanned) > 1e-6 * max(value, scanned):
+            # Rounding can put float64 on the other side of a kink at one candidate, but not at all of them; and
+            # where the layers cancel, it is all that float64 sees.
+            if moved == 0 and abs(value - scanned) > 1e-6 * max(value, scanned) + 1e-12 * _norm_product(
+                layers, run
+            ):
                 contradicted = True
                 break
             return Maximum(value, tuple(point.tolist()))
@@ -195,13 +198,17 @@ def _estimate(layers: Sequence[Layer], act: nn.Module, run: int, point: Tensor, 
     around = torch.stack(list(_nearby(point)))
     value = float(norms(scan(one, act, around.unsqueeze(0)).gradients[0][0], q).nan_to_num(nan=0).min())
     widest = max(max(layer.weight.shape[1:]) for layer in one)
-    matrices = [layer.weight[0].numpy() for layer in one]
-    size = max(
+    error = 4 * len(one) * (widest + 2) * UNIT_ROUNDOFF * _norm_product(layers, run) * math.sqrt(len(point))
+    return Maximum(max(0.0, value - error), tuple(point.tolist()), exact=False)
+
+
+def _norm_product(layers: Sequence[Layer], run: int) -> float:
+    """What rounding errors in the gradient of one run are relative to, in the 2-norm and in the inf-norm."""
+    matrices = [layer.weight[run].numpy() for layer in layers]
+    return max(
         math.prod(row_norm_bound(matrix.reshape(1, -1), 2) for matrix in matrices),
         math.prod(row_norm_bound(matrix, 1) for matrix in matrices),
     )
-    error = 4 * len(one) * (widest + 2) * UNIT_ROUNDOFF * size * math.sqrt(len(point))
-    return Maximum(max(0.0, value - error), tuple(point.tolist()), exact=False)
 
 
 class ExactNetwork:

@@ -553,3 +553,16 @@ def test_a_stack_draws_the_points_of_its_runs_bit_for_bit(monkeypatch):
         own = [Layer(*(part[one] for part in layer)) for layer in layers]
         assert torch.equal(on_grid[one], grid(low[one], high[one], [generator(seed)]))
         assert torch.equal(starts[one], search(own, ReLU(), x[one], gradients[one], 2, [generator(seed)]))
+
+
+def test_layers_that_cancel_are_no_contradiction():
+    """The gradient is 2^-60 exactly; float64 may see nothing but rounding errors of the size of the layers."""
+    third = 1 / 3
+    first = torch.tensor([[[third], [third], [2.0**-60]]], dtype=torch.float32)
+    last = torch.tensor([[[3.0, -3.0, 1.0]]], dtype=torch.float32)
+    layers = [Layer(first, torch.full((1, 1, 3), 9.0)), Layer(last, torch.zeros(1, 1, 1))]
+    points = torch.ones(4, 1, dtype=torch.float64)
+    seen = torch.full((4, 1), 1e-16, dtype=torch.float64)  # what rounding may leave of it
+    found = largest(layers, ReLU(), 0, points, seen, 2)
+    assert found is not None
+    assert found.value == 2.0**-60
