@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help train test test-slow check format bench clean
+.PHONY: help train figures test test-slow check format bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -10,6 +10,12 @@ help: ## list the targets
 
 train: .venv/ready ## train on two-moons: hinge loss, GroupSort, spectral norm 1
 	$(BIN)/lipexp train loss=hinge act=groupsort
+
+figures: .venv/ready ## draw all figures and check their claims; figure-NAME draws one of them
+	$(BIN)/lipexp figures
+
+figure-%: .venv/ready
+	$(BIN)/lipexp figures $*
 
 test: .venv/ready ## the test suite, without the slow tests
 	$(BIN)/pytest

@@ -10,6 +10,7 @@ import sys
 VERBS = {
     "train": ("lipexp.hydra_app", "train a network, or sweep over configurations with -m"),
     "report": ("lipexp.report", "one table of the runs under outputs/"),
+    "figures": ("lipexp.figures", "draw the figures of the README, and check the claims they make"),
     "bench": ("lipexp.bench", "speed against other implementations, as ratios measured in one run"),
 }
 

@@ -171,9 +171,10 @@ class SweepDisplay:
             self._tasks[number] = bars.add_task(name, total=total, live="")
         bars.update(self._tasks[number], completed=step, total=total, live=self._live.get(number, ""))
 
-    def result(self, rows: Sequence[Mapping[str, Any]], csv_file: Path) -> None:
+    def result(self, rows: Sequence[Mapping[str, Any]], csv_file: Path, table: bool = True) -> None:
         """The table of the jobs, best first and failed last, and where all of it lies."""
-        self._print(sweep_table(rows))
+        if table:
+            self._print(sweep_table(rows))
         counts = {status: sum(row["status"] == status for row in rows) for status in ("ok", "failed", "missing")}
         self._print(", ".join(f"{count} {status}" for status, count in counts.items() if count))
         shown = os.path.relpath(csv_file)

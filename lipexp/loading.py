@@ -12,10 +12,11 @@ from typing import Any
 
 import pandas as pd
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 from lipexp.activations import Activation
-from lipexp.config import ConfigError, instantiate
+from lipexp.config import ConfigError, instantiate, one_line
 from lipexp.models import Network
 from lipexp.runs import RunFolder
 
@@ -39,7 +40,10 @@ def load_run(run: str | PathLike[str], trust: bool = False) -> LoadedRun:
     folder = RunFolder(Path(run))
     if not folder.complete:
         raise ConfigError("run", run, "is not a finished run: it has no metrics.json")
-    config = folder.config()
+    try:
+        config = folder.config()
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError("run", run, f"has no configuration that can be read: {one_line(error)}") from None
     state = _state_dict(folder)
     act = instantiate(OmegaConf.create(config)["act"], "act", trust=trust)
     try:
@@ -59,7 +63,7 @@ def _state_dict(folder: RunFolder) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of foreign pickles before it refuses them
             state: dict[str, torch.Tensor] = torch.load(io.BytesIO(folder.model_bytes()), weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, RuntimeError, LookupError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = one_line(error)
         raise ConfigError("model.pt", folder.path / "model.pt", f"is not a plain state dict: {reason}") from None
     return state

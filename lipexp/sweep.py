@@ -41,14 +41,18 @@ class Options:
         executor: `inline` trains in this process, `process` spreads stacks over worker processes.
         workers: how many of those; null is one a core.
         memory_gib: for all stacks that train at the same time; null is a quarter of what is free.
+        table: print a table of the jobs at the end.
     """
 
     executor: str = "inline"
     workers: int | None = None
     memory_gib: float | None = None
+    table: bool = True
 
     def __post_init__(self) -> None:
         one_of("hydra.launcher.executor", self.executor, EXECUTORS)
+        if not isinstance(self.table, bool):
+            raise ConfigError("hydra.launcher.table", self.table, "must be true or false")
         if self.workers is not None:
             whole("hydra.launcher.workers", self.workers, least=1)
         if self.memory_gib is not None:
@@ -185,7 +189,10 @@ class End(NamedTuple):
     def of(cls, folder: RunFolder) -> End:
         """How the run in `folder` ended, as its files tell."""
         if folder.complete:
-            metrics = folder.metrics()
+            try:
+                metrics = folder.metrics()
+            except ValueError as error:
+                return cls("failed", f"metrics.json cannot be read: {error}")
             if metrics["lipschitz"]["verdict"] == "FAIL":
                 return cls("failed", broken_bound(metrics["lipschitz"]), metrics=metrics)
             return cls("ok", metrics=metrics)
@@ -240,7 +247,7 @@ class Sweep:
             ends = [End.of(RunFolder(job.folder)) for job in self.jobs.values()]
             rows = [self._row(job, end) for job, end in zip(self.jobs.values(), ends, strict=True)]
             write_csv(self.folder / "sweep.csv", rows)
-            display.result(rows, self.folder / "sweep.csv")
+            display.result(rows, self.folder / "sweep.csv", self.options.table)
         return ends
 
     def _missing(self, job: int) -> bool:

@@ -301,7 +301,7 @@ def _write(
         },
     }
     if figures:
-        from lipexp.figures import run_figure
+        from lipexp.figures.run import run_figure
 
         figure = run_figure(checkpoint.layers, checkpoint.act, run, record, member.names)
         if figure is not None:

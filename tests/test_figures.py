@@ -1,12 +1,25 @@
-"""The picture of a run shows what it says."""
+"""The pictures show what they say, and claims are judged on the runs that they are drawn from."""
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
+import json
+import math
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import lipexp as package
+from lipexp import figures
+from lipexp.activations import GroupSort
 from lipexp.evaluate import Evaluator
-from lipexp.figures import run_figure
+from lipexp.figures import absolute_value, attenuation, claims, groupsort, margins
+from lipexp.figures.experiments import evaluated
+from lipexp.figures.run import run_figure
+from lipexp.figures.story import Story
+from lipexp.figures.style import panels
 from lipexp.loop import fit
 from lipexp.train import build, stack
 
@@ -55,3 +68,175 @@ def test_a_fitted_curve_is_drawn_with_target_and_slope(drawn):
 def test_a_constant_network_is_drawn_without_complaint(drawn):
     figure, _ = drawn("lipschitz=1e-30", "steps=0")
     assert figure.axes
+
+
+# The verb --------------------------------------------------------------------------------------------------------
+
+RUN = Path("outputs/figures/runs/debug/0")
+
+
+@pytest.fixture
+def story(monkeypatch):
+    """A figure of one short run, whose claim asks for an accuracy of at least story["least"]."""
+    wanted = {"least": 0.0}
+
+    def draw(runs):
+        (run,) = runs["debug"]["run"]
+        figure, (ax,) = panels(2, 2)
+        ax.plot(evaluated(run, np.zeros((1, 2)))[0], "o")
+        return figure
+
+    def judge(runs):
+        monkeypatch.setitem(claims.THRESHOLDS, "accuracy", claims.at_least(wanted["least"]))
+        return [claims.verdict("accuracy", runs["debug"]["test.accuracy"].min())]
+
+    monkeypatch.setitem(figures.FIGURES, "short", "short")
+    chosen = figures._story
+    short = Story(("debug",), draw, judge)
+    monkeypatch.setattr(figures, "_story", lambda name: short if name == "short" else chosen(name))
+    return wanted
+
+
+def test_a_figure_trains_what_it_needs_once(lipexp, story):
+    result = lipexp("figures", "short")
+    assert result.code == 0, result.err
+    assert {path.name for path in Path("outputs/figures").iterdir()} == {
+        "short.png",
+        "short.svg",
+        "claims.json",
+        "runs",
+    }
+    assert "CPU seconds" in result.out
+    trained = (RUN / "metrics.json").stat().st_mtime_ns
+    first = Path("outputs/figures/claims.json").read_text()
+    assert lipexp("figures", "short").code == 0
+    assert (RUN / "metrics.json").stat().st_mtime_ns == trained
+    assert Path("outputs/figures/claims.json").read_text() == first
+
+    (RUN / "metrics.json").unlink()  # half-written: trained again, to the same numbers
+    assert lipexp("figures", "short").code == 0
+    assert (RUN / "metrics.json").stat().st_mtime_ns > trained
+    assert Path("outputs/figures/claims.json").read_text() == first
+
+    assert lipexp("figures", "short", "--fresh").code == 0
+    assert Path("outputs/figures/claims.json").read_text() == first
+    (earlier,) = Path("outputs/figures/runs").glob("debug-until-*")
+    assert (earlier / "0" / "metrics.json").is_file()
+
+
+def test_a_claim_that_does_not_hold_is_said(lipexp, story):
+    story["least"] = 1.01
+    result = lipexp("figures", "short")
+    assert result.code == 1
+    assert "DOES NOT HOLD" in result.out
+    assert "1 claims do not hold" in result.err
+    entries = json.loads(Path("outputs/figures/claims.json").read_text())
+    assert {entry["claim"]: entry["holds"] for entry in entries} == {claims.BOUND: True, "accuracy": False}
+    assert all({"claim", "measured", "threshold", "holds"} <= set(entry) for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("model.pt", b"half"), ("metrics.json", b"{"), (".hydra/config.yaml", None)]
+)
+def test_a_run_that_cannot_be_read_is_named_and_not_drawn(lipexp, story, name, content):
+    lipexp("figures", "short")
+    Path("outputs/figures/short.png").unlink()
+    if content is None:
+        (RUN / name).unlink()
+    else:
+        (RUN / name).write_bytes(content)
+    result = lipexp("figures", "short")
+    assert result.code != 0
+    assert str(RUN) in result.err
+    assert len(result.err.splitlines()) <= 2
+    assert "Traceback" not in result.err
+    assert not Path("outputs/figures/short.png").exists()
+
+
+def test_a_figure_that_does_not_exist_is_refused_by_name(lipexp):
+    result = lipexp("figures", "margin")
+    assert result.code == 2
+    assert "did you mean margins" in result.err
+    assert not Path("outputs").exists()
+
+
+def test_one_figure_keeps_the_claims_of_the_others(lipexp, story):
+    assert lipexp("figures", "groupsort").code == 0
+    assert lipexp("figures", "short").code == 0
+    entries = json.loads(Path("outputs/figures/claims.json").read_text())
+    assert {entry["figure"] for entry in entries} == {"groupsort", "short"}
+
+
+# Claims ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_threshold_holds_at_its_ends_and_not_for_what_is_no_number():
+    threshold = claims.Threshold(0.85, 0.94)
+    assert [threshold.holds(value) for value in (0.8499, 0.85, 0.94, 0.9401)] == [False, True, True, False]
+    one = claims.verdict("3 |x|, GroupSort, linf: test MSE, largest", math.nan)
+    assert (one.measured, one.holds) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("measured", "certified", "target", "holds"),
+    [
+        (1, 1, 1, True),
+        (np.nextafter(1, 2), 1, 1, False),
+        (0.5, np.nextafter(1, 2), 1, False),
+        (3, 4, None, True),
+        (4, 3, None, False),
+    ],
+)
+def test_the_bound_is_compared_exactly(measured, certified, target, holds):
+    run = {"lipschitz.measured": measured, "lipschitz.certified": certified, "lipschitz.target": target}
+    good = {"lipschitz.measured": 0.5, "lipschitz.certified": 1.0, "lipschitz.target": 1.0}
+    assert claims.bound_verdict([pd.DataFrame([good]), pd.DataFrame([run])]).holds is holds
+
+
+def test_half_the_range_of_slopes_is_that_of_the_network(lipexp, run_folders):
+    lipexp("train", "dataset=absolute_value", "steps=0", "act=relu", "model.width=8", "model.depth=1")
+    (folder,) = run_folders()
+    network = package.load(folder).network
+    x = torch.from_numpy(absolute_value.between(absolute_value.POINTS)).requires_grad_()
+    (slope,) = torch.autograd.grad(network.double()(x).sum(), x)
+    run = pd.Series({"run": figures_run(folder)})
+    assert absolute_value.half_range(run) == pytest.approx(float(slope.max() - slope.min()) / 2, rel=1e-12)
+
+
+def figures_run(folder):
+    from lipexp.runs import RunFolder
+
+    return RunFolder(folder)
+
+
+def test_the_largest_margin_is_half_the_distance_of_the_classes(lipexp, run_folders):
+    lipexp("train", "experiment=debug", "dataset.noise=0.02")
+    (folder,) = run_folders()
+    points = package.load(folder).table("gradients")
+    points = points[points["split"] == "train"]
+    first, second = (points[points["y"] == y][["x0", "x1"]].to_numpy() for y in (0, 1))
+    smallest = np.linalg.norm(first[:, None] - second[None], axis=-1).min()
+    assert margins.half_distance(figures_run(folder)) == pytest.approx(smallest / 2)
+
+
+def test_hidden_layers_are_measured_without_the_first(lipexp, run_folders):
+    lipexp("train", "experiment=debug", "steps=0", "model.depth=3")
+    (folder,) = run_folders()
+    norms = attenuation.at_hidden_layers(pd.DataFrame({"run": [figures_run(folder)]}))
+    assert norms.shape == (1, 3)
+    assert norms == pytest.approx(1, abs=1e-4)  # GroupSort, orthogonal weights
+
+
+def test_the_groups_of_the_groupsort_figure_are_sorted():
+    x = np.array(groupsort.VECTOR)
+    for n_groups in groupsort.GROUPS:
+        expected = np.sort(x.reshape(n_groups, -1), axis=1).ravel()
+        assert np.array_equal(groupsort.sorted_in(n_groups, x), expected)
+    assert GroupSort(n_groups=groupsort.GROUPS[0]).size(groupsort.D) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(figures.FIGURES))
+def test_every_claim_of_every_figure_holds(lipexp, name):
+    result = lipexp("figures", name)
+    assert result.code == 0, result.out + result.err

@@ -1,0 +1,126 @@
+"""The verb `figures`: the pictures of the README and of a paper, each with the claims that it illustrates.
+
+A figure is a `Story`: experiments that `lipexp train -m experiment=…` trains, a drawing that reads their run
+folders, and claims that are judged on the same runs. style.py is the look of all, claims.py holds all thresholds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from lipexp.config import ConfigError, no_such
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lipexp.figures.story import Story
+
+OUTPUT = Path("outputs/figures")
+
+# name -> the module that draws it
+FIGURES = {
+    "absolute-value": "absolute_value",
+    "two-moons-bce": "two_moons",
+    "two-moons-hinge": "two_moons",
+    "two-moons": "two_moons",
+    "any-lipschitz": "any_lipschitz",
+    "attenuation": "attenuation",
+    "margins": "margins",
+    "groupsort": "groupsort",
+}
+
+HELP = f"""\
+NAME is one of {", ".join(FIGURES)}; none means all.
+
+Pictures (PNG and SVG) and claims.json go to {OUTPUT}, the runs they are drawn from to {OUTPUT / "runs"}. Runs that
+are there already are used again. The exit status is 1 if a claim does not hold."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage."""
+        self.exit(2, f"lipexp: {message} (lipexp figures --help says more)\n")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `lipexp figures`; returns the exit status: 0, 1 for a broken claim or a failed run, 2."""
+    parser = Parser("lipexp figures", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.description = "Draw figures from runs, training what is missing, and check the claims that they make."
+    parser.epilog = HELP
+    parser.add_argument("names", metavar="NAME", nargs="*", help="what to draw (default: all)")
+    parser.add_argument(
+        "--fresh", action="store_true", help="train anew; earlier runs are kept beside the new ones"
+    )
+    try:
+        options = parser.parse_args(arguments)
+        for name in options.names:
+            if name not in FIGURES:
+                raise ConfigError("NAME", name, no_such("figure", name, list(FIGURES)))
+        return draw_all(list(dict.fromkeys(options.names)) or list(FIGURES), options.fresh)
+    except SystemExit as stop:  # argparse has said what it had to say
+        return stop.code if isinstance(stop.code, int) else 0
+    except ConfigError as error:
+        print(f"lipexp: {error}", file=sys.stderr)
+        return 2
+
+
+def draw_all(names: Sequence[str], fresh: bool) -> int:
+    """Train, draw and judge the figures `names`; returns the exit status."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    trained: set[str] = set()
+    broken = 0
+    for name in names:
+        before, started = _cpu_seconds(), time.perf_counter()
+        story = _story(name)
+        for experiment in story.experiments:
+            if experiment not in trained:
+                from lipexp.figures.experiments import train
+
+                status = train(experiment, OUTPUT / "runs" / experiment, fresh)
+                if status:
+                    print(f"lipexp: {name}: not drawn, experiment={experiment} has not finished", file=sys.stderr)
+                    return status
+                trained.add(experiment)
+        broken += _draw(name, story, console)
+        console.print(f"{_cpu_seconds() - before:.1f} CPU seconds, {time.perf_counter() - started:.1f} seconds\n")
+    if broken:
+        print(f"lipexp: {broken} claims do not hold (see {OUTPUT / 'claims.json'})", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _story(name: str) -> Story:
+    stories: dict[str, Story] = importlib.import_module(f"lipexp.figures.{FIGURES[name]}").STORIES
+    return stories[name]
+
+
+def _draw(name: str, story: Story, console: Console) -> int:
+    """Draw one figure from finished runs, print and write its verdicts; returns how many claims do not hold."""
+    from dataclasses import replace
+
+    from lipexp.figures import claims, style
+    from lipexp.figures.experiments import read
+
+    runs = {experiment: read(OUTPUT / "runs" / experiment) for experiment in story.experiments}
+    with style.look():
+        files = style.save(story.draw(runs), OUTPUT / name)
+    verdicts = [claims.bound_verdict(list(runs.values()))] if runs else []
+    verdicts = [replace(verdict, figure=name) for verdict in verdicts + story.judge(runs)]
+    claims.write(OUTPUT / "claims.json", verdicts)
+    console.print(f"[bold]{name}[/bold]  {'  '.join(str(file) for file in files)}")
+    claims.show(verdicts, console)
+    return sum(not verdict.holds for verdict in verdicts)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of the workers that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
