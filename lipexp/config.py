@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -104,6 +105,18 @@ def whole(option: str, value: Any, *, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(option, value, f"must be a whole number, at least {least}")
     return value
+
+
+def norm_order(option: str, value: Any) -> float:
+    """`value` as the p of a p-norm; "inf" may come as a word or as a number.
+
+    Raises:
+        ConfigError: it is not 1, 2 or inf.
+    """
+    with suppress(TypeError, ValueError):
+        if float(value) in (1.0, 2.0, math.inf):
+            return float(value)
+    raise ConfigError(option, value, "must be 1, 2 or inf")
 
 
 def one_of(option: str, value: Any, allowed: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from lipexp.activations import Activation, declared_norms
 from lipexp.certificates import dual, even_split, row_norm_bound, spectral_norm_bound
-from lipexp.config import ConfigError, lipschitz_constant
+from lipexp.config import ConfigError, lipschitz_constant, norm_order
 from lipexp.models import Layer
 
 # A spectral norm is scaled to just below its bound before it is rounded to float32: rounding can raise it by some
@@ -325,12 +325,7 @@ class LInf(Constraint):
     hidden_p = math.inf
 
     def __init__(self, p: float | str = 2, lipschitz: float = 1.0) -> None:
-        try:
-            self.p = float(p)
-        except (TypeError, ValueError):
-            self.p = math.nan
-        if self.p not in (1.0, 2.0, math.inf):
-            raise ConfigError("p", p, "must be 1, 2 or inf")
+        self.p = norm_order("p", p)
         self.lipschitz = lipschitz_constant("lipschitz", lipschitz)
 
     def norms(self, n_layers: int) -> Sequence[OperatorNorm]:

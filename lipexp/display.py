@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from lipexp.runs import METRICS
+
 SUBSCRIPT = {1: "₁", 2: "₂", "inf": "∞"}
 
 
@@ -79,7 +81,7 @@ class Display:
         row = rows[0]
         if not row:
             return
-        metric = next(key for key in row if key in ("test_accuracy", "test_mse"))
+        metric = next(f"test_{key}" for key in METRICS if f"test_{key}" in row)
         live = (
             f"loss {row['train_loss']:.4g}  {metric.replace('_', ' ')} {row[metric]:.4g}  "
             f"max ‖∇f‖ {_optional(row['grad_max'])}"
@@ -222,11 +224,11 @@ def live_summary(rows: Sequence[Mapping[str, float | None]]) -> str:
     sound = [row for row in rows if row]
     if not sound:
         return "all failed"
-    metric = next(key for key in sound[0] if key in ("test_accuracy", "test_mse"))
-    values = sorted(float(row[metric] or 0) for row in sound)
-    best = values[-1] if metric == "test_accuracy" else values[0]
+    metric = next(key for key in METRICS if f"test_{key}" in sound[0])
+    values = sorted((float(row[f"test_{metric}"] or 0) for row in sound), reverse=METRICS[metric])
+    best = values[0]
     failed = f", {len(rows) - len(sound)} failed" if len(sound) < len(rows) else ""
-    return f"{metric.replace('_', ' ')} best {best:.4g}, median {median(values):.4g}{failed}"
+    return f"test {metric} best {best:.4g}, median {median(values):.4g}{failed}"
 
 
 SHOWN_ROWS = 40  # of a sweep's table, and as many failed ones; sweep.csv has them all
@@ -234,7 +236,7 @@ SHOWN_ROWS = 40  # of a sweep's table, and as many failed ones; sweep.csv has th
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What differs between the jobs of a sweep, their metric and their interval, best first, failed last."""
-    metrics = [key for key in ("test.accuracy", "test.mse") if any(key in row for row in rows)]
+    metrics = [f"test.{key}" for key in METRICS if any(f"test.{key}" in row for row in rows)]
     keys = list(dict.fromkeys(key for row in rows for key in row))[3:]  # without job, status, reason
     overrides = keys[: keys.index("schema") if "schema" in keys else None]
     varied = [key for key in overrides if len({row.get(key) for row in rows}) > 1]
@@ -259,7 +261,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _ranked(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, Any]]:
     """The jobs without a fault that have `metric`, best first."""
-    sign = -1 if metric == "test.accuracy" else 1
+    sign = -1 if METRICS[metric.removeprefix("test.")] else 1
     sound = [row for row in rows if metric in row and row["status"] == "ok"]
     return sorted(sound, key=lambda row: sign * float(row[metric]))
 
@@ -280,7 +282,7 @@ def result_table(metrics: Mapping[str, Any]) -> Table:
     table.add_column("")
     for split in ("train", "test"):
         table.add_column(split, justify="right")
-    for key in ("loss", "accuracy" if "accuracy" in metrics["test"] else "mse"):
+    for key in metrics["test"]:
         table.add_row(key, *(f"{metrics[split][key]:.6g}" for split in ("train", "test")))
     return table
 

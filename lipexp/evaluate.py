@@ -18,6 +18,7 @@ from torch import Tensor
 from lipexp.activations import declared_norms
 from lipexp.certificates import dual, product_bound
 from lipexp.loop import Checkpoint, Stack, generator
+from lipexp.losses import difference_of_means
 from lipexp.measures import SEARCH_STARTS, Maximum, Scan, grid, largest, norms, scan, search
 from lipexp.models import run_layers
 
@@ -77,8 +78,8 @@ class Evaluator:
         self.n_train = len(stack.data[0].train_x)
         self.x = _stacked([np.concatenate([data.train_x, data.test_x]) for data in stack.data])  # (K, N, D)
         self.y = _stacked([np.concatenate([data.train_y, data.test_y]) for data in stack.data])  # (K, N)
-        self.classifies = stack.task == "classification"
-        self.metric = "accuracy" if self.classifies else "mse"
+        self.has_classes = stack.task != "regression"
+        self.metric = {"classification": "accuracy", "transport": "score"}.get(stack.task, "mse")
         self._last: tuple[Checkpoint, Scan] | None = None
 
     def history(self, checkpoint: Checkpoint) -> list[dict[str, float | None]]:
@@ -147,16 +148,16 @@ class Evaluator:
 
     def _scores(self, f: Tensor) -> list[tuple[dict[str, float], dict[str, float]]]:
         """(train, test) loss and metric of each run for outputs f (K, N)."""
-        losses = self.stack.loss(f, self.y)
-        metric = ((f > 0) == (self.y > 0.5)).double() if self.classifies else (f - self.y).square()
-        out = []
-        for run in range(len(f)):
-            train, test = (
-                {"loss": float(losses[run, part].mean()), self.metric: float(metric[run, part].mean())}
-                for part in (slice(None, self.n_train), slice(self.n_train, None))
-            )
-            out.append((train, test))
-        return out
+        parts = [
+            {"loss": self.stack.loss(f_part, y).mean(dim=1), self.metric: _METRICS[self.metric](f_part, y)}
+            for f_part, y in zip(self._split(f), self._split(self.y), strict=True)
+        ]
+        train, test = ([dict(zip(part, row, strict=True)) for row in _rows_of(part)] for part in parts)
+        return list(zip(train, test, strict=True))
+
+    def _split(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The train and the test part of (K, N)."""
+        return values[:, : self.n_train], values[:, self.n_train :]
 
     def _record(
         self,
@@ -210,7 +211,7 @@ class Evaluator:
             gradients={
                 "split": np.where(np.arange(len(x)) < self.n_train, "train", "test"),
                 **{f"x{i}": x[:, i] for i in range(x.shape[1])},
-                "y": self.y[run].numpy().astype(np.int64 if self.classifies else np.float64),
+                "y": self.y[run].numpy().astype(np.int64 if self.has_classes else np.float64),
                 "f": scanned.f[run].numpy(),
                 **{f"grad_{norm_name(q_)}": sizes[q_].numpy() for q_ in NORMS},
             },
@@ -245,6 +246,23 @@ class Evaluator:
                 }
             )
         return rows
+
+
+def _accuracy(f: Tensor, y: Tensor) -> Tensor:
+    return ((f > 0) == (y > 0.5)).double().mean(dim=1)
+
+
+def _mse(f: Tensor, y: Tensor) -> Tensor:
+    return (f - y).square().mean(dim=1)
+
+
+# Of outputs f (K, N) and targets y (K, N), one number a run.
+_METRICS = {"accuracy": _accuracy, "mse": _mse, "score": difference_of_means}
+
+
+def _rows_of(columns: dict[str, Tensor]) -> list[list[float]]:
+    """[[first value of each column], ...]"""
+    return [list(row) for row in zip(*(column.tolist() for column in columns.values()), strict=True)]
 
 
 def _stacked(arrays: Sequence[npt.NDArray[Any]]) -> Tensor:

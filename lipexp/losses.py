@@ -1,7 +1,7 @@
 """Losses: how far the outputs f(x) are from the targets y, sample by sample.
 
 Shapes: K runs, B points. Outputs f and targets y are (K, B); a loss returns (K, B), and the loop takes the mean
-over B for each run. Targets are {0, 1} for classification, any number for regression.
+over B for each run. Targets are {0, 1} for classification and transport, any number for regression.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lipexp.config import lipschitz_constant, number
 
 
 class Loss(nn.Module):
-    """Base of the losses. `task` is the kind of target a loss fits: `classification` or `regression`."""
+    """Base of the losses. `task` is the kind of target a loss fits, as in datasets.py."""
 
     task = ""
     per_run: tuple[str, ...] = ()
@@ -70,6 +70,40 @@ class Hinge(Loss):
 
     def forward(self, f: Tensor, y: Tensor) -> Tensor:
         return torch.relu(_per_run(self.margin, f) - (2 * y - 1) * f / _per_run(self.lipschitz, f))
+
+
+class Kantorovich(Loss):
+    """-(mean of f where y = 1 - mean of f where y = 0) / L: the dual of the Wasserstein-1 distance of the classes.
+
+    Over all L-Lipschitz f the largest difference of means is L times that distance (Kantorovich and Rubinstein).
+    A batch holds any number of points of each class, so a sample counts as one part of its own class: the mean
+    over the batch is the loss above exactly, and a constant added to f changes nothing. Of a class without a point
+    the mean is 0.
+
+    Reference: Anil, Lucas and Grosse 2019, "Sorting out Lipschitz function approximation", section 2.3.
+    """
+
+    task = "transport"
+    per_run = ("lipschitz",)
+
+    def __init__(self, lipschitz: float = 1.0) -> None:
+        super().__init__()
+        self.lipschitz = lipschitz_constant("lipschitz", lipschitz)
+
+    def forward(self, f: Tensor, y: Tensor) -> Tensor:
+        return -_shares(y) * f * (y.shape[1] / _per_run(self.lipschitz, f))
+
+
+def difference_of_means(f: Tensor, y: Tensor) -> Tensor:
+    """(K,) mean of f where y = 1 - mean of f where y = 0, for f and y (K, B)."""
+    return (_shares(y) * f).sum(dim=1)
+
+
+def _shares(y: Tensor) -> Tensor:
+    """(K, B) 1 / n_1 where y = 1 and -1 / n_0 where y = 0, with n_1 and n_0 of each run's B samples."""
+    ones = y.sum(dim=1, keepdim=True)
+    zeros = y.shape[1] - ones
+    return y / ones.clamp_min(1) - (1 - y) / zeros.clamp_min(1)
 
 
 class MSE(Loss):

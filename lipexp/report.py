@@ -27,17 +27,19 @@ from rich.text import Text
 
 from lipexp.config import ConfigError, no_such
 from lipexp.display import above, below
+from lipexp.runs import METRICS as KINDS
 from lipexp.runs import RunFolder, find, flat
 
-ACCURACY, MSE, MEASURED, CERTIFIED = "test.accuracy", "test.mse", "lipschitz.measured", "lipschitz.certified"
+MEASURED, CERTIFIED = "lipschitz.measured", "lipschitz.certified"
 TARGET, Q, VERDICT = "lipschitz.target", "lipschitz.q", "lipschitz.verdict"
-METRICS = (ACCURACY, MSE)
+METRICS = {f"test.{metric}": larger for metric, larger in KINDS.items()}  # -> larger is better
 CHOICES = ("dataset", "act", "constraint", "loss")  # the groups that are columns of every table
 PLAIN = (*METRICS, MEASURED, CERTIFIED, Q, VERDICT, "status")
 FOLDED = (*METRICS, "n", "worst", MEASURED, CERTIFIED, Q, VERDICT, "failed")
-HEADINGS = {"lipschitz": "L", ACCURACY: "test accuracy", MSE: "test mse", MEASURED: "measured"}
+HEADINGS = {"lipschitz": "L", MEASURED: "measured"}
+HEADINGS |= {metric: metric.replace(".", " ") for metric in METRICS}
 HEADINGS |= {CERTIFIED: "certified", Q: "q", VERDICT: "verdict"}
-FOLDED_AS = {ACCURACY: "mean", MSE: "mean", MEASURED: "max", CERTIFIED: "max"}
+FOLDED_AS = {**dict.fromkeys(METRICS, "mean"), MEASURED: "max", CERTIFIED: "max"}
 
 HELP = """\
 KEYS are groups or settings, such as act,optim.lr; whatever else tells two rows apart follows them.
@@ -178,8 +180,9 @@ def summary(runs: Sequence[Row]) -> dict[str, Any]:
     results: dict[str, Any] = {key: fmean(values) for key, values in numbers.items() if values}
     results |= {key: max(numbers.get(key, []), default=None) for key in (MEASURED, CERTIFIED, TARGET)}
     results |= {key: ", ".join(sorted({str(run.results.get(key, "")) for run in runs})) for key in (Q, VERDICT)}
-    scores = numbers.get(ACCURACY) or numbers.get(MSE) or []
-    worst = min(scores) if ACCURACY in results else max(scores, default=None)
+    metric = next((metric for metric in METRICS if numbers.get(metric)), None)
+    scores = numbers[metric] if metric else []
+    worst = (min if metric and METRICS[metric] else max)(scores, default=None)
     spread = {"n": len(scores), "sd": stdev(scores) if len(scores) > 1 else None, "worst": worst}
     return results | spread | {"status": "ok" if runs else "failed"}
 
@@ -224,7 +227,8 @@ def sort(rows: Sequence[Row], key: str | None) -> list[Row]:
         value = number(row.get(key))
         if value is None:
             return (2, 0, "") if row.get(key) is None else (1, 0, str(row.get(key)))
-        best_is_high = key.endswith("accuracy") or (key == "worst" and ACCURACY in row.results)
+        metric = next((metric for metric in METRICS if metric in row.results), "") if key == "worst" else key
+        best_is_high = METRICS.get(metric, metric.endswith("accuracy"))
         return 0, -value if best_is_high else value, ""
 
     return sorted(rows, key=lambda row: (row.failed, *(place(row, each) for each in ([key] if key else METRICS))))

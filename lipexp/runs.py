@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1  # of metrics.json
+METRICS = {"accuracy": True, "score": True, "mse": False}  # of train and test, one a task -> larger is better
 HYDRA_FILES = {".hydra", "train.log", "multirun.yaml"}  # what Hydra puts into a folder before the run starts
 
 

@@ -89,6 +89,9 @@ def build(config: DictConfig, choices: Mapping[str, Any] = {}) -> Member:
             names["loss"],
             f"is for {loss.task}, but dataset={names['dataset']} is {dataset.task} ({_losses_for(dataset.task)})",
         )
+    if getattr(dataset, "p", constraint.p) != constraint.p:
+        moving = f"must be the norm that constraint={names['constraint']} is for, p={constraint.p:g}"
+        raise ConfigError("dataset.p", f"{dataset.p:g}", moving)
     if isinstance(act, Activation):
         act.check_width(parts["model"].width)
     constraint.check(act, names["act"])

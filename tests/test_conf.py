@@ -51,8 +51,9 @@ def test_an_option_instantiates_a_class_of_its_module(leaf, compose, make):
 
 def test_an_option_composes_alone_into_a_run_that_is_accepted(leaf, compose):
     group, option = leaf
-    # Some options need a partner: mse is for regression.
-    partner = [f"dataset={name}" for name in ("absolute_value",) if (group, option) == ("loss", "mse")]
+    # Some losses need the data of their own task.
+    data = {"mse": "absolute_value", "kantorovich": "cones"}.get(option) if group == "loss" else None
+    partner = [f"dataset={data}"] if data else []
     assert build(compose(f"{group}={option}", *partner)).parts[group] is not None
 
 

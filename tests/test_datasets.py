@@ -7,12 +7,19 @@ import pytest
 from sklearn.datasets import make_moons
 
 from lipexp.config import ConfigError
-from lipexp.datasets import AbsoluteValue, TwoMoons
+from lipexp.datasets import AbsoluteValue, Cones, TwoMoons, on_sphere
 
 
 def drawn(dataset, seed=0):
     """The data of a run."""
     return dataset.draw(np.random.SeedSequence(seed))
+
+
+def random_points(dataset, seed=0):
+    """The train and test points, without the point masses of a transport problem."""
+    data = drawn(dataset, seed)
+    parts = ((data.train_x, data.train_y), (data.test_x, data.test_y))
+    return [x[y == 0] if dataset.task == "transport" else x for x, y in parts]
 
 
 @pytest.fixture
@@ -32,8 +39,8 @@ def test_points_and_targets_have_the_declared_shapes(dataset):
 
 def test_targets_suit_the_task(dataset):
     targets = drawn(dataset).train_y
-    assert dataset.task in ("classification", "regression")
-    if dataset.task == "classification":
+    assert dataset.task in ("classification", "regression", "transport")
+    if dataset.task != "regression":
         assert set(targets.tolist()) == {0.0, 1.0}
 
 
@@ -50,13 +57,13 @@ def test_a_stream_draws_the_same_data_every_time(dataset):
 
 
 def test_other_seeds_give_other_points(dataset):
-    for first, second in zip(drawn(dataset, 3)[::2], drawn(dataset, 4)[::2], strict=True):
+    for first, second in zip(random_points(dataset, 3), random_points(dataset, 4), strict=True):
         assert not np.isin(first, second).any()
 
 
 def test_train_and_test_points_differ(dataset):
-    data = drawn(dataset)
-    assert not np.isin(data.train_x, data.test_x).any()
+    train, test = random_points(dataset)
+    assert not np.isin(train, test).any()
 
 
 def test_the_test_set_does_not_depend_on_the_size_of_the_training_set(dataset_option, make):
@@ -130,3 +137,62 @@ def test_a_bad_argument_is_named(kind, arguments):
     ((name, value),) = arguments.items()
     with pytest.raises(ConfigError, match=f"^{name}={value}: must be"):
         kind(**arguments)
+
+
+CASES = [(dims, cones, p) for dims, cones in ((1, 1), (2, 3), (5, 2)) for p in (1.0, 2.0, np.inf)]
+
+
+@pytest.mark.parametrize(("dims", "cones", "p"), CASES)
+def test_all_mass_has_to_move_by_one(dims, cones, p):
+    """Every point of a sphere is 1 from its centre and no nearer to another; the classes have equal mass."""
+    data = drawn(Cones(n_inputs=dims, n_cones=cones, p=p, n_train=48, n_test=24))
+    for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)):
+        centres, spheres = x[y == 1], x[y == 0]
+        assert len(centres) == len(spheres)
+        assert len(np.unique(centres, axis=0)) == cones
+        distances = np.linalg.norm(spheres[:, None] - np.unique(centres, axis=0), ord=p, axis=-1)
+        np.testing.assert_allclose(distances.min(axis=1), 1, rtol=1e-6)
+        around = spheres - centres  # a point and its opposite, so spheres and centres have the same middle
+        np.testing.assert_allclose(around[::2], -around[1::2], atol=1e-6)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, np.inf])
+def test_the_transport_distance_is_one(p):
+    """By linear programming: the cheapest assignment of sphere points to point masses."""
+    from scipy.optimize import linear_sum_assignment
+
+    data = drawn(Cones(n_inputs=3, n_cones=3, p=p, n_train=120, n_test=4))
+    centres, spheres = data.train_x[data.train_y == 1], data.train_x[data.train_y == 0]
+    cost = np.linalg.norm(spheres[:, None] - centres[None], ord=p, axis=-1)
+    assert cost[linear_sum_assignment(cost)].mean() == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, np.inf])
+def test_spheres_are_covered_evenly(p):
+    x = on_sphere(40_000, 3, p, np.random.default_rng(0))
+    np.testing.assert_allclose(np.linalg.norm(x, ord=p, axis=1), 1, rtol=1e-12)
+    assert np.abs(x.mean(axis=0)).max() < 0.02
+    octants = np.unique((x > 0) @ [1, 2, 4], return_counts=True)[1]
+    assert len(octants) == 8
+    assert octants.min() > 0.9 * 5000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("dataset.spacing=1",), "spacing=1"),
+        (("dataset.p=3",), "must be 1, 2 or inf"),
+        (("dataset.p=inf",), "dataset.p=inf: must be the norm that constraint=spectral is for, p=2"),
+        (("loss=bce",), "is for classification"),
+    ],
+)
+def test_what_has_no_known_optimum_is_refused(lipexp, overrides, message):
+    result = lipexp("train", "dataset=cones", *overrides)
+    assert result.code == 2
+    assert message in result.err
+
+
+def test_the_spheres_follow_the_norm_of_the_constraint(make):
+    assert make("dataset", "dataset=cones").p == 2
+    assert make("dataset", "dataset=cones", "constraint=linf", "constraint.p=inf").p == np.inf
+    assert make("dataset", "dataset=cones", "constraint=linf", "constraint.p=1").p == 1

@@ -43,7 +43,7 @@ def trained(members, dtype=torch.float32, eval_every=None):
     return last, list(zip(*history, strict=True))
 
 
-LOSSES = {"bce": "two_moons", "hinge": "two_moons", "mse": "absolute_value"}
+LOSSES = {"bce": "two_moons", "hinge": "two_moons", "mse": "absolute_value", "kantorovich": "cones"}
 COMBINATIONS = list(product(options("act"), options("constraint"), options("loss")))
 
 
@@ -54,6 +54,7 @@ def varied(member, act, constraint, loss):
         "bce": "loss.temperature=3",
         "hinge": "loss.margin=0.3",
         "mse": "seed=7",
+        "kantorovich": "seed=7",
     }[loss]
     noise = ["dataset.noise=0.1"] if LOSSES[loss] == "two_moons" else ["seed=5"]
     return [

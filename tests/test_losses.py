@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lipexp.config import ConfigError
-from lipexp.losses import BCE, MSE, Hinge
+from lipexp.losses import BCE, MSE, Hinge, Kantorovich, difference_of_means
 
 RUNS, BATCH = 3, 40
 
@@ -28,7 +28,7 @@ def outputs() -> torch.Tensor:
 
 def targets(task: str) -> torch.Tensor:
     rng = np.random.default_rng(1)
-    y = rng.integers(0, 2, (RUNS, BATCH)) if task == "classification" else rng.normal(size=(RUNS, BATCH))
+    y = rng.integers(0, 2, (RUNS, BATCH)) if task != "regression" else rng.normal(size=(RUNS, BATCH))
     return torch.from_numpy(y.astype(np.float64))
 
 
@@ -39,15 +39,20 @@ def per_run_values(loss) -> dict[str, torch.Tensor]:
 
 def test_a_loss_has_a_task_and_one_value_a_sample(loss_option, make, outputs):
     loss = make("loss", f"loss={loss_option}")
-    assert loss.task in ("classification", "regression")
+    assert loss.task in ("classification", "regression", "transport")
     values = loss(outputs, targets(loss.task))
     assert values.shape == (RUNS, BATCH)
-    assert (values >= 0).all()
+    assert (values >= 0).all() or loss.task == "transport"
 
 
 def test_a_sample_does_not_depend_on_the_others(loss_option, make, outputs):
     loss = make("loss", f"loss={loss_option}")
     y = targets(loss.task)
+    changed = outputs + 1
+    changed[:, 5] = outputs[:, 5]
+    assert torch.equal(loss(changed, y)[:, 5], loss(outputs, y)[:, 5])
+    if loss.task == "transport":
+        return  # what a sample counts depends on how many there are of its class
     whole, part = loss(outputs, y), loss(outputs[:, 5:6], y[:, 5:6])
     # Vectorised and scalar loops of exp and log1p may round differently by an ulp or two.
     torch.testing.assert_close(whole[:, 5:6], part, rtol=1e-14, atol=0)
@@ -144,3 +149,23 @@ def test_mse_is_the_square_of_the_error(outputs):
 def test_a_bad_argument_is_named(kind, name, value):
     with pytest.raises(ConfigError, match=f"^{name}={value}: must be"):
         kind(**{name: value})
+
+
+def test_kantorovich_is_the_difference_of_the_means_however_many_samples_each_class_has(outputs):
+    rng = np.random.default_rng(2)
+    for share in (0.1, 0.5, 0.9):
+        y = torch.from_numpy((rng.random((RUNS, BATCH)) < share).astype(np.float64))
+        y[:, 0], y[:, 1] = 0, 1
+        lipschitz = column(0.5, 1.0, 4.0)
+        losses = Kantorovich(lipschitz)(outputs, y).mean(dim=1)
+        for run in range(RUNS):
+            f, ones = outputs[run], y[run] == 1
+            difference = f[ones].mean() - f[~ones].mean()
+            assert float(losses[run]) == pytest.approx(-float(difference / lipschitz[run]), rel=1e-12)
+        assert torch.allclose(difference_of_means(outputs + 7, y), difference_of_means(outputs, y), atol=1e-12)
+
+
+def test_a_class_without_samples_has_mean_zero():
+    f = torch.tensor([[1.0, 3.0]])
+    assert difference_of_means(f, torch.ones_like(f)).item() == 2
+    assert difference_of_means(f, torch.zeros_like(f)).item() == -2

@@ -34,6 +34,7 @@ FIGURES = {
     "attenuation": "attenuation",
     "margins": "margins",
     "groupsort": "groupsort",
+    "optimum": "optimum",
 }
 
 HELP = f"""\
