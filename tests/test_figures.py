@@ -21,6 +21,7 @@ from lipexp.figures.run import run_figure
 from lipexp.figures.story import Story
 from lipexp.figures.style import panels
 from lipexp.loop import fit
+from lipexp.runs import RunFolder
 from lipexp.train import build, stack
 
 
@@ -199,14 +200,9 @@ def test_half_the_range_of_slopes_is_that_of_the_network(lipexp, run_folders):
     network = package.load(folder).network
     x = torch.from_numpy(absolute_value.between(absolute_value.POINTS)).requires_grad_()
     (slope,) = torch.autograd.grad(network.double()(x).sum(), x)
-    run = pd.Series({"run": figures_run(folder)})
-    assert absolute_value.half_range(run) == pytest.approx(float(slope.max() - slope.min()) / 2, rel=1e-12)
-
-
-def figures_run(folder):
-    from lipexp.runs import RunFolder
-
-    return RunFolder(folder)
+    assert absolute_value.half_range(RunFolder(folder)) == pytest.approx(
+        float(slope.max() - slope.min()) / 2, rel=1e-12
+    )
 
 
 def test_the_largest_margin_is_half_the_distance_of_the_classes(lipexp, run_folders):
@@ -216,13 +212,13 @@ def test_the_largest_margin_is_half_the_distance_of_the_classes(lipexp, run_fold
     points = points[points["split"] == "train"]
     first, second = (points[points["y"] == y][["x0", "x1"]].to_numpy() for y in (0, 1))
     smallest = np.linalg.norm(first[:, None] - second[None], axis=-1).min()
-    assert margins.half_distance(figures_run(folder)) == pytest.approx(smallest / 2)
+    assert margins.half_distance(RunFolder(folder)) == pytest.approx(smallest / 2)
 
 
 def test_hidden_layers_are_measured_without_the_first(lipexp, run_folders):
     lipexp("train", "experiment=debug", "steps=0", "model.depth=3")
     (folder,) = run_folders()
-    norms = attenuation.at_hidden_layers(pd.DataFrame({"run": [figures_run(folder)]}))
+    norms = attenuation.at_hidden_layers(pd.DataFrame({"run": [RunFolder(folder)]}))
     assert norms.shape == (1, 3)
     assert norms == pytest.approx(1, abs=1e-4)  # GroupSort, orthogonal weights
 
