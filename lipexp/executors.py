@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from typing import Any
 
 from lipexp.compose import Job
@@ -19,7 +20,20 @@ from lipexp.config import one_line
 from lipexp.display import StackDisplay, SweepDisplay
 from lipexp.runs import RunFolder
 
-WATCH_SECONDS = 0.5  # between two looks of a worker at whether its parent still lives
+# Workers are forked from a server process that has imported what they need, once for all of them. It has run no
+# torch operation, so that it has no threads that a fork would lose; this process may have.
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOAD = ["lipexp.train", "sklearn.datasets"]
+
+
+def prepare_workers() -> None:
+    """Start the imports of worker processes, which take seconds, while this process does something else."""
+    CONTEXT.set_forkserver_preload(PRELOAD)
+    with _no_interrupt():  # it and all workers keep this: Ctrl-C is left to their parent
+        forkserver.ensure_running()
+
+
+spent: list[float] = []  # CPU seconds of each stack that a worker has finished; no rusage counts forked workers
 
 
 def execute(stacks: Sequence[Sequence[Job]], workers: int | None, display: SweepDisplay) -> None:
@@ -62,16 +76,15 @@ def train_stack(jobs: Sequence[Job], display: StackDisplay) -> None:
 
 
 def _in_processes(stacks: Sequence[Sequence[Job]], workers: int, display: SweepDisplay) -> None:
-    context = multiprocessing.get_context("spawn")  # a forked torch may hang
-    messages = context.SimpleQueue()
+    prepare_workers()
+    messages = CONTEXT.SimpleQueue()
     listener = threading.Thread(target=_listen, args=(messages, display), daemon=True)
     listener.start()
-    with ProcessPoolExecutor(workers, context, _start_worker, (messages, os.getpid())) as pool:
+    with ProcessPoolExecutor(workers, CONTEXT, _start_worker, (messages,)) as pool:
         try:
-            with _no_interrupt():  # workers start here and keep this: Ctrl-C is left to their parent
-                futures = [pool.submit(_work, number, list(jobs)) for number, jobs in enumerate(stacks)]
+            futures = [pool.submit(_work, number, list(jobs)) for number, jobs in enumerate(stacks)]
             for future in as_completed(futures):
-                future.result()
+                spent.append(future.result())
         except BrokenProcessPool:  # the listener is left behind: the dead worker may hold its queue
             return
         except BaseException:
@@ -101,20 +114,24 @@ def _listen(messages: Any, display: SweepDisplay) -> None:
 _worker_messages: Any = None
 
 
-def _start_worker(messages: Any, parent: int) -> None:
+def _start_worker(messages: Any) -> None:
     """A worker ends when its parent does, however that ended."""
     global _worker_messages
     _worker_messages = messages
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(WATCH_SECONDS)
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(number: int, jobs: Sequence[Job]) -> None:
+def _work(number: int, jobs: Sequence[Job]) -> float:
+    """Train one stack; returns the CPU seconds of this worker for it, its imports not included."""
+    started = time.process_time()
     display = StackDisplay(lambda *message: _worker_messages.put(message), number)
     train_stack(jobs, display)
     display.done()
+    return time.process_time() - started

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from lipexp.compose import Composer, Job
 from lipexp.config import ConfigError, no_such, number, one_line, one_of, whole
 from lipexp.display import SweepDisplay, broken_bound
-from lipexp.executors import execute
+from lipexp.executors import execute, prepare_workers
 from lipexp.runs import RunFolder, SweepFailed, flat, write_csv, write_file
 
 RECORD = "sweep.json"  # the jobs and their split into stacks
@@ -344,6 +344,8 @@ def launch(
     from hydra.core.utils import JobReturn, JobStatus
 
     chosen = Options.of(options)
+    if chosen.executor == "process":
+        prepare_workers()
     if first:
         sweeper = master.hydra.runtime.choices["hydra/sweeper"]
         raise ConfigError(

@@ -208,7 +208,7 @@ def test_a_killed_sweep_is_continued(sweep, tmp_path, moment):
     process = start(tmp_path, *JOBS, "hydra.sweep.dir=s", *executor)
     sign = "sweep.json" if "plan" in moment else "*/metrics.json"
     wait_for(lambda: list(Path("s").glob(sign)))
-    workers = children(process.pid)
+    workers = descendants(process.pid)
     process.kill()
     process.communicate()
     wait_for(lambda: not any(alive(worker) for worker in workers), seconds=5)
@@ -231,6 +231,11 @@ def test_a_killed_sweep_is_continued(sweep, tmp_path, moment):
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that `pid` has started, and those that they have: workers are forked by a server."""
+    return [process for child in children(pid) for process in (child, *descendants(child))]
 
 
 def alive(pid: int) -> bool:
@@ -329,7 +334,7 @@ def test_worker_processes_train_the_same(sweep):
 def test_ctrl_c_keeps_what_is_finished(tmp_path, executor):
     process = start(tmp_path, "steps=20,1000000", "seed=0,1", *executor, "hydra.sweep.dir=s")
     wait_for(lambda: len(list(tmp_path.glob("s/*/metrics.json"))) == 2)
-    workers = children(process.pid)
+    workers = descendants(process.pid)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "lipexp: interrupted\n")
@@ -341,10 +346,8 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, executor):
 def test_a_worker_that_dies_leaves_its_jobs_to_be_resumed(tmp_path):
     process = start(tmp_path, "steps=1000000", "seed=0,1", *WORKER, "hydra.sweep.dir=s")
     wait_for(lambda: list(tmp_path.glob("s/*/.hydra")))
-    torch_workers = [
-        pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    os.kill(torch_workers[0], signal.SIGKILL)
+    (worker,) = (worker for server in children(process.pid) for worker in children(server))
+    os.kill(worker, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert len(err.splitlines()) == 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -122,6 +121,7 @@ def _draw(name: str, story: Story, console: Console) -> int:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of the workers that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+    """Of this process and of its workers."""
+    from lipexp.executors import spent
+
+    return time.process_time() + sum(spent)
