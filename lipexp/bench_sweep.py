@@ -19,7 +19,18 @@ from omegaconf import OmegaConf, open_dict
 from rich.console import Console
 from torch import nn
 
-from lipexp.bench import BATCH, Case, command, composed, mlp, peer_networks, table, take_turns, torch_step
+from lipexp.bench import (
+    BATCH,
+    Case,
+    command,
+    composed,
+    cpu_seconds,
+    mlp,
+    peer_networks,
+    table,
+    take_turns,
+    torch_step,
+)
 from lipexp.compose import Composer
 from lipexp.config import conf_dir
 from lipexp.loop import Stack, Trainer
@@ -28,6 +39,7 @@ from lipexp.train import build, stack
 RUNS = 64
 WIDTH = 64
 STEPS_TIMED = 4  # calls in a round
+EMPTY_JOB_MS = 80
 
 
 def sweep(console: Console, rounds: int) -> None:
@@ -35,6 +47,7 @@ def sweep(console: Console, rounds: int) -> None:
     steps(console, rounds, RUNS)
     arithmetic(console, rounds, RUNS)
     composition(console, rounds)
+    empty_jobs(console, RUNS)
     commands(console, RUNS)
 
 
@@ -133,6 +146,20 @@ def hydra_loader(folder: str) -> Iterator[tuple[Any, Any]]:
 
 def without_hydra(config: Any) -> Any:
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+
+
+def empty_jobs(console: Console, runs: int, settings: Sequence[str] = ()) -> None:
+    """A job without a step, from its overrides to its files: what so many cost more than one."""
+    lipexp = str(Path(sys.executable).with_name("lipexp"))
+    seconds = []
+    with tempfile.TemporaryDirectory(prefix="lipexp-bench-") as folder:
+        for jobs in (1, runs):
+            sweep = command(folder, lipexp, "train", "-m", f"seed=range({jobs})", "steps=0", *settings)
+            before = cpu_seconds()
+            sweep()
+            seconds.append(cpu_seconds() - before)
+    each = 1000 * (seconds[1] - seconds[0]) / (runs - 1)
+    console.print(f"an empty job (steps=0) of {runs}, with all its files: {each:.0f} CPU-ms (≤ {EMPTY_JOB_MS})")
 
 
 def commands(console: Console, runs: int, settings: Sequence[str] = ()) -> None:

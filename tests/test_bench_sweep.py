@@ -57,6 +57,15 @@ def test_composition_writes_the_same_files(screen, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_an_empty_job_is_what_more_jobs_cost_more(screen, monkeypatch):
+    console, printed = screen
+    clock = iter([0.0, 3.0, 10.0, 13.2])  # of one job and of three, before and after
+    monkeypatch.setattr(bench_sweep, "cpu_seconds", lambda: next(clock))
+    bench_sweep.empty_jobs(console, 3, ["experiment=debug", "device=cpu"])
+    assert printed() == ["an empty job (steps=0) of 3, with all its files: 100 CPU-ms (≤ 80)"]
+
+
+@pytest.mark.slow
 def test_whole_commands_are_compared_a_job(screen):
     console, printed = screen
     bench_sweep.commands(console, 2, ["experiment=debug", "steps=2", "device=cpu"])
