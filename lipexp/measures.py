@@ -32,7 +32,7 @@ GRID_POINTS = {1: 2001, 2: 64}  # per axis, for inputs of so many dimensions
 SEARCH_STARTS = 64
 SEARCH_ROUNDS = 20
 _CANDIDATES = 8  # points tried in exact arithmetic before a source is given up: more than one is rare
-_CHUNK = 2**21  # features held at once while scanning: some 16 MB in float64
+_CHUNK = 2**18  # features of one layer held at once while scanning: 2 MB in float64, which stay in the cache
 
 ExactArray = npt.NDArray[np.object_]  # Python integers
 
