@@ -130,7 +130,7 @@ def one_of(option: str, value: Any, allowed: Sequence[str]) -> str:
     raise ConfigError(option, value, no_such("option", str(value), allowed))
 
 
-def known(names: Iterable[str], allowed: Sequence[str], prefix: str) -> None:
+def known_settings(names: Iterable[str], allowed: Sequence[str], prefix: str) -> None:
     """Refuse the first of the settings `names` that is none of those allowed; `prefix` is where they stand.
 
     Raises:

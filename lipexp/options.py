@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from lipexp.config import ConfigError, known, number, one_of, plain, whole
+from lipexp.config import ConfigError, known_settings, number, one_of, plain, whole
 from lipexp.slurm.options import SlurmOptions
 
 EXECUTORS = ("inline", "process", "slurm")
@@ -51,7 +51,7 @@ class Options:
         Raises:
             ConfigError: one that does not exist, or has a value that is not allowed.
         """
-        known(settings, [option.name for option in fields(cls)], "hydra.launcher.")
+        known_settings(settings, [option.name for option in fields(cls)], "hydra.launcher.")
         slurm = settings.get("slurm") or {}
         if not isinstance(slurm, Mapping):
             raise ConfigError("hydra.launcher.slurm", slurm, "has settings of its own: hydra.launcher.slurm.wait")

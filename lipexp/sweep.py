@@ -183,7 +183,7 @@ class Sweep:
             plan = self._known_plan() if used else self._new_plan()
             stacks = [[self.jobs[job] for job in stack if self._missing(job)] for stack in plan.stacks]
             stacks = [stack for stack in stacks if stack]
-            if self.cluster is not None:
+            if self.cluster is not None and stacks:
                 self._submit(self.cluster, stacks, new=not used)
             for job, reason in plan.refused.items():
                 if self._missing(job):

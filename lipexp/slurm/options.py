@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lipexp.config import ConfigError, known, number, whole
+from lipexp.config import ConfigError, known_settings, number, whole
 
 NODE = "hydra.launcher.slurm"
 EXECUTOR = ("hydra.launcher.executor", "slurm")  # an option and its value, as an error names them
@@ -64,7 +64,7 @@ class SlurmOptions:
         Raises:
             ConfigError: one that does not exist, or has a value that is not allowed.
         """
-        known(settings, [option.name for option in fields(cls)], f"{NODE}.")
+        known_settings(settings, [option.name for option in fields(cls)], f"{NODE}.")
         return cls(**settings)
 
     def parameters(self) -> dict[str, Any]:
