@@ -200,7 +200,9 @@ def test_a_sweep_is_left_to_slurm_and_collected_later(busy, sweep):
     assert (left.code, left.err) == (0, "")
     number = submissions()[0]["id"]
     first, second = f"{number}_0", f"{number}_1"
-    where = f"left to SLURM: {first}, {second}; hydra.sweep.dir=s resume=true collects the results"
+    where = (
+        f"2 stacks left to SLURM (scancel {number} ends it); hydra.sweep.dir=s resume=true collects the results"
+    )
     assert left.out.splitlines()[1:] == [
         f"SLURM job {number}: 2 stacks submitted",
         where,
@@ -221,7 +223,8 @@ def test_a_sweep_is_left_to_slurm_and_collected_later(busy, sweep):
     assert len(submissions()) == 1
     here = sweep(*jobs, "hydra.launcher.executor=inline", "resume=true")
     assert here.code == 2
-    assert f"hydra.launcher.executor=inline: SLURM still has {first}, {second} of this sweep" in here.err
+    assert here.err.startswith("lipexp: hydra.launcher.executor=inline: SLURM still works on this sweep")
+    assert f"scancel {number} ends it" in here.err
 
     edit(margin=0.6)
     run("scancel", second)
@@ -280,7 +283,7 @@ def test_ctrl_c_leaves_the_sweep_to_slurm(cluster, sweep, background):
     out, err = waiting.communicate(timeout=60)
     assert (waiting.returncode, err) == (130, "lipexp: interrupted\n")
     (submission,) = submissions()
-    assert f"left to SLURM: {submission['id']}; hydra.sweep.dir=s resume=true collects the results\n" in out
+    assert f"1 stack left to SLURM (scancel {submission['id']} ends it); hydra.sweep.dir=s resume=true" in out
     assert [row["status"] for row in table(Path("s"))] == ["queued"] * 2
     assert sweep(*jobs, "resume=true").code == 0
     assert submissions() == [submission]

@@ -156,5 +156,8 @@ def test_the_record_knows_where_jobs_were_submitted_last(tmp_path):
     again = Record(tmp_path / "slurm" / "submissions.json")
     assert [task.id for task in again.tasks] == ["17_0", "17_1", "18"]
     assert [again.last([job]).id for job in range(4)] == ["17_0", "17_0", "17_1", "18"]
+    (tmp_path / "broken.json").write_text("[{}]")
+    with pytest.raises(ConfigError, match=r"broken\.json cannot be read"):
+        Record(tmp_path / "broken.json")
     again.begin([[0]])  # interrupted here: its number is not known
     assert Record(tmp_path / "slurm" / "submissions.json").last([0]).id == "17_0"

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,9 +41,14 @@ def refuse_second(sweep: Path, executor: str) -> None:
     active = [task for task, state in record.states().items() if not state.ended]
     if active:
         allowed = (
-            f"SLURM still has {', '.join(active)} of this sweep (executor=slurm waits for it, scancel ends it)"
+            f"SLURM still works on this sweep (executor=slurm waits for it; scancel {_numbers(active)} ends it)"
         )
         raise ConfigError("hydra.launcher.executor", executor, allowed)
+
+
+def _numbers(tasks: Iterable[str]) -> str:
+    """What scancel takes for all of these: 17_0 and 17_2 are 17."""
+    return " ".join(dict.fromkeys(task.partition("_")[0] for task in tasks))
 
 
 class Cluster:
@@ -115,8 +120,11 @@ class Cluster:
         finally:
             if self._tasks:
                 self.queued = {job: f"SLURM job {task.id}" for task in self._tasks.values() for job in task.jobs}
-                ids = ", ".join(task.id for task in self._tasks.values())
-                display.say(f"left to SLURM: {ids}; hydra.sweep.dir={self.sweep} resume=true collects the results")
+                numbers = _numbers(task.id for task in self._tasks.values())
+                display.say(
+                    f"{count(len(self._tasks), 'stack')} left to SLURM (scancel {numbers} ends it); "
+                    f"hydra.sweep.dir={self.sweep} resume=true collects the results"
+                )
 
     def _wait(self, display: SweepDisplay) -> None:
         tries: Counter[int] = Counter()

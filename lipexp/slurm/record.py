@@ -65,13 +65,20 @@ class Submission:
 
 
 class Record:
-    """All submissions of a sweep, as they stand in `file`."""
+    """All submissions of a sweep, as they stand in `file`.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._submissions: list[Submission] = []
-        with suppress(FileNotFoundError):
-            self._submissions = [Submission(**entry) for entry in json.loads(file.read_text())]
+        try:
+            with suppress(FileNotFoundError):
+                self._submissions = [Submission(**entry) for entry in json.loads(file.read_text())]
+        except (ValueError, TypeError):
+            raise ConfigError("resume", "true", f"{file} cannot be read") from None
 
     @property
     def tasks(self) -> list[Task]:
