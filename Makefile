@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help train figures test test-slow check format bench clean
+.PHONY: help train figures test test-slow test-slurm check format bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,6 +22,9 @@ test: .venv/ready ## the test suite, without the slow tests
 
 test-slow: .venv/ready ## the tests that train full-size networks
 	$(BIN)/pytest -m slow
+
+test-slurm: .venv/ready ## the tests of sweeps through SLURM; they need the packages of `.ci/slurm install`
+	$(BIN)/pytest -m slurm
 
 check: .venv/ready ## formatting, lint and types
 	$(BIN)/ruff format --check .

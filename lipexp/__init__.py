@@ -11,7 +11,7 @@ The rule of the house: configuration group (singular) = module (plural) = test f
 
 The road of a command: cli -> train (configurations -> objects) -> loop (K stacked runs) -> evaluate, with
 measures (lower bounds) and certificates (upper bounds) -> runs (the folder of a run) -> figures, display. A sweep
-takes the side road sweep (with compose and executors) -> train.
+takes the side road sweep (with compose, executors and slurm) -> train.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -128,6 +128,17 @@ def one_of(option: str, value: Any, allowed: Sequence[str]) -> str:
     if value in allowed:
         return str(value)
     raise ConfigError(option, value, no_such("option", str(value), allowed))
+
+
+def known_settings(names: Iterable[str], allowed: Sequence[str], prefix: str) -> None:
+    """Refuse the first of the settings `names` that is none of those allowed; `prefix` is where they stand.
+
+    Raises:
+        ConfigError: it names the nearest match.
+    """
+    for name in names:
+        if name not in allowed:
+            raise ConfigError(f"{prefix}{name}", None, no_such("setting", name, allowed, prefix))
 
 
 def no_such(kind: str, value: str, allowed: Sequence[str], prefix: str = "") -> str:

@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
@@ -129,12 +130,12 @@ class SweepDisplay:
         """
         self._runs = stacks
         sizes = sorted(set(stacks), reverse=True)
-        split = ", ".join(f"{stacks.count(runs)} of {_count(runs, 'run')}" for runs in sizes)
-        parts = [_count(jobs, "job")]
+        split = ", ".join(f"{stacks.count(runs)} of {count(runs, 'run')}" for runs in sizes)
+        parts = [count(jobs, "job")]
         parts += [f"{done} done before"] if done else []
-        parts += [f"{_count(len(stacks), 'stack')} ({split})"] if stacks else []
+        parts += [f"{count(len(stacks), 'stack')} ({split})"] if stacks else []
         parts += [f"about {run_bytes / 1e6:.2g} MB a run"] if stacks and run_bytes else []
-        parts += [f"{_count(min(processes, len(stacks)), 'process', 'es')}"] if stacks and processes else []
+        parts += [f"{count(min(processes, len(stacks)), 'process', 'es')}"] if stacks and processes else []
         self._print(f"[bold]lipexp train -m[/bold]  {', '.join(parts)}")
 
     @contextmanager
@@ -159,11 +160,11 @@ class SweepDisplay:
         self._steps[number] = step
         if live is not None:
             self._live[number] = live
-        name = f"stack {number + 1} of {len(self._runs)}, {_count(self._runs[number], 'run')}"
+        name = self._name(number)
         bars = self._bars
         if bars is None:
             if done:
-                self._print(f"{name}: {_count(step, 'step')}  {self._live.get(number, 'all failed')}")
+                self._print(f"{name}: {count(step, 'step')}  {self._live.get(number, 'all failed')}")
             return
         if done:
             if number in self._tasks:
@@ -173,11 +174,19 @@ class SweepDisplay:
             self._tasks[number] = bars.add_task(name, total=total, live="")
         bars.update(self._tasks[number], completed=step, total=total, live=self._live.get(number, ""))
 
+    def _name(self, number: int) -> str:
+        return f"stack {number + 1} of {len(self._runs)}, {count(self._runs[number], 'run')}"
+
+    def say(self, text: str, number: int | None = None) -> None:
+        """A line, on stack `number` or on all of them."""
+        self._print(escape(text if number is None else f"{self._name(number)}: {text}"))
+
     def result(self, rows: Sequence[Mapping[str, Any]], csv_file: Path, table: bool = True) -> None:
         """The table of the jobs, best first and failed last, and where all of it lies."""
-        if table:
+        if table and any(row["status"] != "queued" for row in rows):
             self._print(sweep_table(rows))
-        counts = {status: sum(row["status"] == status for row in rows) for status in ("ok", "failed", "missing")}
+        statuses = ("ok", "failed", "missing", "queued")
+        counts = {status: sum(row["status"] == status for row in rows) for status in statuses}
         self._print(", ".join(f"{count} {status}" for status, count in counts.items() if count))
         shown = os.path.relpath(csv_file)
         self._print(str(csv_file.absolute()) if shown.startswith("..") else shown)
@@ -215,7 +224,8 @@ class StackDisplay:
         self._update(self._number, self.step, None, None, True)
 
 
-def _count(number: int, what: str, plural: str = "s") -> str:
+def count(number: int, what: str, plural: str = "s") -> str:
+    """`1 run`, `2 runs`."""
     return f"{number} {what}{'' if number == 1 else plural}"
 
 
@@ -247,7 +257,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("")
     ranked = [row for metric in metrics for row in _ranked(rows, metric)]
-    failed = [row for row in rows if row["status"] != "ok"]
+    failed = [row for row in rows if row["status"] not in ("ok", "queued")]
     for row in [*ranked[:SHOWN_ROWS], *failed[:SHOWN_ROWS]]:
         cells = [str(row["job"]), *(str(row.get(key, "")) for key in varied)]
         table.add_row(

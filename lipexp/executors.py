@@ -1,4 +1,4 @@
-"""Where the stacks of a sweep train: in this process, or spread over worker processes."""
+"""Where the stacks of a sweep train: in this process, spread over worker processes, or in SLURM."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import forkserver
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lipexp.compose import Job
 from lipexp.config import one_line
 from lipexp.display import StackDisplay, SweepDisplay
 from lipexp.runs import RunFolder
+
+if TYPE_CHECKING:
+    from lipexp.slurm import Cluster
 
 # Workers are forked from a server process that has imported what they need, once for all of them. It has run no
 # torch operation, so that it has no threads that a fork would lose; this process may have.
@@ -36,12 +39,20 @@ def prepare_workers() -> None:
 spent: list[float] = []  # CPU seconds of each stack that a worker has finished; no rusage counts forked workers
 
 
-def execute(stacks: Sequence[Sequence[Job]], workers: int | None, display: SweepDisplay) -> None:
+def execute(
+    stacks: Sequence[Sequence[Job]], workers: int | None, display: SweepDisplay, cluster: Cluster | None = None
+) -> None:
     """Train the stacks in so many worker processes; None is here, one after the other.
 
     A worker that dies leaves jobs without a result and without a failure.
+
+    Args:
+        cluster: has been given the stacks, and trains them.
     """
     with display.progress():
+        if cluster is not None:
+            cluster.follow(display)
+            return
         if workers is not None:
             _in_processes(stacks, min(workers, len(stacks)), display)
             return
@@ -71,7 +82,7 @@ def train_stack(jobs: Sequence[Job], display: StackDisplay) -> None:
             folders[0].write_failure(one_line(error), display.step)
             return
         for job, folder in zip(jobs, folders, strict=True):
-            if not (folder.complete or folder.failed):
+            if not folder.ended:
                 train_stack([job], display)
 
 

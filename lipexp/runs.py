@@ -53,6 +53,10 @@ class RunFolder:
     def failed(self) -> bool:
         return (self.path / "failed.json").is_file()
 
+    @property
+    def ended(self) -> bool:
+        return self.complete or self.failed
+
     def write_model(self, state: Mapping[str, Any]) -> str:
         """model.pt, a plain state dict; returns its SHA-256."""
         import torch
@@ -143,7 +147,7 @@ class RunFolder:
         if not self.path.is_dir() or {entry.name for entry in self.path.iterdir()} - HYDRA_FILES:
             return
         shutil.rmtree(self.path)
-        if not any(self.path.parent.iterdir()):
+        with suppress(OSError):  # not empty, or the folder that the command runs in
             self.path.parent.rmdir()
 
     def _read_json(self, name: str) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,66 +22,16 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from lipexp.compose import Composer, Job
-from lipexp.config import ConfigError, no_such, number, one_line, one_of, whole
+from lipexp.config import ConfigError, one_line
 from lipexp.display import SweepDisplay, broken_bound
 from lipexp.executors import execute, prepare_workers
+from lipexp.options import Options
 from lipexp.runs import RunFolder, SweepFailed, flat, write_csv, write_file
+from lipexp.slurm import Cluster, check_machine, refuse_second
 
 RECORD = "sweep.json"  # the jobs and their split into stacks
 LOCK = ".lock"
-EXECUTORS = ("inline", "process")
-SHARE_OF_FREE_MEMORY = 0.25  # for the stacks that train at the same time, unless a limit is given
 LARGEST_STACK = 128  # runs; larger stacks are no faster, and keep results back for longer
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a sweep is carried out: the settings of the launcher.
-
-    Args:
-        executor: `inline` trains in this process, `process` spreads stacks over worker processes.
-        workers: how many of those; null is one a core.
-        memory_gib: for all stacks that train at the same time; null is a quarter of what is free.
-        table: print a table of the jobs at the end.
-    """
-
-    executor: str = "inline"
-    workers: int | None = None
-    memory_gib: float | None = None
-    table: bool = True
-
-    def __post_init__(self) -> None:
-        one_of("hydra.launcher.executor", self.executor, EXECUTORS)
-        if not isinstance(self.table, bool):
-            raise ConfigError("hydra.launcher.table", self.table, "must be true or false")
-        if self.workers is not None:
-            whole("hydra.launcher.workers", self.workers, least=1)
-        if self.memory_gib is not None:
-            number("hydra.launcher.memory_gib", self.memory_gib, above=0)
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Options:
-        """The options from the node hydra.launcher.
-
-        Raises:
-            ConfigError: one that does not exist, or has a value that is not allowed.
-        """
-        names = [field.name for field in fields(cls)]
-        for name in settings:
-            if name not in names:
-                option = f"hydra.launcher.{name}"
-                raise ConfigError(option, None, no_such("setting", name, names, "hydra.launcher."))
-        return cls(**settings)
-
-    @property
-    def processes(self) -> int:
-        """How many stacks train at the same time."""
-        return 1 if self.executor == "inline" else self.workers or os.cpu_count() or 1
-
-    def memory(self, free: int) -> int:
-        """Bytes for one stack, of those that are free."""
-        total = SHARE_OF_FREE_MEMORY * free if self.memory_gib is None else self.memory_gib * 2**30
-        return int(total / self.processes)
 
 
 def free_memory(cuda: bool = False) -> int:
@@ -178,7 +129,10 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 class End(NamedTuple):
-    """How a job ended: `ok`, `failed`, or `missing` when the sweep was interrupted before it."""
+    """How a job ended: `ok`, `failed`, or `missing` when the sweep was interrupted before it.
+
+    `queued` is one that has not: it is left to SLURM.
+    """
 
     status: str
     reason: str = ""
@@ -208,12 +162,13 @@ class Sweep:
     def __init__(self, jobs: Sequence[Job], folder: Path, options: Options, resume: bool) -> None:
         self.jobs = {job.index: job for job in jobs}
         self.folder, self.options, self.resume = folder, options, resume
+        self.cluster: Cluster | None = None
 
     def run(self) -> list[End]:
         """Train what is missing and write sweep.csv.
 
         Raises:
-            ConfigError: the folder is in use, or holds something else.
+            ConfigError: the folder is in use, or holds something else; or SLURM refuses.
             SweepFailed: at the end, if jobs failed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -221,38 +176,60 @@ class Sweep:
             self._check_use()  # before the lock is made: what is not ours stays as it is
         with exclusive(self.folder):
             used = self._check_use()
+            if self.options.executor == "slurm":
+                self.cluster = Cluster(self.folder, self.options.slurm, self.options.workers)
+            else:
+                refuse_second(self.folder, self.options.executor)
             plan = self._known_plan() if used else self._new_plan()
+            stacks = [[self.jobs[job] for job in stack if self._missing(job)] for stack in plan.stacks]
+            stacks = [stack for stack in stacks if stack]
+            if self.cluster is not None and stacks:
+                self._submit(self.cluster, stacks, new=not used)
             for job, reason in plan.refused.items():
                 if self._missing(job):
                     self.jobs[job].write_hydra_files()
                     RunFolder(self.jobs[job].folder).write_failure(reason, step=0)
-            ends = self._train(plan)
+            ends = self._train(plan, stacks)
         failures = self._failures(ends)
         if failures:
             raise SweepFailed(failures)
         return ends
 
-    def _train(self, plan: Plan) -> list[End]:
+    def _submit(self, cluster: Cluster, stacks: Sequence[Sequence[Job]], new: bool) -> None:
+        """Hand the stacks to SLURM; where it refuses those of a new sweep, nothing is left behind."""
+        try:
+            cluster.submit(stacks)
+        except ConfigError:
+            if new:
+                shutil.rmtree(self.folder / "slurm", ignore_errors=True)
+                (self.folder / RECORD).unlink()
+                (self.folder / LOCK).unlink()
+                RunFolder(self.folder).discard_if_empty()
+            raise
+
+    def _train(self, plan: Plan, stacks: Sequence[Sequence[Job]]) -> list[End]:
         """Train the jobs that are missing, show and write down how all jobs ended, whatever happens."""
-        missing = [[self.jobs[job] for job in stack if self._missing(job)] for stack in plan.stacks]
-        stacks = [stack for stack in missing if stack]
-        processes = None if self.options.executor == "inline" else self.options.processes
+        processes = self.options.processes if self.options.executor == "process" else None
         done = sum(not self._missing(job) for job in self.jobs if job not in plan.refused)
         display = SweepDisplay()
         display.header(len(self.jobs), done, [len(stack) for stack in stacks], plan.run_bytes, processes)
         try:
             if stacks:
-                execute(stacks, processes, display)
+                execute(stacks, processes, display, self.cluster)
         finally:
-            ends = [End.of(RunFolder(job.folder)) for job in self.jobs.values()]
+            ends = [self._end(job) for job in self.jobs.values()]
             rows = [self._row(job, end) for job, end in zip(self.jobs.values(), ends, strict=True)]
             write_csv(self.folder / "sweep.csv", rows)
             display.result(rows, self.folder / "sweep.csv", self.options.table)
         return ends
 
+    def _end(self, job: Job) -> End:
+        end = End.of(RunFolder(job.folder))
+        where = self.cluster.queued.get(job.index) if self.cluster is not None else None
+        return End("queued", where) if where is not None and end.status == "missing" else end
+
     def _missing(self, job: int) -> bool:
-        folder = RunFolder(self.jobs[job].folder)
-        return not (folder.complete or folder.failed)
+        return not RunFolder(self.jobs[job].folder).ended
 
     @staticmethod
     def _row(job: Job, end: End) -> dict[str, Any]:
@@ -262,15 +239,15 @@ class Sweep:
         return row | {key: value for key, value in flat(end.metrics).items() if key not in row}
 
     def _failures(self, ends: Sequence[End]) -> list[str]:
-        """A line for each job that failed, and one for those that a dead worker has left out."""
-        lines = []
+        """A line for each job that failed, and for those that a dead worker or SLURM job has left out."""
+        lines = list(self.cluster.lost) if self.cluster is not None else []
         for job, end in zip(self.jobs.values(), ends, strict=True):
             if end.status == "failed":
                 log = RunFolder(job.folder).path / "train.log"
                 where = f"traceback in {log}" if log.is_file() else f"{job.folder}"
                 lines.append(f"{end.reason}{f' at step {end.step}' if end.step else ''} ({where})")
         missing = sum(end.status == "missing" for end in ends)
-        if missing:
+        if missing and self.cluster is None:
             lines.append(
                 f"{missing} jobs are missing: a worker process died, of too little memory perhaps; "
                 f"hydra.sweep.dir={self.folder} resume=true trains them"
@@ -298,8 +275,19 @@ class Sweep:
         if plan.jobs != [list(job.overrides) for job in self.jobs.values()]:
             raise ConfigError("resume", "true", f"{self.folder} holds another sweep, of {len(plan.jobs)} jobs")
         if plan.digest != digest(self.jobs.values()):
-            raise ConfigError("resume", "true", f"the configuration of {self.folder} was another one")
+            self._go_back_to_submitted(plan)
         return plan
+
+    def _go_back_to_submitted(self, plan: Plan) -> None:
+        """Take the jobs as they were composed when SLURM got them: conf/ may be edited while they queue.
+
+        Raises:
+            ConfigError: this sweep was not submitted.
+        """
+        submitted = self.cluster.travelled() if self.cluster is not None else {}
+        if not {job for stack in plan.stacks for job in stack} <= set(submitted):
+            raise ConfigError("resume", "true", f"the configuration of {self.folder} was another one")
+        self.jobs |= {index: replace(job, folder=self.jobs[index].folder) for index, job in submitted.items()}
 
     def _new_plan(self) -> Plan:
         """A plan, written down before anything is trained. A job that its constructors refuse is in no stack."""
@@ -310,14 +298,15 @@ class Sweep:
         needs, refused, devices = {}, {}, set()
         for job in self.jobs.values():
             try:
-                member = build(job.composed(), job.choices)
+                member = build(job.composed(), job.choices, here=self.options.executor != "slurm")
                 needs[job.index] = Needs(signature(member), run_bytes(member))
                 devices.add(member.config.device)
             except ConfigError as error:
                 refused[job.index] = str(error)
             except Exception as error:  # a user's class may raise anything
                 refused[job.index] = one_line(error)
-        memory = self.options.memory(free_memory(cuda=torch.cuda.is_available() and devices != {"cpu"}))
+        cuda = torch.cuda.is_available() and devices != {"cpu"} and self.options.executor != "slurm"
+        memory = self.options.memory(free_memory(cuda))
         stacks = split(needs, self.options.processes, memory)
         largest = max((need.run_bytes for need in needs.values()), default=0)
         overrides = [list(job.overrides) for job in self.jobs.values()]
@@ -346,6 +335,8 @@ def launch(
     chosen = Options.of(options)
     if chosen.executor == "process":
         prepare_workers()
+    if chosen.executor == "slurm":
+        check_machine()
     if first:
         sweeper = master.hydra.runtime.choices["hydra/sweeper"]
         raise ConfigError(

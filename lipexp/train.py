@@ -60,17 +60,20 @@ class Outcome:
     failure: Failure | None
 
 
-def build(config: DictConfig, choices: Mapping[str, Any] = {}) -> Member:
+def build(config: DictConfig, choices: Mapping[str, Any] = {}, here: bool = True) -> Member:
     """Check one configuration and instantiate it.
 
     Args:
         config: the composed configuration, without Hydra's own node.
         choices: the option chosen in each group, for messages.
+        here: it will be trained on this machine, which must have its device.
 
     Raises:
         ConfigError: whatever is wrong with it, by the name that the command line uses.
     """
     _check_settings(config)
+    if here and config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", "cuda", "no CUDA device is available here (auto, cpu)")
     names = {
         group: str(choices.get(group) or str(plain(config[group]).get("_target_", "")).rpartition(".")[2])
         for group in GROUPS
@@ -111,8 +114,6 @@ def _check_settings(config: DictConfig) -> None:
     for key, least in (("steps", 0), ("batch_size", 1), ("eval_every", 0), ("threads", 1)):
         whole(key, config[key], least=least)
     one_of("device", config.device, ["auto", "cpu", "cuda"])
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", "cuda", "no CUDA device is available here (auto, cpu)")
 
 
 def signature(member: Member) -> str:

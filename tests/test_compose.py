@@ -135,7 +135,7 @@ BAD_SWEEPS = {
     "hydra.job.num=1,2": "Sweeping over Hydra's configuration is not supported",
     "hydra.sweep.subdir=x seed=1,2": "hydra.sweep.subdir: gives jobs 0 and 1 the same folder",
     "resume=true,false": "resume: is read once, for the whole sweep: true or false",
-    "hydra.launcher.executor=foo": "hydra.launcher.executor=foo: no such option (inline, process)",
+    "hydra.launcher.executor=foo": "hydra.launcher.executor=foo: no such option (inline, process, slurm)",
     "hydra.launcher.workers=0": "hydra.launcher.workers=0: must be a whole number, at least 1",
     "hydra.launcher.workers=2.5": "hydra.launcher.workers=2.5: must be a whole number, at least 1",
     "hydra.launcher.memory_gib=-1": "hydra.launcher.memory_gib=-1: must be a finite number above 0",
