@@ -10,7 +10,7 @@ import torch
 DEBUG = ("experiment=debug", "device=cpu")
 
 BAD_INPUT = {
-    "loss=hing": "loss=hing: no such option; did you mean loss=hinge? (bce, hinge, mse)",
+    "loss=hing": "loss=hing: no such option; did you mean loss=hinge? (bce, hinge, kantorovich, mse)",
     "los=hinge": "los: no such setting; did you mean loss?",
     "loss.margn=1": "loss.margn: no such setting; did you mean loss.margin?",
     "loss=null": "loss=null: needs one option",

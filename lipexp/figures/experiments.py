@@ -30,8 +30,9 @@ def train(experiment: str, folder: Path, fresh: bool) -> int:
     if fresh and folder.exists():
         made = time.strftime("%Y-%m-%d-%H-%M-%S", time.localtime(folder.stat().st_mtime))
         folder.rename(folder.with_name(f"{folder.name}-until-{made}"))
-    where = [f"hydra.sweep.dir={folder}", "resume=true", "hydra.launcher.table=false"]
-    return hydra_app.main(["-m", f"experiment={experiment}", *where])
+    where = [f"hydra.sweep.dir={folder}", "resume=true"]
+    how = ["hydra.launcher.executor=process", "hydra.launcher.table=false"]
+    return hydra_app.main(["-m", f"experiment={experiment}", *where, *how])
 
 
 def read(folder: Path) -> pd.DataFrame:
