@@ -18,8 +18,9 @@ from torch import Tensor
 from lipexp.activations import declared_norms
 from lipexp.certificates import dual, product_bound
 from lipexp.loop import Checkpoint, Stack, generator
-from lipexp.measures import SEARCH_STARTS, Maximum, Scan, grid, largest, norms, scan, search
+from lipexp.measures import Maximum, Scan, grid, largest, norms, scan
 from lipexp.models import run_layers
+from lipexp.search import search, starts
 
 NORMS = (1.0, 2.0, math.inf)
 
@@ -204,7 +205,7 @@ class Evaluator:
             measured=measured,
             search={
                 "box": box,
-                "starts": SEARCH_STARTS,
+                "starts": starts(x.shape[1]),
                 "seed": int(self.stack.streams[run].search.generate_state(1, np.uint64)[0]),
             },
             gradients={
