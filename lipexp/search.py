@@ -95,7 +95,7 @@ def _climb(
 def _search_once(
     layers: Sequence[Layer], act: nn.Module, x: Tensor, ranked: Tensor, q: float, generator: torch.Generator
 ) -> Tensor:
-    """All three ways for one network, K = 1, with data x, the steepest of them that are left to try in `ranked`."""
+    """All three ways for one network, K = 1, with data x; `ranked`: those left to try, steepest first."""
 
     def height(points: Tensor) -> Tensor:
         return norms(scan(layers, act, points).gradients[0], q)
@@ -105,10 +105,10 @@ def _search_once(
     anywhere = torch.lerp(*box, torch.rand(1, DRAWN, x.shape[2], generator=generator, dtype=torch.float64))
     steepest = [_steepest(part, height(part), QUARTER) for part in (mixed, anywhere)]
     points = torch.cat([ranked[:, :QUARTER], *steepest, mixed[:, :QUARTER]], dim=1)
-    if pieces is not None and all(piece.smooth for piece in pieces):
+    if pieces and all(piece.smooth for piece in pieces):
         points = torch.cat([points, soft_ascent(layers, act, pieces, points, box, q)], dim=1)
     best = _steepest(points, height(points), POLISHED)
-    if pieces is not None:
+    if pieces:
         best = kink_steps(layers, act, pieces, best, box, q)
     return random_steps(layers, act, best, box, q, [generator])
 
