@@ -29,6 +29,11 @@ def dual(p: float) -> float:
     return {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}[p]
 
 
+def norm_name(p: float) -> int | str:
+    """How a norm is written in JSON and CSV: 1, 2 or "inf"."""
+    return "inf" if math.isinf(p) else int(p)
+
+
 def round_up(value: Fraction) -> float:
     """The smallest float64 that is at least `value`; inf beyond the largest."""
     try:

@@ -31,6 +31,7 @@ class Settings:
     eval_every: int = MISSING
     device: str = MISSING
     threads: int = MISSING
+    radii: list[float] = MISSING
     resume: bool = MISSING
     dataset: Any = MISSING
     act: Any = MISSING

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lipexp.config import norm_order, number, whole
+from lipexp.config import ConfigError, norm_order, number, whole
 
 Array = npt.NDArray[np.float32]
 
@@ -152,3 +152,30 @@ def on_sphere(n: int, dims: int, p: float, rng: np.random.Generator) -> npt.NDAr
     face = rng.integers(dims, size=n)
     x[np.arange(n), face] = signs[np.arange(n), face]
     return x
+
+
+class DigitsParity(Dataset):
+    """Handwritten digits in 64 dimensions, odd (1) against even (0): scikit-learn's 8 x 8 images, in [0, 1].
+
+    There are 1,797 of them, all different. A run's stream shuffles them; the test set is the beginning, the
+    training set what follows.
+    """
+
+    task = "classification"
+    n_inputs = 64
+    n_points = 1797
+
+    def __init__(self, n_train: int = 1397, n_test: int = 400) -> None:
+        super().__init__(n_train, n_test)
+        if self.n_train + self.n_test > self.n_points:
+            room = f"n_train + n_test must be at most {self.n_points}, the number of digits"
+            raise ConfigError("n_train", n_train, f"{room} (n_test={n_test})")
+
+    def draw(self, stream: np.random.SeedSequence) -> Data:
+        from sklearn.datasets import load_digits  # a second of imports
+
+        images, digits = load_digits(return_X_y=True)
+        order = np.random.default_rng(stream).permutation(self.n_points)[: self.n_test + self.n_train]
+        x = np.asarray(images[order] / 16, dtype=np.float32)
+        y = np.asarray(digits[order] % 2, dtype=np.float32)
+        return Data(x[self.n_test :], y[self.n_test :], x[: self.n_test], y[: self.n_test])

@@ -13,21 +13,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lipexp.activations import declared_norms
-from lipexp.certificates import dual, product_bound
+from lipexp.certificates import dual, norm_name, product_bound
+from lipexp.constraints import Constraint
 from lipexp.loop import Checkpoint, Stack, generator
 from lipexp.losses import difference_of_means
-from lipexp.measures import SEARCH_STARTS, Maximum, Scan, grid, largest, norms, scan, search
-from lipexp.models import run_layers
+from lipexp.measures import Maximum, Scan, grid, largest, norms, scan
+from lipexp.models import Layer, run_layers
+from lipexp.robustness import Robustness, assess
+from lipexp.search import search, starts
 
 NORMS = (1.0, 2.0, math.inf)
-
-
-def norm_name(p: float) -> int | str:
-    """How a norm is written in JSON and CSV: 1, 2 or "inf"."""
-    return "inf" if math.isinf(p) else int(p)
 
 
 @dataclass
@@ -68,6 +66,25 @@ class Record:
     search: dict[str, Any]
     gradients: dict[str, npt.NDArray[Any]]  # the columns of gradients.csv
     layers: list[dict[str, Any]]  # the rows of layers.csv
+    robustness: Robustness | None  # None for a regression
+
+
+def certify(constraint: Constraint, act: nn.Module, layers: Sequence[Layer], run: int) -> Certificate:
+    """The product of the layers' norms, in the constraint's own chain, proven on the stored weights.
+
+    Args:
+        layers: K baked networks; `run` chooses one, and its L where `constraint` has one for each.
+    """
+    chain = constraint.norms(len(layers))
+    proven = [norm.proven(layer.weight[run]) for norm, layer in zip(chain, layers, strict=True)]
+    target = layer_bound = None
+    if constraint.lipschitz is not None:
+        target = float(torch.as_tensor(constraint.lipschitz, dtype=torch.float64).reshape(-1)[run])
+        layer_bound = float(constraint.bound(len(layers))[run])
+    if constraint.hidden_p in declared_norms(act):
+        return Certificate(constraint.p, target, proven, layer_bound, product_bound(proven), None)
+    reason = f"the activation declares no bound in the {constraint.hidden_p:g}-norm"
+    return Certificate(constraint.p, target, proven, layer_bound, None, reason)
 
 
 class Evaluator:
@@ -133,18 +150,13 @@ class Evaluator:
         return self._last[1]
 
     def certify(self, checkpoint: Checkpoint, run: int) -> Certificate:
-        """The product of the layers' norms, in the constraint's own chain, proven on the stored weights."""
-        constraint, layers = self.stack.constraint, checkpoint.layers
-        chain = constraint.norms(len(layers))
-        proven = [norm.proven(layer.weight[run]) for norm, layer in zip(chain, layers, strict=True)]
-        target = layer_bound = None
-        if constraint.lipschitz is not None:
-            target = float(torch.as_tensor(constraint.lipschitz, dtype=torch.float64).reshape(-1)[run])
-            layer_bound = float(constraint.bound(len(layers))[run])
-        if constraint.hidden_p in declared_norms(self.stack.act):
-            return Certificate(constraint.p, target, proven, layer_bound, product_bound(proven), None)
-        reason = f"the activation declares no bound in the {constraint.hidden_p:g}-norm"
-        return Certificate(constraint.p, target, proven, layer_bound, None, reason)
+        return certify(self.stack.constraint, self.stack.act, checkpoint.layers, run)
+
+    def _robustness(self, checkpoint: Checkpoint, run: int, certificate: Certificate) -> Robustness | None:
+        if self.metric != "accuracy":
+            return None
+        layers, test = run_layers(checkpoint.layers, run), slice(self.n_train, None)
+        return assess(layers, checkpoint.act, self.x[run, test], self.y[run, test], certificate)
 
     def _scores(self, f: Tensor) -> list[tuple[dict[str, float], dict[str, float]]]:
         """(train, test) loss and metric of each run for outputs f (K, N)."""
@@ -205,7 +217,7 @@ class Evaluator:
             measured=measured,
             search={
                 "box": box,
-                "starts": SEARCH_STARTS,
+                "starts": starts(x.shape[1]),
                 "seed": int(self.stack.streams[run].search.generate_state(1, np.uint64)[0]),
             },
             gradients={
@@ -216,6 +228,7 @@ class Evaluator:
                 **{f"grad_{norm_name(q_)}": sizes[q_].numpy() for q_ in NORMS},
             },
             layers=self._layer_rows(checkpoint, run, certificate),
+            robustness=self._robustness(checkpoint, run, certificate),
         )
 
     def _layer_rows(self, checkpoint: Checkpoint, run: int, certificate: Certificate) -> list[dict[str, Any]]:

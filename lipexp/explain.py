@@ -36,6 +36,8 @@ def _missing_option(name: str, options: list[str], message: str) -> str:
 
 
 def _wrong_type(error: ValidationError) -> str:
+    if "is not a ListConfig" in str(error):
+        return f"{error.full_key}: must be a list in [brackets]"
     value = re.search(r"Value '(.*?)' of type '.*?' could not be converted to (\w+)", str(error))
     if value is None:
         return f"{error.full_key}: {_first_line(error)}"

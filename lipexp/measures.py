@@ -29,8 +29,6 @@ from lipexp.certificates import UNIT_ROUNDOFF, round_down, row_norm_bound
 from lipexp.models import Layer, hidden_inputs, run_layers
 
 GRID_POINTS = {1: 2001, 2: 64}  # per axis, for inputs of so many dimensions
-SEARCH_STARTS = 64
-SEARCH_ROUNDS = 20
 _CANDIDATES = 8  # points tried in exact arithmetic before a source is given up: more than one is rare
 _CHUNK = 2**18  # features of one layer held at once while scanning: 2 MB in float64, which stay in the cache
 
@@ -90,52 +88,6 @@ def grid(low: Tensor, high: Tensor, generators: Sequence[torch.Generator]) -> Te
     cells = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, dims)  # (N, D)
     jitter = torch.stack([torch.rand(cells.shape, generator=g, dtype=torch.float64) for g in generators])
     return low.unsqueeze(1) + (high - low).unsqueeze(1) * (cells + jitter) / n
-
-
-def search(
-    layers: Sequence[Layer],
-    act: nn.Module,
-    x: Tensor,
-    gradients: Tensor,
-    q: float,
-    generators: Sequence[torch.Generator],
-) -> Tensor:
-    """Points (K, starts, D) that climb ||grad f||_q: half from the steepest data points, half from mixtures.
-
-    Gaussian proposals with a shrinking radius, kept when they are steeper, inside the box of the data.
-    """
-    _, n, dims = x.shape
-    low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
-    steepest = norms(gradients, q).topk(min(SEARCH_STARTS // 2, n), dim=1).indices
-    draws = [_search_draws(n, dims, g) for g in generators]
-    pairs, shares, proposals = (torch.stack(part) for part in zip(*draws, strict=True))
-    first, second = (_take(x, pairs[..., i]) for i in range(2))
-    best = torch.cat([_take(x, steepest), shares * first + (1 - shares) * second], dim=1)
-    height = norms(scan(layers, act, best).gradients[0], q)
-    for turn in range(SEARCH_ROUNDS):
-        radius = 0.2 * 0.7**turn * (high - low)
-        step = radius * proposals[:, turn, : best.shape[1]]
-        candidate = torch.minimum(torch.maximum(best + step, low), high)
-        reached = norms(scan(layers, act, candidate).gradients[0], q)
-        better = reached > height
-        best = torch.where(better.unsqueeze(-1), candidate, best)
-        height = torch.where(better, reached, height)
-    return best
-
-
-def _search_draws(n: int, dims: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """One run's random numbers: pairs of points, the shares in their mixture, and the proposals."""
-    half = SEARCH_STARTS // 2
-    return (
-        torch.randint(n, (half, 2), generator=generator),
-        torch.rand(half, 1, generator=generator, dtype=torch.float64),
-        torch.randn(SEARCH_ROUNDS, 2 * half, dims, generator=generator, dtype=torch.float64),
-    )
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (K, N, D) at index (K, n)."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def largest(

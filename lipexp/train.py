@@ -20,9 +20,20 @@ from omegaconf import DictConfig, OmegaConf
 
 import lipexp
 from lipexp.activations import Activation
-from lipexp.config import GROUPS, ConfigError, Settings, instantiate, lipschitz_constant, one_of, plain, whole
+from lipexp.certificates import norm_name
+from lipexp.config import (
+    GROUPS,
+    ConfigError,
+    Settings,
+    instantiate,
+    lipschitz_constant,
+    number,
+    one_of,
+    plain,
+    whole,
+)
 from lipexp.constraints import in_usual_order
-from lipexp.evaluate import Evaluator, Record, norm_name
+from lipexp.evaluate import Evaluator, Record
 from lipexp.loop import Checkpoint, Failure, Stack, Streams, fit
 from lipexp.losses import Loss
 from lipexp.models import run_layers, state_dict
@@ -113,6 +124,8 @@ def _check_settings(config: DictConfig) -> None:
     lipschitz_constant("lipschitz", config.lipschitz)
     for key, least in (("steps", 0), ("batch_size", 1), ("eval_every", 0), ("threads", 1)):
         whole(key, config[key], least=least)
+    for radius in config.radii:
+        number("radii", radius, above=0)
     one_of("device", config.device, ["auto", "cpu", "cuda"])
 
 
@@ -271,6 +284,9 @@ def _write(
     folder.write_rows("history", history)
     folder.write_columns("gradients", record.gradients)
     folder.write_rows("layers", record.layers)
+    robustness = record.robustness
+    if robustness is not None and robustness.columns is not None:
+        folder.write_columns("radii", robustness.columns)
     layers = in_usual_order(run_layers(checkpoint.layers, run), checkpoint.act)
     digest = folder.write_model(state_dict(layers, run=0))
     verdict = certificate.verdict(record.measured.value)
@@ -291,6 +307,7 @@ def _write(
             "method": "product" if certificate.value is not None else certificate.reason,
             "verdict": verdict,
         },
+        "robustness": None if robustness is None else robustness.summary(member.config.radii),
         "search": record.search,
         "model_sha256": digest,
         "timing": dict(timing),

@@ -9,8 +9,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from lipexp.certificates import norm_name
 from lipexp.display import SUBSCRIPT, above, below
-from lipexp.evaluate import Record, norm_name
+from lipexp.evaluate import Record
 from lipexp.figures.style import BLACK, BLUE, GREY, Mesh, contours, look, panels
 from lipexp.measures import scan
 from lipexp.models import Layer, run_layers
