@@ -333,7 +333,8 @@ def launch(
     from hydra.core.utils import JobReturn, JobStatus
 
     chosen = Options.of(options)
-    if chosen.executor == "process":
+    folder = Path(master.hydra.sweep.dir)
+    if chosen.executor == "process" and not (folder / RECORD).exists():  # else perhaps all is done
         prepare_workers()
     if chosen.executor == "slurm":
         check_machine()
@@ -347,7 +348,6 @@ def launch(
     composer = Composer(loader, master)
     jobs = [composer.job(number, overrides) for number, overrides in enumerate(job_overrides)]
     _check_folders(jobs)
-    folder = Path(master.hydra.sweep.dir)
     try:
         ends = Sweep(jobs, folder, chosen, resume=bool(OmegaConf.select(master, "resume"))).run()
     except OSError as error:
