@@ -9,6 +9,7 @@ import sys
 # verb -> (module, what it does); each module has main(arguments) -> exit status
 VERBS = {
     "train": ("lipexp.hydra_app", "train a network, or sweep over configurations with -m"),
+    "certify": ("lipexp.certify", "prove the bounds of finished runs again, and try to refute them"),
     "report": ("lipexp.report", "one table of the runs under outputs/"),
     "figures": ("lipexp.figures", "draw the figures of the README, and check the claims they make"),
     "bench": ("lipexp.bench", "speed against other implementations, as ratios measured in one run"),
@@ -60,6 +61,7 @@ usage: lipexp VERB ...
   lipexp train loss=bce act=relu lipschitz=3    any setting, as group=option or key=value
   lipexp train -m act=relu,groupsort 'seed=range(8)'
   lipexp train --help                           all groups and settings
+  lipexp certify outputs/2026-01-31 --attack
   lipexp report --by act,constraint,loss
 
 lipexp VERB --help says more."""

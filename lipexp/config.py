@@ -190,7 +190,7 @@ def instantiate(node: Any, group: str, *, trust: bool = True) -> Any:
     option = f"{group}._target_"
     own = _is_class_of_lipexp(target)
     if not own and not trust:
-        raise ConfigError(option, target, "lies outside lipexp and runs code; pass trust to allow it")
+        raise ConfigError(option, target, "lies outside lipexp and runs code; pass trust (--trust) to allow it")
     missing = _import_failure(target)
     if missing is not None:
         raise ConfigError(option, target, f"cannot be used: {missing}")

@@ -53,6 +53,21 @@ class Certificate:
         holds = measured <= self.value and (self.target is None or self.value <= self.target)
         return "PASS" if holds else "FAIL"
 
+    def interval(self, measured: Maximum, method: str = "product") -> dict[str, Any]:
+        """What metrics.json says of the Lipschitz constant."""
+        return {
+            "p": norm_name(self.p),
+            "q": norm_name(self.q),
+            "target": self.target,
+            "measured": measured.value,
+            "measured_by": "exact arithmetic" if measured.exact else "float64 estimate",
+            "certified": self.value,
+            "exact": None,
+            "exact_box": None,
+            "method": method if self.value is not None else self.reason,
+            "verdict": self.verdict(measured.value),
+        }
+
 
 @dataclass
 class Record:
@@ -69,7 +84,7 @@ class Record:
     robustness: Robustness | None  # None for a regression
 
 
-def certify(constraint: Constraint, act: nn.Module, layers: Sequence[Layer], run: int) -> Certificate:
+def product_certificate(constraint: Constraint, act: nn.Module, layers: Sequence[Layer], run: int) -> Certificate:
     """The product of the layers' norms, in the constraint's own chain, proven on the stored weights.
 
     Args:
@@ -150,7 +165,7 @@ class Evaluator:
         return self._last[1]
 
     def certify(self, checkpoint: Checkpoint, run: int) -> Certificate:
-        return certify(self.stack.constraint, self.stack.act, checkpoint.layers, run)
+        return product_certificate(self.stack.constraint, self.stack.act, checkpoint.layers, run)
 
     def _robustness(self, checkpoint: Checkpoint, run: int, certificate: Certificate) -> Robustness | None:
         if self.metric != "accuracy":

@@ -7,13 +7,14 @@ so a folder that has it is complete. A failed run has failed.json instead.
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,16 @@ class RunFolder:
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """metrics.json: from now on the run is complete."""
         self._write_json("metrics.json", {"schema": SCHEMA, **metrics})
+
+    def update_metrics(self, section: str, update: Callable[[Any], Any]) -> None:
+        """Put update(what is there, or None) into one section of metrics.json, and change nothing else.
+
+        Other processes that do the same wait for one another, so that none of their sections is lost.
+        """
+        with _locked(self.path):
+            metrics = self.metrics()
+            metrics[section] = update(metrics.get(section))
+            self._write_json("metrics.json", metrics)
 
     def write_failure(self, reason: str, step: int) -> None:
         """failed.json: the run ended without a result."""
@@ -174,6 +185,17 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds `folder` for this process, once others have let go of it; leaves no file behind."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -20,7 +20,6 @@ from omegaconf import DictConfig, OmegaConf
 
 import lipexp
 from lipexp.activations import Activation
-from lipexp.certificates import norm_name
 from lipexp.config import (
     GROUPS,
     ConfigError,
@@ -280,7 +279,6 @@ def _write(
     figures: bool,
 ) -> dict[str, Any]:
     """Write all files of a finished run, metrics.json last, and return its content."""
-    certificate = record.certificate
     folder.write_rows("history", history)
     folder.write_columns("gradients", record.gradients)
     folder.write_rows("layers", record.layers)
@@ -289,24 +287,12 @@ def _write(
         folder.write_columns("radii", robustness.columns)
     layers = in_usual_order(run_layers(checkpoint.layers, run), checkpoint.act)
     digest = folder.write_model(state_dict(layers, run=0))
-    verdict = certificate.verdict(record.measured.value)
     metrics = {
         "seed": member.seed,
         "train": record.train,
         "test": record.test,
         "gradient_norm": record.gradient_norm,
-        "lipschitz": {
-            "p": norm_name(certificate.p),
-            "q": norm_name(certificate.q),
-            "target": certificate.target,
-            "measured": record.measured.value,
-            "measured_by": "exact arithmetic" if record.measured.exact else "float64 estimate",
-            "certified": certificate.value,
-            "exact": None,
-            "exact_box": None,
-            "method": "product" if certificate.value is not None else certificate.reason,
-            "verdict": verdict,
-        },
+        "lipschitz": record.certificate.interval(record.measured),
         "robustness": None if robustness is None else robustness.summary(member.config.radii),
         "search": record.search,
         "model_sha256": digest,

@@ -12,6 +12,7 @@ tested by being there:
 from __future__ import annotations
 
 import functools
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -229,6 +230,35 @@ def lipexp(tmp_path, monkeypatch, capfd):
         return Result(code, *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """trained_run("act=relu") -> the folder of a small run that the command trained. Not to be written to."""
+    root = tmp_path_factory.mktemp("runs")
+
+    @functools.cache
+    def train(*overrides: str) -> Path:
+        folder = root / str(len(list(root.iterdir())))
+        command = ["lipexp", "train", "experiment=debug", "device=cpu", *overrides, f"hydra.run.dir={folder}"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(root)
+            patch.setattr(sys, "path", list(sys.path))
+            patch.setattr(sys, "argv", command)
+            assert cli.main() == 0
+        return folder
+
+    return train
+
+
+@pytest.fixture
+def run(trained_run: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """run("act=relu") -> a copy of that run, to be changed at will."""
+
+    def copy(*overrides: str, name: str = "run") -> Path:
+        return Path(shutil.copytree(trained_run(*overrides), tmp_path / name))
+
+    return copy
 
 
 @pytest.fixture

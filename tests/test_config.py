@@ -207,7 +207,7 @@ def test_a_class_of_the_user_is_instantiated_when_trusted(tmp_path, monkeypatch)
 @pytest.mark.parametrize("target", ["torch.nn.Tanh", "lipexpert.Evil", "lipexp", "os.system"])
 def test_without_trust_a_target_outside_lipexp_is_refused(target):
     text = refusal(instantiate, {"_target_": target}, "act", trust=False)
-    assert text == f"act._target_={target}: lies outside lipexp and runs code; pass trust to allow it"
+    assert text == f"act._target_={target}: lies outside lipexp and runs code; pass trust (--trust) to allow it"
 
 
 def test_without_trust_a_class_of_lipexp_is_instantiated():

@@ -16,7 +16,7 @@ import torch
 from lipexp.activations import Activation, GroupSort, ReLU
 from lipexp.certificates import dual
 from lipexp.constraints import in_usual_order
-from lipexp.evaluate import certify
+from lipexp.evaluate import product_certificate
 from lipexp.models import Layer, Network, run_layers, state_dict
 from lipexp.robustness import Robustness, assess, certified_radii, evaluate, float32_error, refusal
 
@@ -91,7 +91,7 @@ def nets(trained, act_option):
             act = result.checkpoint.act
             layers = in_usual_order(run_layers(result.checkpoint.layers, run), act)
             x = torch.from_numpy(result.stack.data[run].test_x).double()
-            one = certify(result.stack.constraint, act, result.checkpoint.layers, run)
+            one = product_certificate(result.stack.constraint, act, result.checkpoint.layers, run)
             out.append((layers, act.baked(), x, one))
         return out
 
@@ -247,7 +247,7 @@ class OnlyEuclidean(ReLU):
 def test_activations_whose_rounding_is_unknown_get_no_radii(make):
     assert refusal(Curved()) == "nothing is known about the rounding errors of Curved"
     assert "OnlyEuclidean declares no bound in the inf-norm" in refusal(OnlyEuclidean())
-    certificate = certify(make("constraint", "constraint=none"), Curved(), network(2, 4, 1), 0)
+    certificate = product_certificate(make("constraint", "constraint=none"), Curved(), network(2, 4, 1), 0)
     found = assess(network(2, 4, 1), Curved(), stored(5, 2), torch.zeros(5), certificate)
     assert found.columns is None
     assert found.summary([0.1])["certified_accuracy"] is None
@@ -261,7 +261,7 @@ def test_no_activation_of_conf_is_refused(act_option, make):
 
 def test_without_a_proven_bound_there_are_no_radii_and_the_reason_is_said(make):
     act = torch.nn.Tanh()
-    certificate = certify(make("constraint", "constraint=none"), act, network(2, 4, 1), 0)
+    certificate = product_certificate(make("constraint", "constraint=none"), act, network(2, 4, 1), 0)
     found = assess(network(2, 4, 1), act, stored(5, 2), torch.zeros(5), certificate)
     assert found == Robustness(2.0, None, None, "the activation declares no bound in the 2-norm")
 

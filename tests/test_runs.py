@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -95,3 +98,56 @@ def test_choices_are_read_from_hydras_record(tmp_path):
     record = {"hydra": {"runtime": {"choices": {"act": "relu", "loss": "bce"}}}}
     (tmp_path / ".hydra" / "hydra.yaml").write_text(json.dumps(record))  # JSON is YAML
     assert RunFolder(tmp_path).choices() == {"act": "relu", "loss": "bce"}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from lipexp.runs import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+print("ready", flush=True)
+for turn in range(int(sys.argv[3])):
+    for section in (sys.argv[2], "shared"):
+        folder.update_metrics(section, lambda old: (old or 0) + 1)
+"""
+
+
+def writer(folder, section, turns):
+    """A process that counts in two sections of metrics.json, one of which others count in, too."""
+    command = [sys.executable, "-c", WRITER, str(folder), section, str(turns)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_processes_that_update_sections_at_the_same_time_lose_nothing(tmp_path):
+    RunFolder(tmp_path).write_metrics({"seed": 3})
+    writers = [writer(tmp_path, name, 40) for name in "abc"]
+    for one in writers:
+        assert one.communicate()[1] == b""
+    assert RunFolder(tmp_path).metrics() == {"schema": 1, "seed": 3, **dict.fromkeys("abc", 40), "shared": 120}
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_a_process_that_is_killed_while_it_updates_leaves_whole_metrics(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_metrics({"seed": 3})
+    for turn in range(3):
+        one = writer(tmp_path, "a", 10**9)
+        one.stdout.readline()
+        time.sleep(0.05 + 0.01 * turn)
+        one.kill()
+        one.communicate()
+        found = folder.metrics()
+        assert (found["schema"], found["seed"]) == (1, 3)
+        assert 0 <= found.get("a", 0) - found.get("shared", 0) <= turn + 1
+    folder.update_metrics("b", lambda old: "no lock is left")
+    assert folder.metrics()["b"] == "no lock is left"
+
+
+def test_an_update_that_fails_half_way_leaves_the_folder_as_it_was(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_metrics({"seed": 3})
+    before = (tmp_path / "metrics.json").read_bytes()
+    with pytest.raises(TypeError):
+        folder.update_metrics("certify", lambda old: object())
+    assert (tmp_path / "metrics.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]

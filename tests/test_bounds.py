@@ -1,0 +1,63 @@
+"""The table of upper bounds: the smallest one that holds everywhere is taken."""
+
+from __future__ import annotations
+
+import pytest
+
+from lipexp import bounds
+from lipexp.bounds import Problem, Proof, prove
+from lipexp.config import ConfigError
+from lipexp.evaluate import Certificate
+
+METHODS = {
+    "loose": lambda problem: Proof(5.0),
+    "tight": lambda problem: Proof(3.0),
+    "box": lambda problem: Proof(1.0, everywhere=False),
+    "none": lambda problem: Proof(None, "is for other networks"),
+}
+
+
+@pytest.fixture
+def problem(monkeypatch):
+    """problem(4.0) -> one with this product of norms, and with methods that prove what they are told to."""
+
+    def problem(product, reason=None):
+        certificate = Certificate(2.0, 4.5, [2.0, 2.0], 2.0, product, reason)
+        return Problem([], None, None, certificate, None, None, 1e-3, None)
+
+    monkeypatch.setattr(bounds, "METHODS", {"product": bounds.METHODS["product"], **METHODS})
+    return problem
+
+
+def test_the_smallest_bound_that_holds_everywhere_is_taken(problem):
+    certificate, method, proofs = prove(problem(4.0), None)
+    assert (certificate.value, method) == (3.0, "tight")
+    assert {name: proof.value for name, proof in proofs.items()} == {
+        "product": 4.0,
+        "loose": 5.0,
+        "tight": 3.0,
+        "box": 1.0,
+        "none": None,
+    }
+    assert (certificate.p, certificate.target, certificate.layer_norms) == (2.0, 4.5, [2.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("named", "value", "method"), [("loose", 4.0, "product"), ("box", 4.0, "product"), ("tight", 3.0, "tight")]
+)
+def test_a_method_that_is_named_is_taken_beside_the_product(problem, named, value, method):
+    certificate, best, proofs = prove(problem(4.0), named)
+    assert (certificate.value, best) == (value, method)
+    assert list(proofs) == ["product", named]
+
+
+def test_a_method_that_is_named_and_has_no_bound_is_refused(problem):
+    with pytest.raises(ConfigError, match=r"^--method=none: has no bound for this network: is for other networks"):
+        prove(problem(4.0), "none")
+
+
+def test_without_a_product_another_method_gives_the_bound(problem):
+    certificate, method, _ = prove(problem(None, "no bound"), None)
+    assert (certificate.value, certificate.reason, method) == (3.0, None, "tight")
+    certificate, method, _ = prove(problem(None, "no bound"), "product")
+    assert (certificate.value, certificate.reason, method) == (None, "no bound", "product")
