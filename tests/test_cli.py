@@ -25,7 +25,8 @@ def test_train_leaves_a_complete_run_folder(lipexp, run_folders):
     done = lipexp("train", "loss=hinge", "act=groupsort", *DEBUG)
     assert done.code == 0, done.err
     (folder,) = run_folders()
-    expected = {".hydra", "metrics.json", "history.csv", "gradients.csv", "layers.csv", "model.pt", "figure.png"}
+    tables = {"history.csv", "gradients.csv", "layers.csv", "radii.csv"}
+    expected = {".hydra", "metrics.json", "model.pt", "figure.png"} | tables
     assert {path.name for path in folder.iterdir()} == expected
     assert {path.name for path in (folder / ".hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
     assert str(folder) in done.out
