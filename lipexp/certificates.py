@@ -102,20 +102,18 @@ def spectral_norm_bound(weight: FloatArray) -> float:
     matrix = weight.astype(np.float64)
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
-    frobenius = row_norm_bound(weight.reshape(1, -1), 2)
-    if matrix.shape[0] == 1 or frobenius == 0:
-        return frobenius  # one row: the two norms are the same
+    if matrix.shape[0] == 1:
+        return row_norm_bound(matrix, 2)  # one row: the two norms are the same
     gram = matrix @ matrix.T
-    estimate = float(np.linalg.svd(matrix, compute_uv=False)[0])
+    estimate = math.sqrt(max(0.0, np.linalg.eigvalsh(gram)[-1]))
+    frobenius = np.linalg.norm(matrix)  # about as large: nothing above it needs to be tried
     excess = cholesky_shift(matrix.shape)
-    while excess < 1:
+    while excess < 1 and estimate * (1 + excess) < frobenius:
         candidate = estimate * (1 + excess)
-        if candidate >= frobenius:
-            break
         if _proves(candidate, gram, matrix.shape):
             return candidate
         excess *= 4
-    return frobenius
+    return row_norm_bound(weight.reshape(1, -1), 2)
 
 
 def cholesky_shift(shape: tuple[int, int]) -> float:

@@ -97,6 +97,9 @@ class Trainer:
         self.y = torch.stack([torch.from_numpy(data.train_y) for data in stack.data]).to(device, dtype)  # (K, N)
         batch_generators = [generator(s.batches) for s in stack.streams]
         self._batches = batch_indices(self.x.shape[1], stack.batch_size, batch_generators)
+        # Where the points of each run begin when all runs lie in one list: one index_select is several times as
+        # fast as a gather from each run.
+        self._starts = self.x.shape[1] * torch.arange(len(stack.data)).view(-1, 1)  # (K, 1)
 
         self.shapes = stack.model.shapes(self.x.shape[2])
         parameters = torch.stack([stack.model.initial(self.shapes, generator(s.weights)) for s in stack.streams])
@@ -113,9 +116,10 @@ class Trainer:
     def step(self) -> Tensor:
         """One optimiser step of every run; returns the losses (K,) before it."""
         stack = self.stack
-        index = next(self._batches).to(self.x.device, non_blocking=True)  # (K, B)
-        f = forward(stack.constraint.apply(self.layers), self.act, _rows(self.x, index))
-        loss = stack.loss(f.squeeze(-1), self.y.gather(1, index)).mean(dim=1)  # (K,)
+        index = (next(self._batches) + self._starts).to(self.x.device, non_blocking=True)  # (K, B)
+        x, y = (part.flatten(0, 1).index_select(0, index.flatten()) for part in (self.x, self.y))
+        f = forward(stack.constraint.apply(self.layers), self.act, x.unflatten(0, index.shape))
+        loss = stack.loss(f.squeeze(-1), y.unflatten(0, index.shape)).mean(dim=1)  # (K,)
         leaves = [part for layer in self.layers for part in layer]
         # Zero for what a class of the user's cuts off, instead of an error.
         gradients = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
@@ -188,11 +192,6 @@ def _keep_freed_memory() -> None:
     the time. It stops once it has seen a block of nearly 32 MiB freed (mallopt(3), M_MMAP_THRESHOLD).
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """(K, B, D) the rows of x (K, N, D) at index (K, B)."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def _note_failures(losses: Sequence[Tensor], step: int, failures: dict[int, Failure]) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lipexp.activations import PiecewiseLinear, is_piecewise_linear
-from lipexp.certificates import UNIT_ROUNDOFF, round_down, row_norm_bound
+from lipexp.certificates import UNIT_ROUNDOFF, round_down
 from lipexp.models import Layer, hidden_inputs, run_layers
 
 GRID_POINTS = {1: 2001, 2: 64}  # per axis, for inputs of so many dimensions
@@ -155,11 +155,11 @@ def _estimate(layers: Sequence[Layer], act: nn.Module, run: int, point: Tensor, 
 
 
 def _norm_product(layers: Sequence[Layer], run: int) -> float:
-    """What rounding errors in the gradient of one run are relative to, in the 2-norm and in the inf-norm."""
-    matrices = [layer.weight[run].numpy() for layer in layers]
+    """About what rounding errors in the gradient of one run are relative to, in the 2-norm and in the inf-norm."""
+    matrices = [layer.weight[run].double().numpy() for layer in layers]
     return max(
-        math.prod(row_norm_bound(matrix.reshape(1, -1), 2) for matrix in matrices),
-        math.prod(row_norm_bound(matrix, 1) for matrix in matrices),
+        math.prod(float(np.linalg.norm(matrix)) for matrix in matrices),
+        math.prod(float(np.linalg.norm(matrix, math.inf)) for matrix in matrices),
     )
 
 

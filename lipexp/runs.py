@@ -71,13 +71,9 @@ class RunFolder:
 
     def write_columns(self, name: str, columns: Mapping[str, npt.NDArray[Any]]) -> None:
         """`name`.csv from columns of equal length; every float keeps all its digits."""
-        # As csv would write it, in two thirds of the time: thousands of numbers, and words without a comma.
-        texts = (
-            column.tolist() if column.dtype.kind == "U" else map(repr, column.tolist())
-            for column in columns.values()
-        )
-        lines = [",".join(columns), *map(",".join, zip(*texts, strict=True))]
-        self._write(f"{name}.csv", lambda path: path.write_text("\n".join(lines) + "\n"))
+        lines = map(",".join, zip(*(_texts(column) for column in columns.values()), strict=True))
+        content = "\n".join([",".join(columns), *lines, ""])
+        self._write(f"{name}.csv", lambda path: path.write_text(content))
 
     def write_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """`name`.csv from rows with the same keys."""
@@ -209,6 +205,15 @@ def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]
         table = csv.writer(file, lineterminator="\n")
         table.writerow(header)
         table.writerows(rows)
+
+
+def _texts(column: npt.NDArray[Any]) -> list[str]:
+    """The elements of a column as text. Each value is spelled once: many points share a gradient, and a class."""
+    import numpy as np  # which not every reader of a run folder needs
+
+    keys = column.view(np.int64) if column.dtype == np.float64 else column  # 0.0 == -0.0, and is spelled otherwise
+    _, first, places = np.unique(keys, return_index=True, return_inverse=True)
+    return np.array([str(value) for value in column[first].tolist()], dtype=object)[places].tolist()
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
