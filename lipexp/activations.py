@@ -17,17 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lipexp.config import ConfigError, whole
+from lipexp.config import ConfigError, number, whole
 
 ALL_NORMS = frozenset({1.0, 2.0, math.inf})
 
 
 @dataclass
 class Piece:
-    """The linear map that an activation is near one point: out[j] = factor[j] * z[index[j]]."""
+    """The linear map that an activation is near each of some points: out[j] = factor[j] 2^exponent z[index[j]]."""
 
-    index: np.ndarray[Any, Any]  # (H,) integers
-    factor: np.ndarray[Any, Any]  # (H,) Python integers
+    index: np.ndarray[Any, Any]  # (..., H) int64
+    factor: np.ndarray[Any, Any]  # (..., H) int64
+    exponent: int = 0
 
 
 class Activation(nn.Module):
@@ -51,22 +52,79 @@ class PiecewiseLinear(Activation):
     """An activation that says which linear map it is near a point; all of lipexp's own are."""
 
     def piece(self, z: np.ndarray[Any, Any]) -> Piece | None:
-        """The linear piece at the (H,) pre-activations `z` (any exact number type); None on a kink."""
+        """The linear pieces at the pre-activations `z` (..., H) of any exact number type; None on a kink."""
         raise NotImplementedError
 
+    def kinks(self, width: int) -> np.ndarray[Any, Any] | None:
+        """(M, 2) pairs of features (i, j), for all kinks z_i = z_j; (i, -1) for z_i = 0. None: not known."""
+        return None
 
-class ReLU(PiecewiseLinear):
-    """max(0, x), feature by feature: 1-Lipschitz in every p-norm; its gradient is 0 wherever x < 0."""
+
+class Elementwise(PiecewiseLinear):
+    """x above 0 and slope x below, feature by feature: 1-Lipschitz in every p-norm.
+
+    Args:
+        slope: a fraction whose denominator is a power of two, from -1 to 1.
+    """
 
     norms = ALL_NORMS
 
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.slope = slope
+        self.below, self.above = float(slope).as_integer_ratio()
+        self.exponent = 1 - self.above.bit_length()
+
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x)
+        return nn.functional.leaky_relu(x, self.slope)
 
     def piece(self, z: np.ndarray[Any, Any]) -> Piece | None:
         if np.any(z == 0):
             return None
-        return Piece(np.arange(len(z)), np.where(z > 0, 1, 0).astype(object))
+        index = np.broadcast_to(np.arange(z.shape[-1]), z.shape)
+        return Piece(index, np.where(z > 0, self.above, self.below), self.exponent)
+
+    def kinks(self, width: int) -> np.ndarray[Any, Any]:
+        return np.stack([np.arange(width), np.full(width, -1)], axis=1)
+
+
+class ReLU(Elementwise):
+    """max(0, x): its gradient is 0 wherever x < 0."""
+
+    def __init__(self) -> None:
+        super().__init__(slope=0)
+
+
+class LeakyReLU(Elementwise):
+    """max(slope x, x): it keeps a little of the gradient where x < 0.
+
+    Args:
+        slope: from 1e-9 to 1; the float32 number nearest to it is taken.
+
+    Raises:
+        ConfigError: it lies outside.
+
+    Reference: Maas, Hannun and Ng 2013, "Rectifier nonlinearities improve neural network acoustic models".
+    """
+
+    def __init__(self, slope: float = 0.01) -> None:
+        # Smaller ones do not fit `piece`, whose factors are 64-bit integers.
+        if not 1e-9 <= number("slope", slope) <= 1:
+            raise ConfigError("slope", slope, "must be a number from 1e-9 to 1 (act=relu has 0)")
+        super().__init__(float(np.float32(slope)))
+
+    def extra_repr(self) -> str:
+        return f"slope={self.slope}"
+
+
+class Abs(Elementwise):
+    """|x|: it keeps the norm of a gradient, as GroupSort does.
+
+    Reference: Anil, Lucas and Grosse 2019, section 4: MaxMin can express it, and the other way round.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(slope=-1)
 
 
 class GroupSort(PiecewiseLinear):
@@ -133,17 +191,26 @@ class GroupSort(PiecewiseLinear):
         return GroupSort(self.n_groups, self.group_size, neighbours=True)
 
     def piece(self, z: np.ndarray[Any, Any]) -> Piece | None:
-        width = len(z)
-        size = self.size(width)
+        groups = self._members(z.shape[-1])
+        members = z[..., groups]  # (..., groups, size)
+        ranked = np.argsort(members, axis=-1)
+        members = np.take_along_axis(members, ranked, axis=-1)
+        if np.any(members[..., 1:] == members[..., :-1]):
+            return None
+        index = np.empty(z.shape, dtype=np.int64)
+        index[..., groups] = np.take_along_axis(np.broadcast_to(groups, ranked.shape), ranked, axis=-1)
+        return Piece(index, np.ones(z.shape, dtype=np.int64))
+
+    def kinks(self, width: int) -> np.ndarray[Any, Any]:
+        groups = self._members(width)
+        pairs = np.stack(np.triu_indices(groups.shape[1], k=1), axis=1)
+        return groups[:, pairs].reshape(-1, 2)
+
+    def _members(self, width: int) -> np.ndarray[Any, Any]:
+        """(groups, size) the features of each group."""
         order = self.order(width)
         place = np.arange(width) if order is None else order.numpy()
-        groups = place.reshape(-1, size)  # (groups, size): the features of each group
-        ranked = np.take_along_axis(groups, np.argsort(z[groups], axis=1), axis=1)
-        if np.any(z[ranked[:, 1:]] == z[ranked[:, :-1]]):
-            return None
-        index = np.empty(width, dtype=np.int64)
-        index[groups] = ranked
-        return Piece(index, np.full(width, 1, dtype=object))
+        return place.reshape(-1, self.size(width))
 
     def extra_repr(self) -> str:
         return f"n_groups={self.n_groups}, group_size={self.group_size}, neighbours={self.neighbours}"

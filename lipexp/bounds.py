@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
+from lipexp import regions
+from lipexp.activations import PiecewiseLinear, declared_norms
+from lipexp.certificates import dual, norm_name, product_bound
 from lipexp.config import ConfigError
 from lipexp.constraints import Constraint
-from lipexp.evaluate import Certificate
 from lipexp.measures import Maximum
 from lipexp.models import Layer
-
-
-class Problem(NamedTuple):
-    """What a method may use."""
-
-    layers: Sequence[Layer]  # one network, K = 1, hidden features in the usual order
-    act: nn.Module
-    constraint: Constraint
-    product: Certificate  # by the product of the layers' norms
-    box: tuple[Tensor, Tensor]  # low and high (D,), of the data
-    measured: Maximum
-    gap: float  # upper / lower - 1, below which a method that searches may stop
-    seconds: float | None  # after which it must
 
 
 class Proof(NamedTuple):
@@ -34,6 +24,96 @@ class Proof(NamedTuple):
     value: float | None
     reason: str | None = None
     everywhere: bool = True  # else over the box only: no bound for a point that may leave it
+    constants: regions.Constants | None = None  # where all linear regions are known
+    gave_up: bool = False  # the method is for this network, but reached its limit
+
+
+@dataclass
+class Certificate:
+    """The best proven upper bound on the Lipschitz constant of one network, or why there is none."""
+
+    p: float
+    target: float | None  # L; None without a constraint
+    layer_norms: list[float]  # proven, in the constraint's own chain
+    layer_bound: float | None  # b
+    value: float | None  # the smallest bound that holds everywhere
+    reason: str | None  # why `value` is None
+    method: str = "product"  # behind `value`
+    proofs: dict[str, Proof] = field(default_factory=dict)  # of every method that was asked
+
+    @property
+    def q(self) -> float:
+        return dual(self.p)
+
+    def verdict(self, measured: float) -> str:
+        """PASS, or FAIL when the exact comparison measured <= certified <= L does not hold; OPEN: no bound.
+
+        A bound over the box of the data counts as well: that is where `measured` was found. Where that comes from
+        exact arithmetic both sides are rigorous, and a FAIL is a bug in lipexp.
+        """
+        if self.value is None:
+            return "OPEN"
+        bounds = [self.value, *(proof.value for proof in self.proofs.values() if proof.value is not None)]
+        bounds += [
+            proof.constants.box.value for proof in self.proofs.values() if proof.constants and proof.constants.box
+        ]
+        holds = measured <= min(bounds) and (self.target is None or self.value <= self.target)
+        return "PASS" if holds else "FAIL"
+
+    def interval(self, measured: Maximum) -> dict[str, Any]:
+        """What metrics.json says of the Lipschitz constant."""
+        product, exact = self.proofs.get("product"), self.proofs.get("exact")
+        constants = None if exact is None else exact.constants
+        return {
+            "p": norm_name(self.p),
+            "q": norm_name(self.q),
+            "target": self.target,
+            "measured": measured.value,
+            "measured_by": "exact arithmetic" if measured.exact else "float64 estimate",
+            "certified": self.value,
+            "method": self.method if self.value is not None else self.reason,
+            "product": self.value if product is None else product.value,
+            "exact": None if constants is None else constants.everywhere.value,
+            "exact_box": None if constants is None else constants.in_box(),
+            "regions": None if constants is None else constants.regions,
+            "open": None if exact is None or not exact.gave_up else exact.reason,
+            "verdict": self.verdict(measured.value),
+        }
+
+
+def product_certificate(constraint: Constraint, act: nn.Module, layers: Sequence[Layer], run: int) -> Certificate:
+    """The product of the layers' norms, in the constraint's own chain, proven on the stored weights.
+
+    Args:
+        layers: K baked networks; `run` chooses one, and its L where `constraint` has one for each.
+    """
+    chain = constraint.norms(len(layers))
+    proven = [norm.proven(layer.weight[run]) for norm, layer in zip(chain, layers, strict=True)]
+    target = layer_bound = None
+    if constraint.lipschitz is not None:
+        target = float(torch.as_tensor(constraint.lipschitz, dtype=torch.float64).reshape(-1)[run])
+        layer_bound = float(constraint.bound(len(layers))[run])
+    if constraint.hidden_p in declared_norms(act):
+        return Certificate(constraint.p, target, proven, layer_bound, product_bound(proven), None)
+    reason = f"the activation declares no bound in the {constraint.hidden_p:g}-norm"
+    return Certificate(constraint.p, target, proven, layer_bound, None, reason)
+
+
+# Methods ---------------------------------------------------------------------------------------------------------
+
+
+class Problem(NamedTuple):
+    """What a method may use."""
+
+    layers: Sequence[Layer]  # one network, K = 1
+    act: nn.Module
+    constraint: Constraint
+    product: Certificate  # by the product of the layers' norms
+    box: tuple[Tensor, Tensor]  # low and high (D,), of the data
+    measured: Maximum
+    max_regions: int  # to be enumerated; 0: none
+    gap: float = 1e-3  # upper / lower - 1, below which a method that searches may stop
+    seconds: float | None = None  # after which it must
 
 
 def product(problem: Problem) -> Proof:
@@ -41,13 +121,28 @@ def product(problem: Problem) -> Proof:
     return Proof(problem.product.value, problem.product.reason)
 
 
+def exact(problem: Problem) -> Proof:
+    """The largest gradient norm of all linear regions, for one or two inputs; see `regions`."""
+    reason = regions.refusal(problem.layers, problem.act)
+    if reason is not None or problem.max_regions == 0:
+        return Proof(None, reason or "max_regions=0")
+    act, (low, high) = cast(PiecewiseLinear, problem.act), (end.numpy() for end in problem.box)
+    try:
+        found = regions.constants(problem.layers, act, (low, high), problem.constraint.q, problem.max_regions)
+    except regions.TooManyRegions:
+        reason = f"more than {problem.max_regions:,} linear regions (max_regions)"
+        return Proof(None, reason, gave_up=True)
+    return Proof(found.everywhere.value, constants=found)
+
+
 METHODS: dict[str, Callable[[Problem], Proof]] = {
     "product": product,
+    "exact": exact,
 }
 
 
-def prove(problem: Problem, method: str | None) -> tuple[Certificate, str, dict[str, Proof]]:
-    """The certificate with the smallest bound that holds everywhere, its method, and the proof of every method.
+def prove(problem: Problem, method: str | None = None) -> Certificate:
+    """The certificate with the smallest bound that holds everywhere, and the proof of every method.
 
     Args:
         method: the one to take besides the product; None: all.
@@ -62,4 +157,4 @@ def prove(problem: Problem, method: str | None) -> tuple[Certificate, str, dict[
     values = {name: proof.value for name, proof in proofs.items() if proof.value is not None and proof.everywhere}
     best = min(values, key=lambda name: values[name], default="product")
     reason = None if values else problem.product.reason
-    return replace(problem.product, value=values.get(best), reason=reason), best, proofs
+    return replace(problem.product, value=values.get(best), reason=reason, method=best, proofs=proofs)

@@ -22,11 +22,10 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from lipexp.attack import RECORDED, Attack, attack
-from lipexp.bounds import METHODS, Problem, Proof, prove
+from lipexp.bounds import METHODS, Certificate, Problem, Proof, product_certificate, prove
 from lipexp.config import ConfigError, conf_dir, number, one_line, whole
 from lipexp.constraints import Constraint
 from lipexp.display import above, broken_bound, interval_line, robustness_line
-from lipexp.evaluate import Certificate, product_certificate
 from lipexp.loading import LoadedRun, load_run, part_of
 from lipexp.loop import Streams, generator
 from lipexp.measures import Maximum, grid, largest, scan
@@ -74,7 +73,10 @@ class Finding:
             "model_sha256": self.digest,
             "changed": self.changed,
             "lipschitz": self.interval,
-            "bounds": {name: proof._asdict() for name, proof in self.proofs.items()},
+            "bounds": {
+                name: {"value": proof.value, "reason": proof.reason, "everywhere": proof.everywhere}
+                for name, proof in self.proofs.items()
+            },
             "broken_layers": self.broken_layers,
             "gradient_norm": {source: found._asdict() for source, found in self.by.items()},
             "robustness": None if self.robustness is None else self.robustness.summary(radii),
@@ -98,8 +100,11 @@ def examine(run: LoadedRun, options: argparse.Namespace) -> Finding:
     by = measure(layers, act, x, constraint.q, streams)
     measured = max(by.values(), key=lambda found: found.value, default=Maximum(0.0, ()))
     by_product, box = product_certificate(constraint, act, layers, 0), (x.amin(dim=0), x.amax(dim=0))
-    problem = Problem(layers, act, constraint, by_product, box, measured, options.gap, options.max_seconds)
-    certificate, method, proofs = prove(problem, options.method)
+    max_regions = setting(run.config, "max_regions") if options.max_regions is None else options.max_regions
+    problem = Problem(
+        layers, act, constraint, by_product, box, measured, max_regions, options.gap, options.max_seconds
+    )
+    certificate = prove(problem, options.method)
     robustness = attacked = None
     if dataset.task == "classification":
         test_x, test_y = (torch.from_numpy(part).double() for part in (data.test_x, data.test_y))
@@ -107,8 +112,8 @@ def examine(run: LoadedRun, options: argparse.Namespace) -> Finding:
         if options.attack and robustness.columns is not None:
             radius, lipschitz = robustness.columns["radius"], float(certificate.value or 0)
             attacked = attack(layers, act, test_x, radius, constraint.p, lipschitz, generator(streams.search))
-    interval, broken = certificate.interval(measured, method), _broken_layers(constraint, certificate)
-    return Finding(*_fingerprint(run), interval, proofs, broken, by, robustness, attacked)
+    interval, broken = certificate.interval(measured), _broken_layers(constraint, certificate)
+    return Finding(*_fingerprint(run), interval, certificate.proofs, broken, by, robustness, attacked)
 
 
 def measure(layers: Sequence[Layer], act: nn.Module, x: Tensor, q: float, streams: Streams) -> dict[str, Maximum]:
@@ -184,6 +189,9 @@ def main(arguments: Sequence[str]) -> int:
         "--method", metavar="NAME", choices=list(METHODS), help=f"one of {', '.join(METHODS)}; default: all"
     )
     parser.add_argument(
+        "--max-regions", metavar="N", type=int, help="linear regions to enumerate (default: the run's own)"
+    )
+    parser.add_argument(
         "--gap", metavar="G", type=float, default=1e-3, help="a search stops at upper / lower - 1 <= G"
     )
     parser.add_argument("--max-seconds", metavar="S", type=float, help="a search stops after S seconds")
@@ -211,6 +219,8 @@ def check(options: argparse.Namespace) -> None:
     number("--gap", options.gap, above=0)
     if options.max_seconds is not None:
         number("--max-seconds", options.max_seconds, above=0)
+    if options.max_regions is not None:
+        whole("--max-regions", options.max_regions, least=0)
     if options.radii is not None:
         try:
             options.radii = [float(part) for part in options.radii.split(",")]
@@ -275,9 +285,13 @@ def failure(finding: Finding) -> str:
 
 
 def radii_of(config: Mapping[str, Any]) -> list[float]:
-    """The distances at which the run reports certified accuracy; runs of an older version have none."""
-    radii = config["radii"] if "radii" in config else OmegaConf.select(OmegaConf.load(CONTENTS), "radii")
-    return [number("radii", radius, above=0) for radius in radii]
+    """The distances at which the run reports certified accuracy."""
+    return [number("radii", radius, above=0) for radius in setting(config, "radii")]
+
+
+def setting(config: Mapping[str, Any], name: str) -> Any:
+    """A run setting; runs of an older version lack some, and get the default."""
+    return config[name] if name in config else OmegaConf.select(OmegaConf.load(CONTENTS), name)
 
 
 def record(folder: RunFolder, finding: Finding, radii: Sequence[float]) -> None:
@@ -309,8 +323,8 @@ def show(folder: RunFolder, finding: Finding, radii: Sequence[float], attacked: 
     if len(finding.proofs) > 1:
         print("bounds: " + "  ".join(f"{name} {_bound(proof)}" for name, proof in finding.proofs.items()))
     print(interval_line(finding.interval))
-    if finding.interval["verdict"] == "FAIL":
-        print(*finding.broken_layers, sep="\n")
+    for layer in finding.broken_layers:
+        print(layer)
     if finding.robustness is not None:
         print(robustness_line(finding.robustness.summary(radii)))
     elif attacked:

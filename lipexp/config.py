@@ -32,6 +32,7 @@ class Settings:
     device: str = MISSING
     threads: int = MISSING
     radii: list[float] = MISSING
+    max_regions: int = MISSING
     resume: bool = MISSING
     dataset: Any = MISSING
     act: Any = MISSING

@@ -323,18 +323,29 @@ def robustness_line(robustness: Mapping[str, Any]) -> str:
 
 
 def interval_line(lipschitz: Mapping[str, Any]) -> str:
-    """`‖∇f‖₂  measured 0.9942 ≤ certified 0.9999972 ≤ L = 1   PASS`, each number rounded to its safe side."""
+    """`‖∇f‖₂  measured 0.9942 ≤ exact 0.9943 ≤ product 0.9999972 ≤ L = 1   PASS`, each rounded to its safe side.
+
+    Without an exact constant it is the certified bound, with its method where that is not the product. Measured is
+    over the box of the data, and so is a first exact constant; the second one holds everywhere.
+    """
     parts = [f"measured {below(lipschitz['measured'])}"]
-    if lipschitz["exact"] is not None:
-        parts.append(f"exact {lipschitz['exact']:.4g}")
-    if lipschitz["certified"] is not None:
-        parts.append(f"certified {above(lipschitz['certified'], lipschitz['target'])}")
+    exact, certified, product = (lipschitz[name] for name in ("exact", "certified", "product"))
+    if exact is not None:
+        box = lipschitz["exact_box"]
+        if box is not None and above(box["value"], None) != above(exact, None):
+            parts.append(f"exact {above(box['value'], None)} (box of the data)")
+        parts.append(f"exact {above(exact, lipschitz['target'])}")
+        if product is not None:
+            parts.append(f"product {above(product, lipschitz['target'])}")
+    elif certified is not None:
+        by = "" if lipschitz["method"] == "product" else f" ({lipschitz['method']})"
+        parts.append(f"certified {above(certified, lipschitz['target'])}{by}")
     if lipschitz["target"] is not None:
         parts.append(f"L = {lipschitz['target']:g}")
     line = f"‖∇f‖{SUBSCRIPT[lipschitz['q']]}  {' ≤ '.join(parts)}   {lipschitz['verdict']}"
     if lipschitz["certified"] is None:
         line += f" ({lipschitz['method']})"
-    return line
+    return line if lipschitz["open"] is None else f"{line} (not exact: {lipschitz['open']})"
 
 
 def broken_bound(lipschitz: Mapping[str, Any]) -> str:

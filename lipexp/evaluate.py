@@ -13,60 +13,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lipexp.activations import declared_norms
-from lipexp.certificates import dual, norm_name, product_bound
-from lipexp.constraints import Constraint
+from lipexp.bounds import Certificate, Problem, product_certificate, prove
+from lipexp.certificates import dual, norm_name
 from lipexp.loop import Checkpoint, Stack, generator
 from lipexp.losses import difference_of_means
 from lipexp.measures import Maximum, Scan, grid, largest, norms, scan
-from lipexp.models import Layer, run_layers
+from lipexp.models import run_layers
 from lipexp.robustness import Robustness, assess
 from lipexp.search import search, starts
 
 NORMS = (1.0, 2.0, math.inf)
-
-
-@dataclass
-class Certificate:
-    """A proven upper bound on the Lipschitz constant of one network, or why there is none."""
-
-    p: float
-    target: float | None  # L; None without a constraint
-    layer_norms: list[float]  # proven, in the constraint's own chain
-    layer_bound: float | None  # b
-    value: float | None
-    reason: str | None  # why `value` is None
-
-    @property
-    def q(self) -> float:
-        return dual(self.p)
-
-    def verdict(self, measured: float) -> str:
-        """PASS, or FAIL when the exact comparison measured <= certified <= L does not hold; OPEN: no bound.
-
-        Where `measured` comes from exact arithmetic both sides are rigorous, and a FAIL is a bug in lipexp.
-        """
-        if self.value is None:
-            return "OPEN"
-        holds = measured <= self.value and (self.target is None or self.value <= self.target)
-        return "PASS" if holds else "FAIL"
-
-    def interval(self, measured: Maximum, method: str = "product") -> dict[str, Any]:
-        """What metrics.json says of the Lipschitz constant."""
-        return {
-            "p": norm_name(self.p),
-            "q": norm_name(self.q),
-            "target": self.target,
-            "measured": measured.value,
-            "measured_by": "exact arithmetic" if measured.exact else "float64 estimate",
-            "certified": self.value,
-            "exact": None,
-            "exact_box": None,
-            "method": method if self.value is not None else self.reason,
-            "verdict": self.verdict(measured.value),
-        }
 
 
 @dataclass
@@ -82,24 +40,6 @@ class Record:
     gradients: dict[str, npt.NDArray[Any]]  # the columns of gradients.csv
     layers: list[dict[str, Any]]  # the rows of layers.csv
     robustness: Robustness | None  # None for a regression
-
-
-def product_certificate(constraint: Constraint, act: nn.Module, layers: Sequence[Layer], run: int) -> Certificate:
-    """The product of the layers' norms, in the constraint's own chain, proven on the stored weights.
-
-    Args:
-        layers: K baked networks; `run` chooses one, and its L where `constraint` has one for each.
-    """
-    chain = constraint.norms(len(layers))
-    proven = [norm.proven(layer.weight[run]) for norm, layer in zip(chain, layers, strict=True)]
-    target = layer_bound = None
-    if constraint.lipschitz is not None:
-        target = float(torch.as_tensor(constraint.lipschitz, dtype=torch.float64).reshape(-1)[run])
-        layer_bound = float(constraint.bound(len(layers))[run])
-    if constraint.hidden_p in declared_norms(act):
-        return Certificate(constraint.p, target, proven, layer_bound, product_bound(proven), None)
-    reason = f"the activation declares no bound in the {constraint.hidden_p:g}-norm"
-    return Certificate(constraint.p, target, proven, layer_bound, None, reason)
 
 
 class Evaluator:
@@ -167,6 +107,21 @@ class Evaluator:
     def certify(self, checkpoint: Checkpoint, run: int) -> Certificate:
         return product_certificate(self.stack.constraint, self.stack.act, checkpoint.layers, run)
 
+    def _prove(self, checkpoint: Checkpoint, run: int, measured: Maximum) -> Certificate:
+        """The best bound that is proven for the finished network."""
+        x, constraint = self.x[run], self.stack.constraint
+        return prove(
+            Problem(
+                run_layers(checkpoint.layers, run),
+                checkpoint.act,
+                constraint,
+                self.certify(checkpoint, run),
+                (x.amin(dim=0), x.amax(dim=0)),
+                measured,
+                self.stack.max_regions,
+            )
+        )
+
     def _robustness(self, checkpoint: Checkpoint, run: int, certificate: Certificate) -> Robustness | None:
         if self.metric != "accuracy":
             return None
@@ -194,8 +149,7 @@ class Evaluator:
         sources: dict[str, tuple[Tensor, Tensor]],
         scores: tuple[dict[str, float], dict[str, float]],
     ) -> Record:
-        certificate = self.certify(checkpoint, run)
-        q = certificate.q
+        q = self.stack.constraint.q
 
         def steepest(source: str, norm: float) -> Maximum | None:
             points, gradients = sources[source]
@@ -213,6 +167,7 @@ class Evaluator:
         }
         spread = sizes[q].quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
         x = self.x[run].numpy()
+        certificate = self._prove(checkpoint, run, measured)
         box = [[float(low), float(high)] for low, high in zip(x.min(axis=0), x.max(axis=0), strict=True)]
         return Record(
             train=scores[0],

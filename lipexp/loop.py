@@ -60,6 +60,7 @@ class Stack:
     steps: int
     batch_size: int
     eval_every: int  # 0: only before the first and after the last step
+    max_regions: int = 0  # to be enumerated at the end
 
 
 class Failure(NamedTuple):

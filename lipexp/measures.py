@@ -172,12 +172,12 @@ class ExactNetwork:
     def __init__(self, layers: Sequence[Layer], act: PiecewiseLinear, run: int) -> None:
         self.act = act
         self.layers = [
-            (_integers(layer.weight[run].numpy()), _integers(layer.bias[run, 0].numpy())) for layer in layers
+            (integers(layer.weight[run].numpy()), integers(layer.bias[run, 0].numpy())) for layer in layers
         ]
 
     def gradient(self, point: npt.NDArray[np.float64]) -> tuple[ExactArray, int] | None:
         """The gradient at `point` (D,) as (integers (D,), e), standing for integers * 2^e; None on a kink."""
-        x, exponent = _integers(point)
+        x, exponent = integers(point)
         pieces = []
         for i, ((weight, weight_exponent), (bias, bias_exponent)) in enumerate(self.layers):
             if i > 0:
@@ -185,7 +185,7 @@ class ExactNetwork:
                 if piece is None:
                     return None
                 pieces.append(piece)
-                x = piece.factor * x[piece.index]
+                x, exponent = piece.factor * x[piece.index], exponent + piece.exponent
             x, exponent = _add((weight.dot(x), weight_exponent + exponent), (bias, bias_exponent))
         (weight, exponent), _ = self.layers[-1]
         gradient = weight[0]
@@ -194,11 +194,11 @@ class ExactNetwork:
             back = np.full(len(gradient), 0, dtype=object)
             np.add.at(back, piece.index, piece.factor * gradient)
             gradient = back.dot(weight)
-            exponent += weight_exponent
+            exponent += weight_exponent + piece.exponent
         return gradient, exponent
 
 
-def _integers(values: npt.NDArray[Any]) -> tuple[ExactArray, int]:
+def integers(values: npt.NDArray[Any]) -> tuple[ExactArray, int]:
     """(integers, e) with values = integers * 2^e, exactly."""
     if not np.isfinite(values).all():
         raise ArithmeticError("numbers that are not finite have no exact value")

@@ -24,7 +24,7 @@ from lipexp.certificates import UNIT_ROUNDOFF, norm_name
 from lipexp.models import Layer
 
 if TYPE_CHECKING:
-    from lipexp.evaluate import Certificate
+    from lipexp.bounds import Certificate
 
 FloatArray = npt.NDArray[np.float64]
 

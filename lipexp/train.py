@@ -121,7 +121,7 @@ def _check_settings(config: DictConfig) -> None:
             raise ConfigError(key, "null", "must be set")
     whole("seed", config.seed, least=0)
     lipschitz_constant("lipschitz", config.lipschitz)
-    for key, least in (("steps", 0), ("batch_size", 1), ("eval_every", 0), ("threads", 1)):
+    for key, least in (("steps", 0), ("batch_size", 1), ("eval_every", 0), ("threads", 1), ("max_regions", 0)):
         whole(key, config[key], least=least)
     for radius in config.radii:
         number("radii", radius, above=0)
@@ -183,6 +183,7 @@ def stack(members: Sequence[Member]) -> Stack:
         steps=config.steps,
         batch_size=config.batch_size,
         eval_every=config.eval_every,
+        max_regions=config.max_regions,
     )
 
 

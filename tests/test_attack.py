@@ -13,9 +13,9 @@ import torch
 
 from lipexp.activations import GroupSort, ReLU
 from lipexp.attack import Falsifier, attack, closer, project, steepest
+from lipexp.bounds import product_certificate
 from lipexp.certificates import dual
 from lipexp.constraints import in_usual_order
-from lipexp.evaluate import product_certificate
 from lipexp.loop import fit
 from lipexp.models import Layer, run_layers
 from lipexp.robustness import certified_radii

@@ -40,15 +40,33 @@ def test_how_numbers_look(value, down, up):
     assert (below(value), above(value, None)) == (down, up)
 
 
-BOUNDS = {"q": 2, "target": 1.0, "measured": 0.99427, "certified": 0.99999714, "exact": None, "verdict": "PASS"}
+BOUNDS = {
+    "q": 2,
+    "target": 1.0,
+    "measured": 0.99427,
+    "certified": 0.99999714,
+    "product": 0.99999714,
+    "method": "product",
+    "exact": None,
+    "exact_box": None,
+    "open": None,
+    "verdict": "PASS",
+}
 
 
 def test_the_interval_line():
     assert interval_line(BOUNDS) == "‖∇f‖₂  measured 0.9942 ≤ certified 0.999998 ≤ L = 1   PASS"
-    assert interval_line({**BOUNDS, "exact": 0.9943, "q": "inf"}) == (
-        "‖∇f‖∞  measured 0.9942 ≤ exact 0.9943 ≤ certified 0.999998 ≤ L = 1   PASS"
-    )
+    known = {**BOUNDS, "exact": 0.9943, "certified": 0.9943, "method": "exact", "q": "inf"}
+    line = "‖∇f‖∞  measured 0.9942 ≤ {}exact 0.9943 ≤ product 0.999998 ≤ L = 1   PASS"
+    assert interval_line({**known, "exact_box": {"value": 0.9943}}) == line.format("")
+    assert interval_line({**known, "exact_box": {"value": 0.99428}}) == line.format("")
+    smaller = line.format("exact 0.9942 (box of the data) ≤ ")
+    assert interval_line({**known, "exact_box": {"value": 0.9942}}) == smaller
     free = {**BOUNDS, "target": None, "certified": 178.41, "measured": 49.8}
     assert interval_line(free) == "‖∇f‖₂  measured 49.79 ≤ certified 178.5   PASS"
+    better = {**free, "certified": 86.25, "method": "lipsdp"}
+    assert interval_line(better) == "‖∇f‖₂  measured 49.79 ≤ certified 86.25 (lipsdp)   PASS"
+    capped = {**free, "open": "more than 9 linear regions"}
+    assert interval_line(capped).endswith("certified 178.5   PASS (not exact: more than 9 linear regions)")
     unproven = {**free, "certified": None, "verdict": "OPEN", "method": "the activation declares no bound"}
     assert interval_line(unproven) == "‖∇f‖₂  measured 49.79   OPEN (the activation declares no bound)"

@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 import torch
 
-from lipexp.activations import Activation, GroupSort, ReLU
+from lipexp.activations import Activation, Elementwise, GroupSort, ReLU
+from lipexp.bounds import product_certificate
 from lipexp.certificates import dual
 from lipexp.constraints import in_usual_order
-from lipexp.evaluate import product_certificate
 from lipexp.models import Layer, Network, run_layers, state_dict
 from lipexp.robustness import Robustness, assess, certified_radii, evaluate, float32_error, refusal
 
@@ -55,8 +55,8 @@ def exact_f(layers: list[Layer], act: torch.nn.Module, point) -> Fraction:
             size = act.size(len(h))
             h = [v for start in range(0, len(h), size) for v in sorted(h[start : start + size])]
         elif i > 0:
-            assert isinstance(act, ReLU)
-            h = [max(v, Fraction()) for v in h]
+            assert isinstance(act, Elementwise)
+            h = [v if v > 0 else Fraction(act.slope) * v for v in h]
         h = [
             sum((Fraction(w) * v for w, v in zip(row, h, strict=True)), Fraction(b))
             for row, b in zip(layer.weight[0].tolist(), layer.bias[0, 0].tolist(), strict=True)

@@ -42,13 +42,13 @@ COLOUR = {"relu": ACT_COLOUR["relu"], "sort": ACT_COLOUR["groupsort"]}
 
 
 def shares(runs: Runs, case: Case, act: str) -> pd.Series:
-    """The score on fresh samples over the certified bound of each seed; `sort` is GroupSort of any group size."""
+    """The score on fresh samples over the product of norms of each seed; `sort` is GroupSort of any group size."""
     chosen = runs[case.experiment]
     for key, value in case.where.items():
         kept = chosen[key].astype(float) == value if isinstance(value, float | int) else chosen[key] == value
         chosen = chosen[kept]
     chosen = chosen[(chosen["act"] == "relu") == (act == "relu")]
-    return chosen.set_index("run")["test.score"] / chosen.set_index("run")["lipschitz.certified"]
+    return chosen.set_index("run")["test.score"] / chosen.set_index("run")["lipschitz.product"]
 
 
 def first_layer_ceiling(run: RunFolder) -> float:
@@ -88,7 +88,7 @@ def draw(runs: Runs) -> Figure:
         ax.text(sum(places) / len(places), 1.13, problem, ha="center", fontsize=8.5)
         if places[0]:
             ax.axvline(places[0] - 0.5, color=GREY, linewidth=0.5)
-    ax.set(xlim=(-0.5, len(CASES) - 0.5), ylim=(0, 1.1), ylabel="score / certified bound")
+    ax.set(xlim=(-0.5, len(CASES) - 0.5), ylim=(0, 1.1), ylabel="score / product of norms")
     ax.set_xticks(range(len(CASES)), [case.name for case in CASES])
     return figure
 

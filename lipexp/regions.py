@@ -1,0 +1,474 @@
+"""Exact Lipschitz constants: the linear regions of a network of one or two inputs, all of them.
+
+A network with piecewise linear activations is affine on each of finitely many convex regions, so its Lipschitz
+constant is the largest gradient norm among them. Layer by layer, the regions found so far are cut along the kinks
+of the next one: where z_i = 0 for ReLU, where z_i = z_j for features that are sorted together. It begins with the
+box of the data and the parts of the plane around it, so that one enumeration gives the constant over the box and
+the one over the whole plane.
+
+Which side of a kink a region lies on is decided exactly (see `polygons`), so no region is lost. The gradients are
+computed in float64 with bounds on their rounding errors, and the norm is rounded up: the constants are proven
+upper bounds, some 1e-12 above the largest gradient norm.
+
+References: Anil, Lucas and Grosse 2019 (GroupSort networks); Hanin and Rolnick 2019, "Complexity of linear regions
+in deep networks" (few regions, in practice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from lipexp.activations import PiecewiseLinear, is_piecewise_linear
+from lipexp.certificates import UNIT_ROUNDOFF
+from lipexp.measures import ExactArray, integers
+from lipexp.models import Layer
+from lipexp.polygons import (
+    INFINITY,
+    SAFETY,
+    TINY,
+    ExactLine,
+    Floats,
+    Integers,
+    Plane,
+    Polygons,
+    offsets,
+)
+
+_CHUNK = 2**18  # numbers in one temporary array
+_MOST_REMEMBERED = 1000  # exact maps
+
+
+class Steepest(NamedTuple):
+    """The largest gradient norm, rounded up, and a point of a region that has it; no point is null."""
+
+    value: float
+    point: tuple[float, ...] | None
+
+
+class Constants(NamedTuple):
+    """What an enumeration finds."""
+
+    everywhere: Steepest
+    box: Steepest | None  # None: the box has no interior
+    domain: list[list[float]]  # [low, high] of each coordinate of the box
+    regions: int  # in the whole plane or line; the edges of the box count as kinks
+
+    def in_box(self) -> dict[str, Any] | None:
+        """What metrics.json says of the constant over the box."""
+        return None if self.box is None else {**self.box._asdict(), "domain": self.domain}
+
+
+class TooManyRegions(Exception):
+    """The cap on the number of regions is passed."""
+
+
+@dataclass
+class Maps:
+    """The affine maps of P regions onto H features: value[r, c, h], c = 0, 1 the gradient, 2 the constant.
+
+    Scalars for each region and c: the entries are off by at most `error`, and at most `size` large.
+    """
+
+    value: Floats  # (P, 3, H)
+    error: Floats  # (P, 3)
+    size: Floats  # (P, 3)
+
+
+def refusal(layers: Sequence[Layer], act: nn.Module) -> str | None:
+    """Why the regions of this network cannot be enumerated; None if they can."""
+    if layers[0].weight.shape[2] > 2:
+        return "is for one or two inputs"
+    if layers[-1].weight.shape[1] != 1:
+        return "is for one output"
+    if not is_piecewise_linear(act):
+        return f"{type(act).__name__} does not name its linear pieces"
+    if isinstance(act, PiecewiseLinear) and act.kinks(layers[0].weight.shape[1]) is None:
+        return f"{type(act).__name__} does not name its kinks"
+    return None
+
+
+def constants(
+    layers: Sequence[Layer], act: PiecewiseLinear, box: tuple[Floats, Floats], q: float, max_regions: int
+) -> Constants:
+    """sup ||grad f||_q over the box and everywhere.
+
+    Args:
+        layers: one baked network, K = 1, of one or two inputs; `refusal` must be None.
+        box: low and high, (D,).
+
+    Raises:
+        TooManyRegions: there are more than `max_regions`.
+    """
+    return Enumeration(layers, act, box, max_regions).constants(q)
+
+
+class Enumeration:
+    """The linear regions of one network."""
+
+    def __init__(
+        self, layers: Sequence[Layer], act: PiecewiseLinear, box: tuple[Floats, Floats], max_regions: int
+    ) -> None:
+        self.act = act
+        self.dims = layers[0].weight.shape[2]
+        self.weights = [layer.weight[0].numpy() for layer in layers]
+        self.biases = [layer.bias[0, 0].numpy() for layer in layers]
+        if self.dims == 1:  # a plane on which f does not depend on y
+            self.weights[0] = np.concatenate([self.weights[0], np.zeros_like(self.weights[0])], axis=1)
+        self.max_regions = max_regions
+        self.plane = Plane(self.exact_line)
+        self.exact_start: list[ExactLine] = []
+        low, high = (np.asarray(end, dtype=np.float64) for end in box)
+        self.domain = np.stack([low, high], axis=1).tolist()
+        self.cells, self.inside = self._start(low, high)
+        # Of each hidden layer: the region of the layer before in which a region lies, and the linear piece there.
+        self.parents: list[Integers] = []
+        self.pieces: list[tuple[Integers, npt.NDArray[np.int64]]] = []
+        # The number of the first region of a layer, when the regions of all layers are counted on.
+        self.first_owner = [0]
+        self._exact_maps: dict[tuple[int, int], tuple[ExactArray, int]] = {}
+        self.exponent = 0  # of the activation's factors
+        self.maps = self._identity(len(self.cells))
+        for layer in range(len(layers) - 1):
+            self._cut(layer)
+
+    # Where it begins ---------------------------------------------------------------------------------------------
+
+    def _start(self, low: Floats, high: Floats) -> tuple[Polygons, npt.NDArray[np.bool_]]:
+        """The box and the parts around it, cut out by the lines through its sides; for a line, one half-plane.
+
+        A box without interior is left out: what is cut is then the plane at one of its points.
+        """
+        has_box = bool((high > low).all())
+        cuts = [[a, b] if has_box else [a] for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+        if self.dims == 1:
+            cuts.append([0.0])
+        lines = [self._start_lines(values, axis) for axis, values in enumerate(cuts)]
+        infinity = self._start_line(INFINITY)
+        columns, rows = (range(len(part) + 1) for part in lines)
+        parts, inside = [], []
+        for column in columns:
+            for row in rows if self.dims == 2 else rows[1:]:
+                parts.append(self._part(lines, column, row, infinity))
+                inside.append(has_box and column == 1 and (row == 1))
+        counts = np.array([len(part) for part in parts])
+        flat = [entry for part in parts for entry in part]
+        return (
+            Polygons(
+                offsets(counts),
+                np.array([corner for corner, _ in flat]),
+                np.array([edge for _, edge in flat]),
+                np.arange(len(parts)),
+            ),
+            np.array(inside),
+        )
+
+    def _start_lines(self, values: Sequence[float], axis: int) -> list[int]:
+        """The lines x = value, or y = value, in integers."""
+        found = []
+        for value in values:
+            numerator, denominator = value.as_integer_ratio()
+            found.append(
+                self._start_line(
+                    (denominator, 0, -numerator) if axis == 0 else (0, denominator, -numerator), value, axis
+                )
+            )
+        return found
+
+    def _start_line(self, exact: ExactLine, value: float = 0.0, axis: int | None = None) -> int:
+        line = [0.0, 0.0, 1.0] if axis is None else [float(axis == 0), float(axis == 1), -value]
+        self.exact_start.append(exact)
+        nothing = np.array([-1])
+        (number,) = self.plane.add_lines(np.array([line]), np.zeros((1, 3)), nothing, np.array([[-1, -1]]))
+        return int(number)
+
+    def _part(self, lines: list[list[int]], column: int, row: int, infinity: int) -> list[tuple[int, int]]:
+        """(corner, edge after it) of the part between two neighbouring lines of each axis, anticlockwise."""
+        xs, ys = lines
+        left, right = (xs[i] if 0 <= i < len(xs) else None for i in (column - 1, column))
+        below, above = (ys[i] if 0 <= i < len(ys) else None for i in (row - 1, row))
+        # The sides in order, each with the direction in which one walks along it.
+        walk = [(below, (1, 0)), (right, (0, 1)), (above, (-1, 0)), (left, (0, -1))]
+        sides = [(line, direction) for line, direction in walk if line is not None]
+        part = []
+        for (line, direction), (following, after) in zip(sides, sides[1:] + sides[:1], strict=True):
+            turns = direction[0] * after[1] - direction[1] * after[0]
+            if turns > 0:
+                part.append((self._start_corner(line, following, None), following))
+                continue
+            # Open to infinity. Between opposite directions lies one corner there, or two where a side is missing.
+            away, back = direction, (-after[0], -after[1])
+            if away == back:
+                part.append((self._start_corner(line, infinity, away), following))
+            else:
+                part.append((self._start_corner(line, infinity, away), infinity))
+                part.append((self._start_corner(following, infinity, back), following))
+        return part
+
+    def _start_corner(self, first: int, second: int, direction: tuple[int, int] | None) -> int:
+        """The corner where two lines meet; `direction`: in which it lies, at infinity."""
+        a, b = self.exact_start[first], self.exact_start[second]
+        x, y, t = a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
+        ahead = t if direction is None else x * direction[0] + y * direction[1]
+        sign = 1 if ahead > 0 else -1
+        if direction is None:
+            line_x, line_y = (first, second) if a[0] else (second, first)
+            ends = (-self.plane.lines["value"][line] for line in (line_x, line_y))
+            over = [self.plane.lines["value"][line_x][0], self.plane.lines["value"][line_y][1]]
+            value = [part[2] / scale for part, scale in zip(ends, over, strict=True)] + [1.0]
+        else:
+            value = [float(direction[0]), float(direction[1]), 0.0]
+        (number,) = self.plane.corners.append(
+            value=np.array([value]),
+            error=np.zeros((1, 3)),  # the ends of the box are float64 numbers, and the scales powers of two
+            lines=np.array([[first, second]]),
+            sign=np.array([sign]),
+        )
+        return int(number)
+
+    def _identity(self, n: int) -> Maps:
+        """The inputs themselves, as two features."""
+        value = np.zeros((n, 3, 2))
+        value[:, 0, 0] = 1.0
+        value[:, 1, 1] = 1.0 if self.dims == 2 else 0.0
+        size = np.abs(value).max(axis=2)
+        return Maps(value, np.zeros_like(size), size)
+
+    # Layers ------------------------------------------------------------------------------------------------------
+
+    def _cut(self, layer: int) -> None:
+        """Replace the regions by their parts on which the activation behind `layer` is linear."""
+        maps = self._affine(self.maps, layer)
+        pairs = self.act.kinks(maps.value.shape[2])
+        assert pairs is not None
+        cells = Polygons(self.cells.start, self.cells.corner, self.cells.edge, np.arange(len(self.cells)))
+        where, kinks = self._cutting(cells, maps, layer, pairs)
+        owner = self.first_owner[-1] + where
+        value, error = self._kink_lines(maps, layer, where, pairs[kinks])
+        lines = self.plane.add_lines(value, error, owner, pairs[kinks])
+        self.first_owner.append(self.first_owner[-1] + len(cells))
+        parts = self.plane.arrange(cells, (where, lines), self.max_regions)
+        if parts is None:
+            raise TooManyRegions
+        self.inside = self.inside[parts.parent]
+        index, factor = self._pieces(parts, maps, layer, pairs)
+        self.parents.append(parts.parent)
+        self.pieces.append((index, factor))
+        self.cells = parts
+        # Those behind the last hidden layer are wanted once, a few at a time.
+        last = layer == len(self.weights) - 2
+        self.maps = maps if last else self._activated(maps, parts.parent, index, factor)
+
+    def _affine(self, maps: Maps, layer: int) -> Maps:
+        """The maps behind an affine layer.
+
+        Reference for the rounding errors: Higham 2002, "Accuracy and stability of numerical algorithms", (3.5).
+        """
+        weight, bias = self.weights[layer].astype(np.float64), self.biases[layer].astype(np.float64)
+        value = maps.value @ weight.T
+        value[:, 2] += bias
+        rows, constant = float(np.abs(weight).sum(axis=1).max()), float(np.abs(bias).max())
+        gamma = SAFETY * (weight.shape[1] + 2) * UNIT_ROUNDOFF
+        error = rows * (maps.error + gamma * (maps.size + maps.error))
+        error[:, 2] += gamma * constant
+        # Where all products are of zeros the result is exact; elsewhere they may underflow.
+        error = SAFETY * error + TINY * weight.shape[1] * (maps.size + maps.error > 0)
+        return Maps(value, error, np.abs(value).max(axis=2))
+
+    def _activated(self, maps: Maps, parent: Integers, index: Integers, factor: npt.NDArray[np.int64]) -> Maps:
+        """The maps behind the activation, of the regions whose parents have the maps `maps`."""
+        scale = factor * 2.0**self.exponent  # (P, H)
+        value = np.take_along_axis(maps.value[parent], index[:, None, :], axis=2) * scale[:, None, :]
+        most = np.abs(scale).max(axis=1, keepdims=True)
+        size = np.abs(value).max(axis=2)
+        return Maps(value, SAFETY * (maps.error[parent] * most + UNIT_ROUNDOFF * size), size)
+
+    # Kinks -------------------------------------------------------------------------------------------------------
+
+    def _cutting(self, cells: Polygons, maps: Maps, layer: int, pairs: Integers) -> tuple[Integers, Integers]:
+        """(where, kinks): kink kinks[i] runs through the interior of cell where[i]; `where` ascending."""
+        found = []
+        counts = np.diff(cells.start)
+        value, error = self.plane.corners["value"], self.plane.corners["error"]
+        for n in np.unique(counts):  # cells with so many corners, as one array
+            alike = np.flatnonzero(counts == n)
+            for block in _blocks(alike, n * max(len(pairs), maps.value.shape[2])):
+                corner = cells.corner[cells.start[block][:, None] + np.arange(n)]  # (P, n)
+                z = value[corner] @ maps.value[block]  # (P, n, H)
+                unsure = _unsure(value[corner], error[corner], maps, block)[..., None]  # (P, n, 1)
+                gap = _differences(z, pairs)
+                sides = np.stack([gap < -unsure, gap > unsure]).any(axis=2)
+                cut = np.logical_and.reduce(sides)
+                # Where a sign is open, and would matter, only integers tell.
+                open_ = ((np.abs(gap) <= unsure) & (unsure > 0)).any(axis=1)
+                for row, kink in np.argwhere(~cut & open_):
+                    cut[row, kink] = self._exactly_cut(corner[row], layer, int(block[row]), pairs[kink])
+                rows, kinks = np.nonzero(cut)
+                found.append((block[rows], kinks))
+        where, kinks = (np.concatenate([part[i] for part in found]) for i in (0, 1))
+        order = np.lexsort((kinks, where))
+        return where[order], kinks[order]
+
+    def _exactly_cut(self, corners: Integers, layer: int, region: int, pair: Integers) -> bool:
+        line = self._exact_kink(layer, region, pair)
+        if not any(line):
+            return False
+        signs = [
+            sum(a * b for a, b in zip(self.plane.exact_corner(int(corner)), line, strict=True))
+            for corner in corners
+        ]
+        return min(signs) < 0 < max(signs)
+
+    def _kink_lines(self, maps: Maps, layer: int, where: Integers, pairs: Integers) -> tuple[Floats, Floats]:
+        """The lines z_i - z_j = 0 of the regions `where`, (N, 3), with their error bounds."""
+        first = maps.value[where, :, pairs[:, 0]]
+        second = np.where(pairs[:, 1:] < 0, 0.0, maps.value[where, :, pairs[:, 1]])
+        value = first - second
+        return value, SAFETY * (2 * maps.error[where] + UNIT_ROUNDOFF * np.abs(value))
+
+    def _pieces(
+        self, parts: Polygons, maps: Maps, layer: int, pairs: Integers
+    ) -> tuple[Integers, npt.NDArray[np.int64]]:
+        """The linear piece of the activation on each part, (P, H) `index` and `factor`."""
+        value, error = self.plane.corners["value"], self.plane.corners["error"]
+        index = np.empty((len(parts), maps.value.shape[2]), dtype=np.int64)
+        factor = np.empty_like(index)
+        counts = np.diff(parts.start)
+        middle = np.add.reduceat(value[parts.corner], parts.start[:-1]) / counts[:, None]
+        middle_error = np.add.reduceat(error[parts.corner], parts.start[:-1]) / counts[:, None]
+        middle_error = SAFETY * (middle_error + (counts[:, None] + 2) * UNIT_ROUNDOFF)  # entries are at most 1
+        for block in _blocks(np.arange(len(parts)), max(len(pairs), maps.value.shape[2])):
+            region = parts.parent[block]
+            z = (middle[block, None] @ maps.value[region])[:, 0]  # (P, H)
+            unsure = _unsure(middle[block], middle_error[block], maps, region)[:, None]
+            # A difference of exactly zero, which no rounding explains, is a tie as well.
+            for row in np.flatnonzero((np.abs(_differences(z, pairs)) <= unsure).any(axis=1)):
+                z[row] = self._ranks(parts, int(block[row]), layer)
+            piece = self.act.piece(z)
+            assert piece is not None
+            index[block], factor[block], self.exponent = piece.index, piece.factor, piece.exponent
+        return index, factor
+
+    def _ranks(self, parts: Polygons, part: int, layer: int) -> Floats:
+        """(H,) numbers without ties, in the order of the exact z at the middle of a part, with its signs.
+
+        What is equal at the middle of a part, or zero, is so on all of it: any order, and any sign, is right.
+        """
+        corners = parts.corner[parts.start[part] : parts.start[part + 1]]
+        exact = [self.plane.exact_corner(int(corner)) for corner in corners]
+        # Corners have any positive scale here, so this is no longer the centroid; it is an interior point.
+        bits = max(max(abs(entry) for entry in corner).bit_length() for corner in exact)
+        middle = [0, 0, 0]
+        for corner in exact:
+            shift = bits - max(abs(entry) for entry in corner).bit_length()
+            middle = [total + (entry << shift) for total, entry in zip(middle, corner, strict=True)]
+        rows, _ = self._exact_map(layer, int(parts.parent[part]))
+        z = rows.dot(np.array(middle, dtype=object))
+        order = sorted(range(len(z)), key=lambda i: z[i])
+        ranks = np.empty(len(z))
+        below = sum(value < 0 for value in z)
+        ranks[order] = np.arange(len(z)) - below + 0.5
+        return ranks
+
+    # Exact arithmetic --------------------------------------------------------------------------------------------
+
+    def exact_line(self, line: int) -> ExactLine:
+        """A line in integers, up to a positive factor."""
+        if line < len(self.exact_start):
+            return self.exact_start[line]
+        owner, pair = int(self.plane.lines["owner"][line]), self.plane.lines["pair"][line]
+        layer = int(np.searchsorted(self.first_owner, owner, side="right")) - 1
+        return self._exact_kink(layer, owner - self.first_owner[layer], pair)
+
+    def _exact_kink(self, layer: int, region: int, pair: Integers) -> ExactLine:
+        rows, _ = self._exact_map(layer, region)
+        x, y, t = rows[pair[0]] if pair[1] < 0 else rows[pair[0]] - rows[pair[1]]
+        return x, y, t
+
+    def _exact_map(self, layer: int, region: int) -> tuple[ExactArray, int]:
+        """The affine map behind `layer` on a region of the layer before, (H, 3) integers times 2^exponent."""
+        known = self._exact_maps.get((layer, region))
+        if known is not None:
+            return known
+        if layer == 0:
+            before, exponent = np.array([[1, 0, 0], [0, 1, 0]], dtype=object), 0
+        else:
+            index, factor = (part[region] for part in self.pieces[layer - 1])
+            rows, exponent = self._exact_map(layer - 1, int(self.parents[layer - 1][region]))
+            before, exponent = factor[:, None].astype(object) * rows[index], exponent + self.exponent
+        weight, weight_exponent = integers(self.weights[layer])
+        bias, bias_exponent = integers(self.biases[layer])
+        exponent += weight_exponent
+        lowest = min(exponent, bias_exponent)
+        rows = weight.dot(before) << (exponent - lowest)
+        rows[:, 2] += bias << (bias_exponent - lowest)
+        if len(self._exact_maps) > _MOST_REMEMBERED:
+            self._exact_maps.clear()
+        self._exact_maps[layer, region] = rows, lowest
+        return rows, lowest
+
+    # The result --------------------------------------------------------------------------------------------------
+
+    def constants(self, q: float) -> Constants:
+        """The largest gradient norms, and where they are."""
+        norm = np.empty(len(self.cells))
+        width = self.weights[-1].shape[1]
+        for block in _blocks(np.arange(len(self.cells)), 3 * width):
+            gradient = self._gradients(block)
+            norm[block] = _norm_above(np.abs(gradient.value[:, :2, 0]) + gradient.error[:, :2], q)
+        inside = np.flatnonzero(self.inside)
+        box = self._steepest(norm, inside, q) if len(inside) else None
+        everywhere = self._steepest(norm, np.arange(len(norm)), q)
+        if box is not None and box.value == everywhere.value:
+            everywhere = box
+        return Constants(everywhere, box, self.domain, len(norm))
+
+    def _gradients(self, block: Integers) -> Maps:
+        """The map onto the output on some regions."""
+        if not self.pieces:
+            maps = self.maps
+            before = Maps(maps.value[block], maps.error[block], maps.size[block])
+        else:
+            index, factor = self.pieces[-1]
+            before = self._activated(self.maps, self.cells.parent[block], index[block], factor[block])
+        return self._affine(before, len(self.weights) - 1)
+
+    def _steepest(self, norm: Floats, among: Integers, q: float) -> Steepest:
+        region = int(among[norm[among].argmax()])
+        corners = self.plane.corners["value"][self.cells.corner[slice(*self.cells.start[region : region + 2])]]
+        x, y, t = corners.mean(axis=0)
+        return Steepest(float(norm[region]), (x / t, y / t)[: self.dims])
+
+
+def _blocks(chosen: Integers, numbers: int) -> list[Integers]:
+    """`chosen` in parts, for which temporary arrays of so many numbers each stay in the cache."""
+    step = max(1, _CHUNK // numbers)
+    return [chosen[i : i + step] for i in range(0, len(chosen), step)]
+
+
+def _differences(z: Floats, pairs: Integers) -> Floats:
+    """z_i - z_j along the last axis for each pair, z_i where j is -1."""
+    first, second = pairs.T
+    if (second < 0).all():
+        return z[..., first]
+    return z[..., first] - np.where(second < 0, 0.0, z[..., second])
+
+
+def _unsure(points: Floats, error: Floats, maps: Maps, regions: Integers) -> Floats:
+    """How far differences of the features of points (P, ..., 3), as float64 finds them, are off at most."""
+    shape = (len(regions), *[1] * (points.ndim - 2), 3)
+    size, own = maps.size[regions].reshape(shape), maps.error[regions].reshape(shape)
+    most = np.abs(points) + error
+    single = size * error + own * most + 4 * UNIT_ROUNDOFF * size * most + TINY * ((size + own > 0) & (most > 0))
+    return 3 * single.sum(axis=-1)  # of two features, and of their difference
+
+
+def _norm_above(sizes: Floats, q: float) -> Floats:
+    """||.||_q of rows of non-negative numbers, rounded up."""
+    value = np.linalg.norm(sizes, q, axis=1) if sizes.size else sizes.sum(axis=1)
+    return np.where(value > 0, value * (1 + 8 * UNIT_ROUNDOFF) + TINY, 0.0)

@@ -1,0 +1,362 @@
+"""Exact constants: against rational arithmetic, samples, closed forms, and networks that are awkward."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from lipexp.activations import Abs, Elementwise, GroupSort, LeakyReLU, PiecewiseLinear, ReLU
+from lipexp.measures import ExactNetwork, norms, scan
+from lipexp.models import Layer
+from lipexp.regions import Enumeration, TooManyRegions, constants, refusal
+
+BOX = (np.array([-4.0, -3.0]), np.array([4.0, 5.0]))
+ACTS = {
+    "relu": ReLU(),
+    "leaky_relu": LeakyReLU(0.1),
+    "abs": Abs(),
+    "maxmin": GroupSort(),
+    "neighbours": GroupSort(neighbours=True),
+    "groups of 3": GroupSort(group_size=3),
+    "fullsort": GroupSort(n_groups=1),
+}
+
+
+def network(*sizes: int, seed: int = 0, bias: float = 0.5, grain: float = 0.0) -> list[Layer]:
+    """Normal weights; with a grain they are multiples of it, which makes kinks meet in one point."""
+    draws = torch.Generator().manual_seed(seed)
+    layers = []
+    for n_in, n_out in itertools.pairwise(sizes):
+        weight = torch.randn(1, n_out, n_in, generator=draws) / math.sqrt(n_in)
+        offset = bias * torch.randn(1, 1, n_out, generator=draws)
+        if grain:
+            weight, offset = (grain * (2 * part / grain).round() for part in (weight, offset))
+        layers.append(Layer(weight, offset))
+    return layers
+
+
+def by_hand(*layers: tuple[list[list[float]], list[float]]) -> list[Layer]:
+    return [Layer(torch.tensor([weight]), torch.tensor([[bias]])) for weight, bias in layers]
+
+
+def box_of(dims: int) -> tuple[np.ndarray, np.ndarray]:
+    return BOX[0][:dims], BOX[1][:dims]
+
+
+def norm_at(layers: list[Layer], act: PiecewiseLinear, point: tuple[float, ...], q: float) -> float:
+    found = ExactNetwork(layers, act, 0).gradient(np.array(point))
+    assert found is not None
+    return float(np.linalg.norm([float(Fraction(int(v)) * Fraction(2) ** found[1]) for v in found[0]], q))
+
+
+def corners(enumeration: Enumeration, region: int) -> np.ndarray:
+    """The homogeneous corners of a region."""
+    cells = enumeration.cells
+    return enumeration.plane.corners["value"][cells.corner[slice(*cells.start[region : region + 2])]]
+
+
+def area(points: np.ndarray) -> float:
+    """Of the polygon with homogeneous corners, all finite."""
+    x, y = (points[:, :2] / points[:, 2:]).T
+    return 0.5 * float(x @ np.roll(y, -1) - y @ np.roll(x, -1))
+
+
+# Rational arithmetic, with no code of lipexp's -------------------------------------------------------------------
+
+
+def gradients_by_hand(layers: list[Layer], act: PiecewiseLinear, box) -> set[tuple[Fraction, Fraction]]:
+    """The gradients on all regions within the box (the plane: None) that have an interior.
+
+    A pattern is the order of features, or their signs. Those that hold nowhere are found by cutting the plane, as
+    cones of homogeneous corners, with Fractions.
+    """
+    one, none = Fraction(1), Fraction(0)
+    if box is None:
+        start = [
+            [(s * one, none, none), (none, t * one, none), (none, none, one)] for s in (1, -1) for t in (1, -1)
+        ]
+    else:
+        (x0, y0), (x1, y1) = (tuple(Fraction(float(v)) for v in end) for end in box)
+        start = [[(x0, y0, one), (x1, y0, one), (x1, y1, one), (x0, y1, one)]]
+    found: set[tuple[Fraction, Fraction]] = set()
+    for cone in start:
+        follow(layers, act, cone, [(one, none, none), (none, one, none)], 0, found)
+    return found
+
+
+def follow(layers, act, cone, features, i, found) -> None:
+    weight, bias = layers[i].weight[0].tolist(), layers[i].bias[0, 0].tolist()
+    forms = [
+        tuple(sum(Fraction(w) * form[c] for w, form in zip(row, features, strict=True)) for c in (0, 1, 2))
+        for row in weight
+    ]
+    forms = [(x, y, t + Fraction(b)) for (x, y, t), b in zip(forms, bias, strict=True)]
+    if i == len(layers) - 1:
+        found.add(forms[0][:2])
+        return
+    if isinstance(act, Elementwise):
+        for part, signs in split(cone, forms):
+            out = [
+                form if sign >= 0 else tuple(Fraction(act.slope) * v for v in form)
+                for form, sign in zip(forms, signs, strict=True)
+            ]
+            follow(layers, act, part, out, i + 1, found)
+        return
+    assert isinstance(act, GroupSort)
+    n, size = len(forms), act.size(len(forms))
+    places = [(g * size, 1) if act.neighbours else (g, n // size) for g in range(n // size)]  # first, distance
+    groups = [[first + k * distance for k in range(size)] for first, distance in places]
+    pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
+    gaps = [tuple(a - b for a, b in zip(forms[j], forms[k], strict=True)) for j, k in pairs]
+    for part, signs in split(cone, gaps):
+        larger = dict(zip(pairs, signs, strict=True))
+        larger |= {(k, j): -sign or -1 for (j, k), sign in larger.items()}  # equal ones in any order
+        out = list(forms)
+        for group in groups:
+            for j in group:
+                out[group[sum(larger[j, k] >= 0 for k in group if k != j)]] = forms[j]
+        follow(layers, act, part, out, i + 1, found)
+
+
+def split(cone, forms):
+    """(part, signs of the forms on it), for all parts with interior."""
+    parts = [(cone, [])]
+    for form in forms:
+        parts = [(side, [*signs, sign]) for corners_, signs in parts for sign, side in sides(corners_, form)]
+    return parts
+
+
+def sides(cone, form):
+    values = [sum(a * b for a, b in zip(form, corner, strict=True)) for corner in cone]
+    if not (min(values) < 0 < max(values)):
+        return [((max(values) > 0) - (min(values) < 0), cone)]
+    kept = []
+    for sign in (1, -1):
+        side = []
+        around = list(zip(cone, values, strict=True))
+        for (corner, value), (after, following) in itertools.pairwise([*around, around[0]]):
+            if sign * value >= 0:
+                side.append(corner)
+            if value * following < 0:
+                a, b = abs(following), abs(value)
+                side.append(tuple(a * u + b * w for u, w in zip(corner, after, strict=True)))
+        kept.append((sign, side))
+    return kept
+
+
+def largest(gradients: set[tuple[Fraction, Fraction]], q: float) -> float:
+    if q == 2:
+        square = max(x * x + y * y for x, y in gradients)
+        # More digits than float64 has, before the root.
+        return math.isqrt(int(square * 2**240)) / 2**120
+    return float(max(abs(x) + abs(y) if q == 1 else max(abs(x), abs(y)) for x, y in gradients))
+
+
+@pytest.mark.parametrize("grain", [0.0, 0.5], ids=["generic", "degenerate"])
+@pytest.mark.parametrize("name", ACTS)
+@pytest.mark.parametrize("seed", range(3))
+def test_all_patterns_in_rational_arithmetic_give_the_same_constants(name, seed, grain):
+    act, layers = ACTS[name], network(2, 6, 6, 1, seed=seed, grain=grain)
+    for where, box in (("box", BOX), ("everywhere", None)):
+        gradients = gradients_by_hand(layers, act, box)
+        for q in (1.0, 2.0, math.inf):
+            found = getattr(constants(layers, act, BOX, q, 10**6), where).value
+            expected = largest(gradients, q)
+            assert expected <= found <= expected * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("name", ["relu", "groups of 3"])
+def test_the_regions_have_all_gradients_that_rational_arithmetic_finds(name):
+    act, layers = ACTS[name], network(2, 6, 6, 1, seed=7)
+    enumeration = Enumeration(layers, act, BOX, 10**6)
+    found = enumeration._gradients(np.arange(len(enumeration.cells))).value[:, :2, 0]
+    expected = np.array([[float(v) for v in g] for g in gradients_by_hand(layers, act, None)])
+    distance = np.abs(found[:, None] - expected).max(axis=2)
+    assert distance.min(axis=0).max() < 1e-12
+    assert distance.min(axis=1).max() < 1e-12
+
+
+# Larger networks -------------------------------------------------------------------------------------------------
+
+SHAPES = [(1, 12, 12, 1), (2, 12, 12, 1), (2, 12, 12, 12, 1), (2, 48, 48, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ACTS)
+def test_constants_are_at_least_what_samples_show_and_are_taken_at_their_points(name, shape):
+    act = ACTS[name]
+    if name == "fullsort" and shape[1] > 12:
+        pytest.skip("millions of regions")
+    layers, (low, high) = network(*shape), box_of(shape[0])
+    draws = torch.Generator().manual_seed(1)
+    x = torch.rand(1, 200_000, shape[0], generator=draws, dtype=torch.float64)
+    x = torch.from_numpy(low) + x * torch.from_numpy(high - low)
+    gradients = scan(layers, act, x).gradients[0]
+    far = scan(layers, act, 100 * x).gradients[0]
+    for q in (1.0, 2.0, math.inf):
+        found = constants(layers, act, (low, high), q, 10**6)
+        assert found.box.value >= float(norms(gradients, q).max()) * (1 - 1e-12)
+        assert found.everywhere.value >= max(float(norms(far, q).max()) * (1 - 1e-12), found.box.value)
+        for place in (found.box, found.everywhere):
+            assert norm_at(layers, act, place.point, q) <= place.value
+            assert norm_at(layers, act, place.point, q) == pytest.approx(place.value, rel=1e-9)
+        assert (low <= found.box.point).all()
+        assert (np.array(found.box.point) <= high).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("name", ACTS)
+def test_the_regions_tile_the_box_and_have_the_gradients_of_backpropagation(name, shape):
+    act = ACTS[name]
+    if name == "fullsort" and shape[1] > 12:
+        pytest.skip("millions of regions")
+    layers = network(*shape, seed=3)
+    enumeration = Enumeration(layers, act, BOX, 10**6)
+    inside = np.flatnonzero(enumeration.inside)
+    areas = np.array([area(corners(enumeration, region)) for region in inside])
+    assert (areas > -1e-12).all()  # anticlockwise, all of them
+    assert areas.sum() == pytest.approx(64, rel=1e-9)
+    # At the centroids of all regions that are not too thin for float64 to tell their sides apart.
+    wide = inside[areas > 1e-9]
+    centroids = np.array([(c[:, :2] / c[:, 2:]).mean(axis=0) for c in (corners(enumeration, i) for i in wide)])
+    expected = scan(layers, act, torch.from_numpy(centroids).unsqueeze(0)).gradients[0][0].numpy()
+    found = enumeration._gradients(wide).value[:, :2, 0]
+    assert np.abs(found - expected).max() <= 1e-12 * np.abs(expected).max()
+
+
+def test_the_constants_hold_after_training(trained, act_option):
+    """Of networks whose kinks have moved to where the data want them."""
+    result = trained(f"act={act_option}", "constraint=none", "loss=bce")
+    act, layers = result.checkpoint.act, [Layer(w[:1], b[:1]) for w, b in result.checkpoint.layers]
+    x = torch.from_numpy(result.stack.data[0].train_x).double()
+    low, high = x.amin(dim=0), x.amax(dim=0)
+    found = constants(layers, act, (low.numpy(), high.numpy()), 2.0, 10**6)
+    draws = torch.Generator().manual_seed(1)
+    points = torch.lerp(low, high, torch.rand(1, 50_000, 2, generator=draws, dtype=torch.float64))
+    steepest = float(norms(scan(layers, act, points).gradients[0], 2).max())
+    assert steepest * (1 - 1e-12) <= found.box.value <= found.everywhere.value
+    assert norm_at(layers, act, found.box.point, 2) == pytest.approx(found.box.value, rel=1e-9)
+
+
+# Awkward networks ------------------------------------------------------------------------------------------------
+
+
+def test_kinks_that_meet_at_ten_million_hide_a_steeper_region_beyond():
+    """Three features that are zero until x = 1e7, where their kinks meet at the point (1e7, 0)."""
+    far = 1e7
+    layers = by_hand(
+        ([[1.0, 0.0], [1.0, 1e-7], [1.0, -1e-7]], [-far, -far, -far]),
+        ([[1.0, 1.0, 1.0]], [0.0]),
+    )
+    found = constants(layers, ReLU(), BOX, 2.0, 1000)
+    assert found.box.value == 0
+    assert found.everywhere.value == pytest.approx(3, rel=1e-12)
+    assert np.linalg.norm(found.everywhere.point) > 1e6
+    assert norm_at(layers, ReLU(), found.everywhere.point, 2) == pytest.approx(3, rel=1e-9)
+
+
+def test_a_function_that_is_zero_has_constant_zero():
+    """x - relu(x) + relu(-x), for which autograd says 1 at 0."""
+    layers = by_hand(([[1.0], [-1.0], [1.0], [-1.0]], [0.0] * 4), ([[1.0, -1.0, -1.0, 1.0]], [0.0]))
+    found = constants(layers, ReLU(), box_of(1), 2.0, 100)
+    assert found.everywhere.value < 1e-13
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_without_biases_all_kinks_of_a_layer_go_through_one_point(name):
+    act, layers = ACTS[name], network(2, 6, 6, 1, bias=0.0)
+    for where, box in (("box", BOX), ("everywhere", None)):
+        expected = largest(gradients_by_hand(layers, act, box), 2)
+        assert getattr(constants(layers, act, BOX, 2.0, 10**6), where).value == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_equal_parallel_and_dead_features(name):
+    act, layers = ACTS[name], network(2, 6, 6, 1)
+    weight, bias = layers[0]
+    weight[0, 1], bias[0, 0, 1] = weight[0, 0], bias[0, 0, 0]  # equal to another
+    weight[0, 4], bias[0, 0, 4] = weight[0, 0], bias[0, 0, 0]
+    weight[0, 2] = 2 * weight[0, 3]  # parallel
+    weight[0, 5], bias[0, 0, 5] = 0, 0  # zero everywhere
+    layers[1].weight[0, 3] = 0  # constant
+    for where, box in (("box", BOX), ("everywhere", None)):
+        expected = largest(gradients_by_hand(layers, act, box), 2)
+        assert getattr(constants(layers, act, BOX, 2.0, 10**6), where).value == pytest.approx(expected, rel=1e-12)
+
+
+def test_kinks_along_the_sides_and_through_the_corners_of_the_box():
+    layers = by_hand(
+        ([[1.0, 0.0], [0.0, 1.0], [5.0, 4.0], [1.0, 0.0]], [4.0, -5.0, 32.0, -4.0]),
+        ([[1.0, 2.0, 4.0, 8.0]], [1.0]),
+    )
+    found = constants(layers, ReLU(), BOX, 2.0, 100)
+    for where, box in ((found.everywhere, None), (found.box, BOX)):
+        assert where.value == pytest.approx(largest(gradients_by_hand(layers, ReLU(), box), 2), rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6, 1e9])
+def test_the_constant_scales_with_the_weights(scale):
+    layers = network(2, 16, 16, 1)
+    scaled = [Layer(weight * scale, bias * scale ** (i + 1)) for i, (weight, bias) in enumerate(layers)]
+    one, other = (constants(part, ReLU(), BOX, 2.0, 10**5) for part in (layers, scaled))
+    assert other.everywhere.value == pytest.approx(one.everywhere.value * scale**3, rel=1e-5)
+    assert other.regions == pytest.approx(one.regions, rel=0.01)  # float32 rounds the scaled weights
+
+
+def test_a_linear_network_has_one_gradient():
+    layers = by_hand(([[3.0, -4.0]], [1.0]))
+    found = constants(layers, ReLU(), BOX, 1.0, 100)
+    assert found.everywhere.value == found.box.value == pytest.approx(7, rel=1e-14)
+    assert found.regions == 9
+
+
+def test_a_box_without_interior_has_no_constant_of_its_own():
+    layers = network(2, 6, 6, 1)
+    flat = (np.array([1.0, 2.0]), np.array([3.0, 2.0]))
+    found = constants(layers, ReLU(), flat, 2.0, 10**4)
+    assert found.box is None
+    assert found.in_box() is None
+    assert found.everywhere.value == pytest.approx(constants(layers, ReLU(), BOX, 2.0, 10**4).everywhere.value)
+
+
+# Limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_cap_counts_regions():
+    layers = network(2, 12, 12, 1)
+    n = constants(layers, ReLU(), BOX, 2.0, 10**5).regions
+    assert constants(layers, ReLU(), BOX, 2.0, n).regions == n
+    with pytest.raises(TooManyRegions):
+        constants(layers, ReLU(), BOX, 2.0, n - 1)
+
+
+class Twisted(PiecewiseLinear):
+    """Names its pieces, but not where they end."""
+
+    norms = frozenset({2.0})
+
+    def forward(self, x):
+        return x.flip(-1)
+
+    def piece(self, z):
+        raise NotImplementedError
+
+
+class OwnForward(ReLU):
+    def forward(self, x):
+        return x
+
+
+def test_what_cannot_be_enumerated_is_refused_with_a_reason():
+    layers = network(2, 6, 6, 1)
+    assert refusal(layers, ReLU()) is None
+    assert refusal(network(3, 6, 1), ReLU()) == "is for one or two inputs"
+    assert refusal(network(2, 6, 2), ReLU()) == "is for one output"
+    assert refusal(layers, torch.nn.Tanh()) == "Tanh does not name its linear pieces"
+    assert refusal(layers, OwnForward()) == "OwnForward does not name its linear pieces"
+    assert refusal(layers, Twisted()) == "Twisted does not name its kinks"
