@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lipexp import regions
+from lipexp import propagation, regions, semidefinite
 from lipexp.activations import PiecewiseLinear, declared_norms
 from lipexp.certificates import dual, norm_name, product_bound
 from lipexp.config import ConfigError
@@ -112,6 +112,7 @@ class Problem(NamedTuple):
     box: tuple[Tensor, Tensor]  # low and high (D,), of the data
     measured: Maximum
     max_regions: int  # to be enumerated; 0: none
+    best: float | None = None  # what is proven so far; None: prove it whether that helps or not
     gap: float = 1e-3  # upper / lower - 1, below which a method that searches may stop
     seconds: float | None = None  # after which it must
 
@@ -135,9 +136,42 @@ def exact(problem: Problem) -> Proof:
     return Proof(found.everywhere.value, constants=found)
 
 
+def rows(problem: Problem) -> Proof:
+    """Bounds on the gradient of every feature, layer by layer: u = ||rows of W_1||_q, then |W_i| max(u).
+
+    The triangle inequality, for slopes of at most 1; of features that are sorted together each may be any, so it
+    gets the largest of their bounds. Everywhere, in any norm.
+    """
+    reason = propagation.refusal(problem.layers, problem.act)
+    if reason is not None:
+        return Proof(None, reason)
+    return Proof(propagation.bound(problem.layers, cast(PiecewiseLinear, problem.act), problem.constraint.q))
+
+
+def eclipse(problem: Problem) -> Proof:
+    """ECLipsE-Fast, for ReLU and leaky ReLU in the 2-norm; see `semidefinite`."""
+    reason = semidefinite.refusal(problem.layers, problem.act, problem.constraint.q)
+    return Proof(None, reason) if reason else _semidefinite(semidefinite.eclipse(problem.layers))
+
+
+def lipsdp(problem: Problem) -> Proof:
+    """LipSDP by descent, for ReLU and leaky ReLU in the 2-norm, where the gap exceeds 10 %; see `semidefinite`."""
+    reason = semidefinite.refusal(problem.layers, problem.act, problem.constraint.q)
+    if reason is None and problem.best is not None and problem.best <= 1.1 * problem.measured.value:
+        reason = "the gap is below 10 %"
+    return Proof(None, reason) if reason else _semidefinite(semidefinite.lipsdp(problem.layers))
+
+
+def _semidefinite(value: float | None) -> Proof:
+    return Proof(value, None if value is not None else "rounding errors leave nothing proven")
+
+
 METHODS: dict[str, Callable[[Problem], Proof]] = {
     "product": product,
+    "rows": rows,
     "exact": exact,
+    "eclipse": eclipse,
+    "lipsdp": lipsdp,
 }
 
 
@@ -145,16 +179,27 @@ def prove(problem: Problem, method: str | None = None) -> Certificate:
     """The certificate with the smallest bound that holds everywhere, and the proof of every method.
 
     Args:
-        method: the one to take besides the product; None: all.
+        method: the one to take besides the product; None: all, until the exact constant is known.
 
     Raises:
         ConfigError: `method` has no bound for this network.
     """
-    chosen = METHODS if method is None else {"product": METHODS["product"], method: METHODS[method]}
-    proofs = {name: prove(problem) for name, prove in chosen.items()}
+    proofs: dict[str, Proof] = {}
+    for name in METHODS if method is None else dict.fromkeys(["product", method]):
+        proofs[name] = METHODS[name](problem)
+        if proofs[name].constants is not None:
+            break  # nothing proves less than the exact constant
+        if method is None:
+            problem = problem._replace(best=_smallest(proofs))
     if method is not None and proofs[method].value is None and method != "product":
         raise ConfigError("--method", method, f"has no bound for this network: {proofs[method].reason}")
-    values = {name: proof.value for name, proof in proofs.items() if proof.value is not None and proof.everywhere}
-    best = min(values, key=lambda name: values[name], default="product")
-    reason = None if values else problem.product.reason
-    return replace(problem.product, value=values.get(best), reason=reason, method=best, proofs=proofs)
+    value = _smallest(proofs)
+    best = next((name for name, proof in proofs.items() if proof.everywhere and proof.value == value), "product")
+    reason = problem.product.reason if value is None else None
+    return replace(problem.product, value=value, reason=reason, method=best, proofs=proofs)
+
+
+def _smallest(proofs: dict[str, Proof]) -> float | None:
+    """The smallest bound that holds everywhere."""
+    values = [proof.value for proof in proofs.values() if proof.value is not None and proof.everywhere]
+    return min(values, default=None)

@@ -87,7 +87,7 @@ def row_norm_bound(weight: FloatArray, q: float) -> float:
     # A float64 sum of n terms is off by a factor of at most 1 +- n u, so only these rows can be the largest.
     slack = 1 - 4 * terms.shape[1] * UNIT_ROUNDOFF
     largest = max(_sum_up(terms[row]) for row in np.flatnonzero(sums >= sums.max() * slack))
-    return largest if q == 1 else _sqrt_up(largest)
+    return largest if q == 1 else root_up(Fraction(largest))
 
 
 @_remembered
@@ -140,6 +140,31 @@ def _proves(bound: float, gram: FloatArray, shape: tuple[int, int]) -> bool:
     return True
 
 
+def is_semidefinite(matrix: FloatArray) -> bool:
+    """Whether `matrix` (n, n), symmetric, is proven positive semidefinite, as the exact float64 numbers it holds.
+
+    Rows and columns are scaled by powers of two, which leaves diagonal entries between 1/2 and 2. If a Cholesky
+    factorisation of A - c I runs through, A - c I + E is semidefinite for some E with
+    ||E||_2 <= gamma_{n+1} / (1 - gamma_{n+1}) trace(A - c I), so A is for a c of this size.
+
+    Reference: Rump 2006, as above.
+    """
+    diagonal = np.diagonal(matrix)
+    if not (np.isfinite(matrix).all() and (diagonal > 0).all()):
+        return False
+    scale = -(np.frexp(diagonal)[1] // 2)
+    scaled = np.ldexp(np.ldexp(matrix, scale), scale[:, None])
+    n = len(matrix)
+    # The trace is at most 2 n, and the diagonal is rounded once more. The factor 2 covers the denominators, the
+    # rounding of this very number, and entries that underflow.
+    scaled[np.diag_indices(n)] -= 2 * UNIT_ROUNDOFF * (2 * n * (n + 1) + 4)
+    try:
+        np.linalg.cholesky(scaled)
+    except np.linalg.LinAlgError:
+        return False
+    return True
+
+
 def product_bound(norms: Iterable[float]) -> float:
     """The product of the layers' norms, computed exactly and rounded up."""
     product = Fraction(1)
@@ -164,6 +189,9 @@ def _sum_up(terms: FloatArray) -> float:
     return math.nextafter(total, math.inf) if math.fsum([*terms, -total]) > 0 else total
 
 
-def _sqrt_up(value: float) -> float:
+def root_up(value: Fraction) -> float:
+    """The square root, rounded up."""
     root = math.sqrt(value)
-    return root if Fraction(root) ** 2 >= Fraction(value) else math.nextafter(root, math.inf)
+    while Fraction(root) ** 2 < value:
+        root = math.nextafter(root, math.inf)
+    return root
