@@ -102,7 +102,15 @@ def examine(run: LoadedRun, options: argparse.Namespace) -> Finding:
     by_product, box = product_certificate(constraint, act, layers, 0), (x.amin(dim=0), x.amax(dim=0))
     max_regions = setting(run.config, "max_regions") if options.max_regions is None else options.max_regions
     problem = Problem(
-        layers, act, constraint, by_product, box, measured, max_regions, options.gap, options.max_seconds
+        layers,
+        act,
+        constraint,
+        by_product,
+        box,
+        measured,
+        max_regions,
+        gap=options.gap,
+        seconds=options.max_seconds,
     )
     certificate = prove(problem, options.method)
     robustness = attacked = None

@@ -101,6 +101,10 @@ class Composer:
             record=record["output_subdir"],
         )
 
+    def is_group(self, key: str) -> bool:
+        """Whether `key` chooses a file."""
+        return bool(self._files.group_exists(key))
+
     def _parse(self, line: str) -> Override:
         """`line`, parsed; Hydra's refusal of a sweep within a job included."""
         if line not in self._parsed:

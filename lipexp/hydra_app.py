@@ -61,13 +61,13 @@ def main(arguments: Sequence[str]) -> int:
         sys.argv[1:] = flags_first(arguments)
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
     except ConfigError as error:
+        RefuseEarly.release()
         complain(error)
         return 2
     except SweepFailed as error:
         failures.extend(RunFailed(line) for line in error.failures)
     except (HydraException, OmegaConfBaseException) as error:
-        for folder in RefuseEarly.claimed:
-            RunFolder(folder).discard_if_empty()
+        RefuseEarly.release()
         complain(explain(error))
         return 2
     except KeyboardInterrupt:
@@ -160,6 +160,12 @@ class RefuseEarly(Callback):
         if used:
             raise ConfigError(option, folder, "is not empty; results are never overwritten")
         self.claimed.append(folder)
+
+    @classmethod
+    def release(cls) -> None:
+        """Remove the folders made for this command that are still empty."""
+        for folder in cls.claimed:
+            RunFolder(folder).discard_if_empty()
 
 
 def flags_first(arguments: Sequence[str]) -> list[str]:

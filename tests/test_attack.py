@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lipexp.activations import GroupSort, ReLU
+from lipexp.activations import Elementwise, GroupSort, ReLU
 from lipexp.attack import Falsifier, attack, closer, project, steepest
 from lipexp.bounds import product_certificate
 from lipexp.certificates import dual
@@ -50,8 +50,8 @@ def exact_f(layers: list[Layer], act: torch.nn.Module, point: list[float]) -> Fr
             size = act.size(len(h))
             h = [v for start in range(0, len(h), size) for v in sorted(h[start : start + size])]
         elif i > 0:
-            assert isinstance(act, ReLU)
-            h = [max(v, Fraction()) for v in h]
+            assert isinstance(act, Elementwise)
+            h = [v if v > 0 else Fraction(act.slope) * v for v in h]
         h = [
             sum((Fraction(w) * v for w, v in zip(row, h, strict=True)), Fraction(b))
             for row, b in zip(layer.weight[0].tolist(), layer.bias[0, 0].tolist(), strict=True)

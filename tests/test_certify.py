@@ -268,7 +268,7 @@ def test_the_best_method_that_holds_everywhere_gives_the_radii(lipexp, run, monk
     # A method alone: the product and it; the bounds that other calls proved stay.
     assert lipexp("certify", str(folder), "--method", "product").code == 0
     section = metrics(folder)["certify"]
-    assert section["lipschitz"]["certified"] == certified
+    assert section["lipschitz"]["certified"] == product
     assert section["bounds"]["tight"]["value"] == between
     done = lipexp("certify", str(folder), "--method", "none")
     assert done.code == 2

@@ -1,0 +1,28 @@
+"""`lipexp train -m hydra/sweeper=search` searches a space; see lipexp/study, which does the work.
+
+Every Hydra application in this environment imports this file when it starts, so it imports nothing of lipexp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class SearchSweeper(Sweeper):
+    """Asks for rounds of trials, and trains each as a sweep of its own."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from lipexp.study import search
+
+        assert self.config is not None
+        return search(self.context.config_loader, self.config, arguments, self.options)
