@@ -10,8 +10,10 @@ The rule of the house: configuration group (singular) = module (plural) = test f
     conf/optim/       -> lipexp/optim.py
 
 The road of a command: cli -> train (configurations -> objects) -> loop (K stacked runs) -> evaluate, with
-measures (lower bounds) and certificates (upper bounds) -> runs (the folder of a run) -> figures, display. A sweep
-takes the side road sweep (with compose, executors and slurm) -> train.
+measures and search (lower bounds), bounds and what stands behind it (upper bounds: certificates, propagation,
+semidefinite, regions) and robustness (radii) -> runs (the folder of a run) -> figures, display. A sweep takes the
+side road sweep (with compose, options, executors and slurm) -> train; a search, study -> sweep. What is finished
+is read back by loading, for report, figures and certify (with attack).
 """
 
 from __future__ import annotations
