@@ -191,7 +191,7 @@ class GroupSort(PiecewiseLinear):
         return GroupSort(self.n_groups, self.group_size, neighbours=True)
 
     def piece(self, z: np.ndarray[Any, Any]) -> Piece | None:
-        groups = self._members(z.shape[-1])
+        groups = self.members(z.shape[-1])
         members = z[..., groups]  # (..., groups, size)
         ranked = np.argsort(members, axis=-1)
         members = np.take_along_axis(members, ranked, axis=-1)
@@ -202,11 +202,11 @@ class GroupSort(PiecewiseLinear):
         return Piece(index, np.ones(z.shape, dtype=np.int64))
 
     def kinks(self, width: int) -> np.ndarray[Any, Any]:
-        groups = self._members(width)
+        groups = self.members(width)
         pairs = np.stack(np.triu_indices(groups.shape[1], k=1), axis=1)
         return groups[:, pairs].reshape(-1, 2)
 
-    def _members(self, width: int) -> np.ndarray[Any, Any]:
+    def members(self, width: int) -> np.ndarray[Any, Any]:
         """(groups, size) the features of each group."""
         order = self.order(width)
         place = np.arange(width) if order is None else order.numpy()
