@@ -370,3 +370,24 @@ def test_a_killed_search_goes_on_with_the_same_trials(lipexp, tmp_path):
     rows = [pd.read_csv(f"{name}/sweep.csv") for name in ("killed", "whole")]
     assert rows[0]["trial"].tolist() == rows[1]["trial"].tolist()
     assert rows[0]["test.loss"].to_numpy() == pytest.approx(rows[1]["test.loss"].to_numpy(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_search_finds_a_configuration_at_least_as_robust_as_the_default(lipexp):
+    """100 trials, as in the README."""
+    space = (LR, "loss.margin=interval(0.1,0.5)", "model.width=32,64,128", "act=relu,groupsort")
+    options = ("hydra.launcher.executor=process", "hydra.sweeper.metric=robustness.certified_accuracy.0.4")
+    done = lipexp(
+        "train",
+        "-m",
+        "hydra/sweeper=search",
+        *space,
+        "constraint=spectral,linf",
+        *options,
+        "hydra.sweep.dir=found",
+    )
+    assert done.code == 0, done.err
+    assert len(trials()) == 100
+    assert lipexp("train", "hydra.run.dir=default").code == 0
+    default = json.loads(Path("default/metrics.json").read_text())["robustness"]["certified_accuracy"]["0.4"]
+    assert max(trial.value for trial in trials()) >= default

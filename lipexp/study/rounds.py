@@ -141,10 +141,9 @@ class Search:
         """
         for number in range(max(first, len(self.study.trials)), end):
             leader = number - (number - first) % self.options.stack if first else number
-            params = self.study.trials[leader].params if leader < number else {}
-            self.study.sampler = _sampler(
-                self.options, number, {key: params[key] for key in self.shared if params}
-            )
+            leading = self.study.trials[leader].params if leader < number else None
+            fixed = {} if leading is None else {key: leading[key] for key in self.shared}
+            self.study.sampler = _sampler(self.options, number, fixed)
             self.study.ask(self.space.distributions())
 
     def _train(self, number: int, trials: Sequence[FrozenTrial]) -> list[list[End]]:
