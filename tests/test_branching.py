@@ -66,7 +66,7 @@ def test_the_interval_holds_the_exact_constant(name, dims, q):
 @pytest.mark.parametrize("name", ACTS)
 def test_more_dimensions_close_on_small_networks(name, dims):
     act, layers = ACTS[name], network(dims, 8, 8, 1, seed=dims)
-    found = search(layers, act, box(dims), 2.0, None, NOTHING, 1e-3, 2.0 if name == "groups of 4" else None)
+    found = search(layers, act, box(dims), 2.0, None, NOTHING, 1e-3, 1.0 if name == "groups of 4" else None)
     assert steepest(layers, act, 2.0) <= found.upper
     assert found.upper <= found.best.value * (1.001 if name != "groups of 4" else 3)
     at = ExactNetwork(layers, act, 0).gradient(np.array(found.best.point))

@@ -69,7 +69,7 @@ SWEEPS = {
         "+act.t='${now:%Y-%f}'",
     ],
     "experiment": ["experiment=debug", "seed=1,2", "steps=3"],
-    "glob": ["experiment=glob(*)", "act=glob(*,exclude=f*)"],
+    "glob": ["experiment=glob(*,exclude=o*)", "act=glob(*,exclude=[a*,f*,g*,l*])"],
     "range, choice, sort, shuffle": ["seed=range(1,3)", "steps=choice(1,2)", "optim.betas=sort([0.9,0.8])"],
     "hydra's own": ["seed=1,2", "hydra.job.name=mine", "hydra.sweep.subdir=${hydra.job.override_dirname}"],
     "a dict for a group": ["model={width:8},{width:16}", "act=relu"],
