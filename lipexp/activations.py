@@ -3,8 +3,9 @@
 Shapes: K runs, B points, H features; every map takes and returns (..., H).
 
 An activation declares in `norms` the p-norms in which it is 1-Lipschitz; the constraint needs the one of its
-hidden space. A class that declares none, such as torch.nn.Tanh, trains without a constraint only. lipexp's own
-activations are piecewise linear, which `piece` exposes: it is what makes exact arithmetic on a network possible.
+hidden space. A class that declares none, such as torch.nn.Tanh, trains without a constraint only. One that acts
+feature by feature may also declare the range of its slopes in `slopes`, which leads to tighter bounds. lipexp's
+own activations are piecewise linear, which `piece` exposes: it is what makes exact arithmetic on a network possible.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Activation(nn.Module):
     """Base of lipexp's activations: what a network asks of its nonlinearity beyond `forward`."""
 
     norms: frozenset[float] = frozenset()
+    slopes: tuple[float, float] | None = None  # the range of (act(a) - act(b)) / (a - b), feature by feature
 
     def check_width(self, width: int) -> None:
         """Raise ConfigError if a layer of `width` features does not suit."""
@@ -74,6 +76,7 @@ class Elementwise(PiecewiseLinear):
         self.slope = slope
         self.below, self.above = float(slope).as_integer_ratio()
         self.exponent = 1 - self.above.bit_length()
+        self.slopes = (float(slope), 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.leaky_relu(x, self.slope)
@@ -191,7 +194,7 @@ class GroupSort(PiecewiseLinear):
         return GroupSort(self.n_groups, self.group_size, neighbours=True)
 
     def piece(self, z: np.ndarray[Any, Any]) -> Piece | None:
-        groups = self._members(z.shape[-1])
+        groups = self.groups(z.shape[-1])
         members = z[..., groups]  # (..., groups, size)
         ranked = np.argsort(members, axis=-1)
         members = np.take_along_axis(members, ranked, axis=-1)
@@ -202,11 +205,11 @@ class GroupSort(PiecewiseLinear):
         return Piece(index, np.ones(z.shape, dtype=np.int64))
 
     def kinks(self, width: int) -> np.ndarray[Any, Any]:
-        groups = self._members(width)
+        groups = self.groups(width)
         pairs = np.stack(np.triu_indices(groups.shape[1], k=1), axis=1)
         return groups[:, pairs].reshape(-1, 2)
 
-    def _members(self, width: int) -> np.ndarray[Any, Any]:
+    def groups(self, width: int) -> np.ndarray[Any, Any]:
         """(groups, size) the features of each group."""
         order = self.order(width)
         place = np.arange(width) if order is None else order.numpy()
@@ -264,6 +267,17 @@ def _exchanged(x: Tensor, swap: Tensor) -> Tensor:
 def declared_norms(act: nn.Module) -> frozenset[float]:
     """The p-norms in which `act` says that it is 1-Lipschitz; none for a class that does not say."""
     return frozenset(float(p) for p in cast(Any, act.norms)) if _declares(act, "norms") else frozenset()
+
+
+def declared_slopes(act: nn.Module) -> tuple[float, float] | None:
+    """The range of slopes of an `act` that maps feature by feature; None for one that does not say so."""
+    slopes = cast(Any, act.slopes) if _declares(act, "slopes") else None
+    return None if slopes is None else (float(slopes[0]), float(slopes[1]))
+
+
+def declared_groups(act: nn.Module, width: int) -> np.ndarray[Any, Any] | None:
+    """(groups, size) the features that `act` permutes among themselves in a layer of `width`; None: not known."""
+    return act.groups(width) if isinstance(act, GroupSort) and _declares(act, "groups") else None
 
 
 def is_piecewise_linear(act: nn.Module) -> bool:
