@@ -5,7 +5,7 @@ Shapes: K runs, B points, H features; every map takes and returns (..., H).
 An activation declares in `norms` the p-norms in which it is 1-Lipschitz; the constraint needs the one of its
 hidden space. A class that declares none, such as torch.nn.Tanh, trains without a constraint only. One that acts
 feature by feature may also declare the range of its slopes in `slopes`, which leads to tighter bounds. lipexp's
-own activations are piecewise linear, which `piece` exposes: it is what makes exact arithmetic on a network possible.
+own activations are piecewise linear, which `piece` exposes: that makes exact arithmetic on a network possible.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ class Activation(nn.Module):
     """Base of lipexp's activations: what a network asks of its nonlinearity beyond `forward`."""
 
     norms: frozenset[float] = frozenset()
-    slopes: tuple[float, float] | None = None  # the range of (act(a) - act(b)) / (a - b), feature by feature
+
+    @property
+    def slopes(self) -> tuple[float, float] | None:
+        """The range of (act(a) - act(b)) / (a - b) of one that acts feature by feature."""
+        return None
 
     def check_width(self, width: int) -> None:
         """Raise ConfigError if a layer of `width` features does not suit."""
@@ -76,7 +80,10 @@ class Elementwise(PiecewiseLinear):
         self.slope = slope
         self.below, self.above = float(slope).as_integer_ratio()
         self.exponent = 1 - self.above.bit_length()
-        self.slopes = (float(slope), 1.0)
+
+    @property
+    def slopes(self) -> tuple[float, float]:
+        return float(self.slope), 1.0
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.leaky_relu(x, self.slope)

@@ -11,8 +11,8 @@ v_i = e_i - beta w_i, where w_i is the row of weights of feature i, on the featu
 
 Each step solves a linear system of H + 1 equations for Z S = mu I, T x = mu (the direction of Helmberg et al.
 1996, with Mehrotra's corrector). As the matrix of each T_i has rank 2, the system costs a few products of matrices
-of the size of S. Every iterate S is positive definite, so each is a bound, and the method may stop anywhere. It is a
-heuristic as far as proofs go: what it returns is proven elsewhere.
+of the size of S. Every iterate S is positive definite, so each is a bound, and the method may stop anywhere. It
+proves nothing itself: what it returns is proven elsewhere.
 
 Shapes: N inputs and features together, H features, C outputs.
 

@@ -210,9 +210,9 @@ def proves(lipschitz: float, weights: Sequence[Array], slopes: Slopes, multiplie
 
     Each entry of M is a sum of at most m + 2 terms, m the width of the largest layer, each a product of at most
     four factors of which some are rounded. In float64 it is off by at most gamma_{m+8} B, with B the sum of the
-    terms' absolute values and gamma_k = k u / (1 - k u), and by what underflows, at most (m + 8) 2^-1074 as no weight
-    exceeds 1. `is_semidefinite` allows for twice the error that it is given, which covers the denominator and the
-    rounding of B.
+    terms' absolute values and gamma_k = k u / (1 - k u), and by what underflows, at most (m + 8) 2^-1074 as no
+    weight exceeds 1. `is_semidefinite` allows for twice the error that it is given, which covers the denominator
+    and the rounding of B.
 
     Args:
         weights: float64, entries at most 1.
