@@ -201,7 +201,7 @@ class GroupSort(PiecewiseLinear):
         return GroupSort(self.n_groups, self.group_size, neighbours=True)
 
     def piece(self, z: np.ndarray[Any, Any]) -> Piece | None:
-        groups = self.groups(z.shape[-1])
+        groups = self.members(z.shape[-1])
         members = z[..., groups]  # (..., groups, size)
         ranked = np.argsort(members, axis=-1)
         members = np.take_along_axis(members, ranked, axis=-1)
@@ -212,11 +212,11 @@ class GroupSort(PiecewiseLinear):
         return Piece(index, np.ones(z.shape, dtype=np.int64))
 
     def kinks(self, width: int) -> np.ndarray[Any, Any]:
-        groups = self.groups(width)
+        groups = self.members(width)
         pairs = np.stack(np.triu_indices(groups.shape[1], k=1), axis=1)
         return groups[:, pairs].reshape(-1, 2)
 
-    def groups(self, width: int) -> np.ndarray[Any, Any]:
+    def members(self, width: int) -> np.ndarray[Any, Any]:
         """(groups, size) the features of each group."""
         order = self.order(width)
         place = np.arange(width) if order is None else order.numpy()
@@ -284,7 +284,12 @@ def declared_slopes(act: nn.Module) -> tuple[float, float] | None:
 
 def declared_groups(act: nn.Module, width: int) -> np.ndarray[Any, Any] | None:
     """(groups, size) the features that `act` permutes among themselves in a layer of `width`; None: not known."""
-    return act.groups(width) if isinstance(act, GroupSort) and _declares(act, "groups") else None
+    return act.members(width) if isinstance(act, GroupSort) and _declares(act, "members") else None
+
+
+def declared_kinks(act: nn.Module, width: int) -> np.ndarray[Any, Any] | None:
+    """The kinks of `act` in a layer of `width`, see `PiecewiseLinear`; None: not known."""
+    return act.kinks(width) if isinstance(act, PiecewiseLinear) and _declares(act, "kinks") else None
 
 
 def is_piecewise_linear(act: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lipexp import propagation, regions, semidefinite
+from lipexp import branching, propagation, regions, semidefinite
 from lipexp.activations import PiecewiseLinear, declared_norms, declared_slopes
 from lipexp.certificates import dual, norm_name, product_bound
 from lipexp.config import ConfigError
@@ -28,6 +28,7 @@ class Proof(NamedTuple):
     reason: str | None = None
     everywhere: bool = True  # else over the box only: no bound for a point that may leave it
     constants: regions.Constants | None = None  # where all linear regions are known
+    best: Maximum | None = None  # the steepest point that the method came across
     gave_up: bool = False  # the method is for this network, but reached its limit
 
 
@@ -118,6 +119,7 @@ class Problem(NamedTuple):
     best: float | None = None  # what is proven so far; None: prove it whether that helps or not
     gap: float = 1e-3  # upper / lower - 1, below which a method that searches may stop
     seconds: float | None = None  # after which it must
+    report: Callable[[str], None] | None = None  # is told how a search goes
 
 
 def product(problem: Problem) -> Proof:
@@ -183,30 +185,56 @@ def _semidefinite(value: float | None) -> Proof:
     return Proof(value, None if value is not None else "rounding errors leave nothing proven")
 
 
+def bnb(problem: Problem) -> Proof:
+    """Branch and bound over the box of the data, for up to four inputs; see `branching`."""
+    reason = branching.refusal(problem.layers, problem.act)
+    if reason is not None:
+        return Proof(None, reason)
+    q, root = problem.constraint.q, problem.best if problem.best is not None else problem.product.value
+    found = branching.search(
+        problem.layers,
+        problem.act,
+        problem.box,
+        q,
+        root,
+        problem.measured,
+        problem.gap,
+        problem.seconds,
+        problem.report,
+    )
+    return Proof(found.upper, everywhere=False, best=found.best)
+
+
 METHODS: dict[str, Callable[[Problem], Proof]] = {
     "product": product,
     "rows": rows,
     "exact": exact,
     "eclipse": eclipse,
     "lipsdp": lipsdp,
+    "bnb": bnb,
 }
+ON_REQUEST = {"bnb"}  # takes long
 
 
 def prove(problem: Problem, method: str | None = None) -> Certificate:
     """The certificate with the smallest bound that holds everywhere, and the proof of every method.
 
     Args:
-        method: the one to take besides the product; None: all, until the exact constant is known.
+        method: the one to take besides the product; None: all, until the exact constant is known. Branch and bound
+            is only taken when it is named, and starts from what the others prove everywhere.
 
     Raises:
         ConfigError: `method` has no bound for this network.
     """
     proofs: dict[str, Proof] = {}
-    for name in METHODS if method is None else dict.fromkeys(["product", method]):
+    several = method is None or method in ON_REQUEST
+    for name in METHODS if several else dict.fromkeys(["product", str(method)]):
+        if name != method and (name in ON_REQUEST or (name == "exact" and method in ON_REQUEST)):
+            continue
         proofs[name] = METHODS[name](problem)
         if proofs[name].constants is not None:
             break  # nothing proves less than the exact constant
-        if method is None:
+        if several:
             problem = problem._replace(best=_smallest(proofs))
     if method is not None and proofs[method].value is None and method != "product":
         raise ConfigError("--method", method, f"has no bound for this network: {proofs[method].reason}")

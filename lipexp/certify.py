@@ -111,8 +111,12 @@ def examine(run: LoadedRun, options: argparse.Namespace) -> Finding:
         max_regions,
         gap=options.gap,
         seconds=options.max_seconds,
+        report=lambda line: print(line, flush=True),
     )
     certificate = prove(problem, options.method)
+    for name, proof in certificate.proofs.items():
+        if proof.best is not None and proof.best.value > measured.value:  # a search came across a steeper point
+            by[name] = measured = proof.best
     robustness = attacked = None
     if dataset.task == "classification":
         test_x, test_y = (torch.from_numpy(part).double() for part in (data.test_x, data.test_y))
@@ -194,15 +198,20 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder, or one that holds runs")
     parser.add_argument("--attack", action="store_true", help="also try to refute every certified radius")
     parser.add_argument(
-        "--method", metavar="NAME", choices=list(METHODS), help=f"one of {', '.join(METHODS)}; default: all"
+        "--method",
+        metavar="NAME",
+        choices=list(METHODS),
+        help=f"one of {', '.join(METHODS)}; default: all but bnb, branch and bound over the box of the data",
     )
     parser.add_argument(
         "--max-regions", metavar="N", type=int, help="linear regions to enumerate (default: the run's own)"
     )
     parser.add_argument(
-        "--gap", metavar="G", type=float, default=1e-3, help="a search stops at upper / lower - 1 <= G"
+        "--gap", metavar="G", type=float, default=1e-3, help="bnb stops at upper / lower - 1 <= G (default: 0.001)"
     )
-    parser.add_argument("--max-seconds", metavar="S", type=float, help="a search stops after S seconds")
+    parser.add_argument(
+        "--max-seconds", metavar="S", type=float, default=60.0, help="bnb stops after S seconds (default: 60)"
+    )
     parser.add_argument(
         "--radii", metavar="R,R,…", help="distances for certified accuracy (default: the run's own)"
     )
@@ -225,8 +234,7 @@ def main(arguments: Sequence[str]) -> int:
 def check(options: argparse.Namespace) -> None:
     """Raise ConfigError for a number that makes no sense, and read the list of radii."""
     number("--gap", options.gap, above=0)
-    if options.max_seconds is not None:
-        number("--max-seconds", options.max_seconds, above=0)
+    number("--max-seconds", options.max_seconds, above=0)
     if options.max_regions is not None:
         whole("--max-regions", options.max_regions, least=0)
     if options.radii is not None:

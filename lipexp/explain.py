@@ -22,6 +22,8 @@ def explain(error: HydraException | OmegaConfBaseException) -> str:
         return _wrong_type(cause)
     if isinstance(cause, ConfigKeyError | AttributeError) and isinstance(error, HydraException):
         return _unknown_key(error, cause)
+    if "does not support sweep type : INTERVAL_SWEEP" in str(error):
+        return "interval(…): is for a search, hydra/sweeper=search; a sweep takes choice(…) and range(…)"
     ambiguous = re.match(r"Ambiguous value for argument '(.*)'", str(error))
     if ambiguous:
         return f"{ambiguous[1]}: several values are a sweep, which needs -m; a list is written in [brackets]"

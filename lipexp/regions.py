@@ -24,12 +24,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from lipexp.activations import PiecewiseLinear, is_piecewise_linear
+from lipexp.activations import PiecewiseLinear, declared_kinks, is_piecewise_linear
 from lipexp.certificates import UNIT_ROUNDOFF
+from lipexp.domain import Domain
 from lipexp.measures import ExactArray, integers
 from lipexp.models import Layer
 from lipexp.polygons import (
-    INFINITY,
     SAFETY,
     TINY,
     ExactLine,
@@ -37,7 +37,6 @@ from lipexp.polygons import (
     Integers,
     Plane,
     Polygons,
-    offsets,
 )
 
 _CHUNK = 2**18  # numbers in one temporary array
@@ -88,7 +87,7 @@ def refusal(layers: Sequence[Layer], act: nn.Module) -> str | None:
         return "is for one output"
     if not is_piecewise_linear(act):
         return f"{type(act).__name__} does not name its linear pieces"
-    if isinstance(act, PiecewiseLinear) and act.kinks(layers[0].weight.shape[1]) is None:
+    if declared_kinks(act, layers[0].weight.shape[1]) is None:
         return f"{type(act).__name__} does not name its kinks"
     return None
 
@@ -122,10 +121,9 @@ class Enumeration:
             self.weights[0] = np.concatenate([self.weights[0], np.zeros_like(self.weights[0])], axis=1)
         self.max_regions = max_regions
         self.plane = Plane(self.exact_line)
-        self.exact_start: list[ExactLine] = []
         low, high = (np.asarray(end, dtype=np.float64) for end in box)
-        self.domain = np.stack([low, high], axis=1).tolist()
-        self.cells, self.inside = self._start(low, high)
+        self.domain = Domain(self.plane, low, high)
+        self.cells, self.inside = self.domain.cells, self.domain.inside
         # Of each hidden layer: the region of the layer before in which a region lies, and the linear piece there.
         self.parents: list[Integers] = []
         self.pieces: list[tuple[Integers, npt.NDArray[np.int64]]] = []
@@ -137,99 +135,7 @@ class Enumeration:
         for layer in range(len(layers) - 1):
             self._cut(layer)
 
-    # Where it begins ---------------------------------------------------------------------------------------------
-
-    def _start(self, low: Floats, high: Floats) -> tuple[Polygons, npt.NDArray[np.bool_]]:
-        """The box and the parts around it, cut out by the lines through its sides; for a line, one half-plane.
-
-        A box without interior is left out: what is cut is then the plane at one of its points.
-        """
-        has_box = bool((high > low).all())
-        cuts = [[a, b] if has_box else [a] for a, b in zip(low.tolist(), high.tolist(), strict=True)]
-        if self.dims == 1:
-            cuts.append([0.0])
-        lines = [self._start_lines(values, axis) for axis, values in enumerate(cuts)]
-        infinity = self._start_line(INFINITY)
-        columns, rows = (range(len(part) + 1) for part in lines)
-        parts, inside = [], []
-        for column in columns:
-            for row in rows if self.dims == 2 else rows[1:]:
-                parts.append(self._part(lines, column, row, infinity))
-                inside.append(has_box and column == 1 and (row == 1))
-        counts = np.array([len(part) for part in parts])
-        flat = [entry for part in parts for entry in part]
-        return (
-            Polygons(
-                offsets(counts),
-                np.array([corner for corner, _ in flat]),
-                np.array([edge for _, edge in flat]),
-                np.arange(len(parts)),
-            ),
-            np.array(inside),
-        )
-
-    def _start_lines(self, values: Sequence[float], axis: int) -> list[int]:
-        """The lines x = value, or y = value, in integers."""
-        found = []
-        for value in values:
-            numerator, denominator = value.as_integer_ratio()
-            found.append(
-                self._start_line(
-                    (denominator, 0, -numerator) if axis == 0 else (0, denominator, -numerator), value, axis
-                )
-            )
-        return found
-
-    def _start_line(self, exact: ExactLine, value: float = 0.0, axis: int | None = None) -> int:
-        line = [0.0, 0.0, 1.0] if axis is None else [float(axis == 0), float(axis == 1), -value]
-        self.exact_start.append(exact)
-        nothing = np.array([-1])
-        (number,) = self.plane.add_lines(np.array([line]), np.zeros((1, 3)), nothing, np.array([[-1, -1]]))
-        return int(number)
-
-    def _part(self, lines: list[list[int]], column: int, row: int, infinity: int) -> list[tuple[int, int]]:
-        """(corner, edge after it) of the part between two neighbouring lines of each axis, anticlockwise."""
-        xs, ys = lines
-        left, right = (xs[i] if 0 <= i < len(xs) else None for i in (column - 1, column))
-        below, above = (ys[i] if 0 <= i < len(ys) else None for i in (row - 1, row))
-        # The sides in order, each with the direction in which one walks along it.
-        walk = [(below, (1, 0)), (right, (0, 1)), (above, (-1, 0)), (left, (0, -1))]
-        sides = [(line, direction) for line, direction in walk if line is not None]
-        part = []
-        for (line, direction), (following, after) in zip(sides, sides[1:] + sides[:1], strict=True):
-            turns = direction[0] * after[1] - direction[1] * after[0]
-            if turns > 0:
-                part.append((self._start_corner(line, following, None), following))
-                continue
-            # Open to infinity. Between opposite directions lies one corner there, or two where a side is missing.
-            away, back = direction, (-after[0], -after[1])
-            if away == back:
-                part.append((self._start_corner(line, infinity, away), following))
-            else:
-                part.append((self._start_corner(line, infinity, away), infinity))
-                part.append((self._start_corner(following, infinity, back), following))
-        return part
-
-    def _start_corner(self, first: int, second: int, direction: tuple[int, int] | None) -> int:
-        """The corner where two lines meet; `direction`: in which it lies, at infinity."""
-        a, b = self.exact_start[first], self.exact_start[second]
-        x, y, t = a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
-        ahead = t if direction is None else x * direction[0] + y * direction[1]
-        sign = 1 if ahead > 0 else -1
-        if direction is None:
-            line_x, line_y = (first, second) if a[0] else (second, first)
-            ends = (-self.plane.lines["value"][line] for line in (line_x, line_y))
-            over = [self.plane.lines["value"][line_x][0], self.plane.lines["value"][line_y][1]]
-            value = [part[2] / scale for part, scale in zip(ends, over, strict=True)] + [1.0]
-        else:
-            value = [float(direction[0]), float(direction[1]), 0.0]
-        (number,) = self.plane.corners.append(
-            value=np.array([value]),
-            error=np.zeros((1, 3)),  # the ends of the box are float64 numbers, and the scales powers of two
-            lines=np.array([[first, second]]),
-            sign=np.array([sign]),
-        )
-        return int(number)
+    # Layers ------------------------------------------------------------------------------------------------------
 
     def _identity(self, n: int) -> Maps:
         """The inputs themselves, as two features."""
@@ -238,8 +144,6 @@ class Enumeration:
         value[:, 1, 1] = 1.0 if self.dims == 2 else 0.0
         size = np.abs(value).max(axis=2)
         return Maps(value, np.zeros_like(size), size)
-
-    # Layers ------------------------------------------------------------------------------------------------------
 
     def _cut(self, layer: int) -> None:
         """Replace the regions by their parts on which the activation behind `layer` is linear."""
@@ -379,8 +283,8 @@ class Enumeration:
 
     def exact_line(self, line: int) -> ExactLine:
         """A line in integers, up to a positive factor."""
-        if line < len(self.exact_start):
-            return self.exact_start[line]
+        if line < len(self.domain.lines):
+            return self.domain.lines[line]
         owner, pair = int(self.plane.lines["owner"][line]), self.plane.lines["pair"][line]
         layer = int(np.searchsorted(self.first_owner, owner, side="right")) - 1
         return self._exact_kink(layer, owner - self.first_owner[layer], pair)
@@ -426,7 +330,7 @@ class Enumeration:
         everywhere = self._steepest(norm, np.arange(len(norm)), q)
         if box is not None and box.value == everywhere.value:
             everywhere = box
-        return Constants(everywhere, box, self.domain, len(norm))
+        return Constants(everywhere, box, self.domain.sides, len(norm))
 
     def _gradients(self, block: Integers) -> Maps:
         """The map onto the output on some regions."""

@@ -369,3 +369,21 @@ def test_a_slurm_that_does_not_answer(cluster, sweep, monkeypatch, tmp_path):
     assert "Unable to contact slurm controller" in refused.err
     assert len(refused.err.splitlines()) == 1
     assert not Path("s").exists()
+
+
+def test_a_search_asks_for_the_same_trials_as_one_on_this_machine(cluster, sweep):
+    search = ("hydra/sweeper=search", "hydra.sweeper.trials=6", "hydra.sweeper.round=3", "seed=0,1")
+    space = ("optim.lr=tag(log,interval(1e-4,1e-1))", "act=relu,maxmin")
+    done = sweep(*search, *space, *SLURM, "hydra.sweep.dir=there")
+    assert (done.code, done.err) == (0, "")
+    assert len(re.findall(r"^SLURM job \d+: \d stacks? submitted$", done.out, re.MULTILINE)) == 2
+    assert "round 2 of 2: 6 trials, best test.accuracy" in done.out
+    assert sweep(*search, *space, "hydra.sweep.dir=here").code == 0
+    assert_same_rows(Path("there"), Path("here"))
+
+
+def test_a_search_does_not_leave_its_rounds_to_slurm(cluster, sweep):
+    done = sweep("hydra/sweeper=search", "act=relu,maxmin", *SLURM, NO_WAIT, "hydra.sweep.dir=s")
+    assert done.code == 2
+    assert done.err.startswith("lipexp: hydra.launcher.slurm.wait=false: does not suit a search")
+    assert not Path("s").exists()

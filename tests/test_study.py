@@ -139,7 +139,7 @@ def test_trials_depend_on_the_seed_and_on_what_was_told_alone(sampler):
             for number in range(first, first + 4):
                 if interrupted and number == 9:
                     study.sampler = optuna.samplers.RandomSampler()  # whatever it was is forgotten
-                study.sampler = _sampler(Options(sampler=sampler, seed=seed), number)
+                study.sampler = _sampler(Options(sampler=sampler, seed=seed), number, {})
                 study.ask(axes)
             for trial in study.trials[first:]:
                 study.tell(trial.number, trial.params["x"] ** 2 + math.log(trial.params["y"]) ** 2)
@@ -155,7 +155,7 @@ def test_the_estimator_finds_a_bowl_and_the_importance_of_its_axes():
     axes = space("x=interval(-1,1)", "y=interval(-1,1)").distributions()
     for first in range(0, 60, 12):
         for number in range(first, first + 12):
-            study.sampler = _sampler(Options(), number)
+            study.sampler = _sampler(Options(), number, {})
             study.ask(axes)
         for trial in study.trials[first:]:
             study.tell(trial.number, trial.params["x"] ** 2 + 0.1 * trial.params["y"] ** 2)
@@ -242,7 +242,7 @@ def test_trials_that_fail_are_told_and_the_search_goes_on(lipexp):
     done = lipexp(*SEARCH, "optim.lr=1e-3,1e30", "constraint=none", "steps=60", "hydra.sweeper.trials=6")
     assert done.code == 0, done.err
     states = {trial.params["optim.lr"]: trial.state.name for trial in trials()}
-    assert states == {"0.001": "COMPLETE", "1e+30": "FAIL"}
+    assert states == {"0.001": "COMPLETE", "1e+30": "PRUNED"}
     assert "trials have no value; sweep.csv says why" in done.out
     assert set(pd.read_csv("found/sweep.csv")["status"]) == {"ok", "failed"}
 
@@ -251,6 +251,27 @@ def test_a_search_in_which_nothing_has_a_value_fails(lipexp):
     done = lipexp(*SEARCH, "optim.lr=1e30,1e31", "constraint=none", "steps=60", "hydra.sweeper.trials=2")
     assert done.code == 1
     assert "no trial has a value: " in done.err
+
+
+def test_after_the_first_round_a_few_trials_at_a_time_share_a_stack(lipexp):
+    own = ("act=relu,maxmin,groupsort", "model.width=4,8", "hydra.sweeper.round=6", "hydra.sweeper.stack=3")
+    done = lipexp(*SEARCH, LR, *own, "loss.margin=interval(0.1,0.5)", "hydra.sweeper.trials=12", "model.depth=1,2")
+    assert done.code == 0, done.err
+    second = trials()[6:]
+    for group in (second[:3], second[3:]):
+        for key in ("act", "model.width", "model.depth"):
+            assert len({trial.params[key] for trial in group}) == 1
+        for key in ("optim.lr", "loss.margin"):  # these may differ within a stack
+            assert len({trial.params[key] for trial in group}) == 3
+    assert len({(trial.params["act"], trial.params["model.width"]) for trial in trials()[:6]}) > 2
+    plans = [json.loads(Path(f"found/round-{number}/sweep.json").read_text()) for number in (0, 1)]
+    assert len(plans[1]["stacks"]) <= 2 < len(plans[0]["stacks"])
+
+
+def test_an_interval_in_a_sweep_is_one_line(lipexp):
+    done = lipexp("train", "-m", *SMALL, LR, "hydra.sweep.dir=found")
+    assert done.code == 2
+    assert done.err.startswith("lipexp: interval(…): is for a search, hydra/sweeper=search")
 
 
 def test_a_larger_number_of_trials_goes_on_where_the_search_ended(lipexp):
@@ -349,3 +370,24 @@ def test_a_killed_search_goes_on_with_the_same_trials(lipexp, tmp_path):
     rows = [pd.read_csv(f"{name}/sweep.csv") for name in ("killed", "whole")]
     assert rows[0]["trial"].tolist() == rows[1]["trial"].tolist()
     assert rows[0]["test.loss"].to_numpy() == pytest.approx(rows[1]["test.loss"].to_numpy(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_search_finds_a_configuration_at_least_as_robust_as_the_default(lipexp):
+    """100 trials, as in the README."""
+    space = (LR, "loss.margin=interval(0.1,0.5)", "model.width=32,64,128", "act=relu,groupsort")
+    options = ("hydra.launcher.executor=process", "hydra.sweeper.metric=robustness.certified_accuracy.0.4")
+    done = lipexp(
+        "train",
+        "-m",
+        "hydra/sweeper=search",
+        *space,
+        "constraint=spectral,linf",
+        *options,
+        "hydra.sweep.dir=found",
+    )
+    assert done.code == 0, done.err
+    assert len(trials()) == 100
+    assert lipexp("train", "hydra.run.dir=default").code == 0
+    default = json.loads(Path("default/metrics.json").read_text())["robustness"]["certified_accuracy"]["0.4"]
+    assert max(trial.value for trial in trials()) >= default

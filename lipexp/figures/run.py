@@ -75,5 +75,6 @@ def _interval(record: Record) -> str:
     certificate = record.certificate
     text = f"‖∇f‖{SUBSCRIPT[norm_name(certificate.q)]}: measured {below(record.measured.value)}"
     if certificate.value is not None:
-        text += f" ≤ certified {above(certificate.value, certificate.target)}"
+        word = "exact" if certificate.method == "exact" else "certified"
+        text += f" ≤ {word} {above(certificate.value, certificate.target)}"
     return text

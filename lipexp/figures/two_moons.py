@@ -36,9 +36,10 @@ def _panel(ax: Axes, run: pd.Series, loss: str) -> None:
     x = points[["x0", "x1"]].to_numpy()
     mesh = Mesh(x)
     contours(ax, x, points["y"].to_numpy() == 1, mesh, mesh.over(evaluated(run["run"], mesh.points)[0]))
+    word = "exact" if run["lipschitz.method"] == "exact" else "certified"
     interval = (
         f"measured {below(run['lipschitz.measured'])} ≤ "
-        f"certified {above(run['lipschitz.certified'], run['lipschitz.target'])}"
+        f"{word} {above(run['lipschitz.certified'], run['lipschitz.target'])}"
     )
     q = SUBSCRIPT[run["lipschitz.q"]]
     ax.set_title(f"{loss}: test accuracy {run['test.accuracy']:.4g}\n‖∇f‖{q}: {interval}")

@@ -28,6 +28,7 @@ class Options:
         sampler: which points are asked for.
         trials: how many in all.
         round: how many before the next are asked for.
+        stack: of these, how many at a time agree in what cannot differ within a stack.
         seed: of the sampler.
     """
 
@@ -36,6 +37,7 @@ class Options:
     sampler: str = "tpe"
     trials: int = 100
     round: int = 25
+    stack: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -44,7 +46,7 @@ class Options:
         if self.direction is not None:
             one_of("hydra.sweeper.direction", self.direction, DIRECTIONS)
         one_of("hydra.sweeper.sampler", self.sampler, SAMPLERS)
-        for name, least in (("trials", 1), ("round", 1), ("seed", 0)):
+        for name, least in (("trials", 1), ("round", 1), ("stack", 1), ("seed", 0)):
             whole(f"hydra.sweeper.{name}", getattr(self, name), least=least)
 
     @classmethod

@@ -59,7 +59,7 @@ def show(console: Console, study: Study, space: Space, metric: str, files: Seque
     """Print the best trials, the importances, and where everything lies."""
     table = Table(show_edge=False, box=None, pad_edge=False, header_style="bold")
     for name in ("trial", metric, *(axis.key for axis in space.axes)):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=len(name))
     for trial in ranked(study)[:BEST]:
         settings = (_shown(axis, trial.params[axis.key]) for axis in space.axes)
         table.add_row(str(trial.number), f"{trial.value:.6g}", *settings)

@@ -68,9 +68,10 @@ def search(loader: Any, master: DictConfig, arguments: Sequence[str], options: M
         "settings": list(space.settings),
         "seeds": list(space.seeds),
         "goal": [metric, direction],
-        "sampler": [chosen.sampler, chosen.seed],
+        "sampler": [chosen.sampler, chosen.seed, chosen.stack],
     }
     resume = bool(OmegaConf.select(master, "resume"))
+    shared = shared_axes(composer, space)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_use(folder, resume)
@@ -78,7 +79,7 @@ def search(loader: Any, master: DictConfig, arguments: Sequence[str], options: M
             prepare_workers()
         with exclusive(folder):
             study = _study(folder, direction, definition)
-            return Search(loader, master, space, chosen, metric, launcher, folder, study).run()
+            return Search(loader, master, space, chosen, metric, shared, launcher, folder, study).run()
     except OSError as error:
         raise ConfigError("hydra.sweep.dir", folder, f"cannot be written: {error.strerror}") from None
 
@@ -93,12 +94,13 @@ class Search:
         space: Space,
         options: Options,
         metric: str,
+        shared: Sequence[str],
         launcher: LauncherOptions,
         folder: Path,
         study: Study,
     ) -> None:
         self.loader, self.master, self.space, self.options = loader, master, space, options
-        self.metric, self.launcher, self.folder, self.study = metric, launcher, folder, study
+        self.metric, self.shared, self.launcher, self.folder, self.study = metric, shared, launcher, folder, study
         self.console = Console(highlight=False)
         self.rows: list[dict[str, Any]] = []
         self.ends: list[End] = []
@@ -132,9 +134,16 @@ class Search:
         return rounds
 
     def _ask(self, first: int, end: int) -> None:
-        """Ask for the trials of a round. Each has a random stream of its own, so resuming asks for the same."""
+        """Ask for the trials of a round. Each has a random stream of its own, so resuming asks for the same.
+
+        A few at a time follow the first of them in what cannot differ within a stack; in the first round, which
+        knows nothing yet, all are free.
+        """
         for number in range(max(first, len(self.study.trials)), end):
-            self.study.sampler = _sampler(self.options, number)
+            leader = number - (number - first) % self.options.stack if first else number
+            leading = self.study.trials[leader].params if leader < number else None
+            fixed = {} if leading is None else {key: leading[key] for key in self.shared}
+            self.study.sampler = _sampler(self.options, number, fixed)
             self.study.ask(self.space.distributions())
 
     def _train(self, number: int, trials: Sequence[FrozenTrial]) -> list[list[End]]:
@@ -158,7 +167,11 @@ class Search:
         return [list(ends[i : i + per_trial]) for i in range(0, len(ends), per_trial)]
 
     def _tell(self, trials: Sequence[FrozenTrial], ends: Sequence[Sequence[End]]) -> None:
-        """Tell the study the mean over the seeds of each trial, or that it failed."""
+        """Tell the study the mean over the seeds of each trial, or that it has none.
+
+        Such a trial is "pruned" to optuna, for which the estimator takes it as worse than all that have a value; a
+        "failed" one it would ignore, and ask for the likes of it again.
+        """
         from optuna.trial import TrialState
 
         for trial, own in zip(trials, ends, strict=True):
@@ -168,7 +181,7 @@ class Search:
             reasons = [value for value in values if isinstance(value, str)]
             if reasons:
                 self.study._storage.set_trial_user_attr(trial._trial_id, REASON, reasons[0])
-                self.study.tell(trial.number, state=TrialState.FAIL)
+                self.study.tell(trial.number, state=TrialState.PRUNED)
             else:
                 self.study.tell(trial.number, math.fsum(map(float, values)) / len(values))
 
@@ -242,6 +255,21 @@ def _goal(
     return metric, options.direction_of(metric)
 
 
+def shared_axes(composer: Composer, space: Space) -> list[str]:
+    """The axes along which the signature of a run changes: trials that differ there cannot share a stack."""
+    from lipexp.train import build, signature
+
+    def found(values: Mapping[str, str]) -> str | None:
+        job = composer.job(0, space.probe(values))
+        try:
+            return signature(build(job.composed(), job.choices, here=False))
+        except ConfigError:  # these values do not suit each other
+            return None
+
+    own = found({})
+    return [axis.key for axis in space.axes if any(found({axis.key: value}) != own for value in axis.others())]
+
+
 def _check_use(folder: Path, resume: bool) -> None:
     """Refuse a folder that holds something which is not to be continued, or cannot be.
 
@@ -284,18 +312,18 @@ def _study(folder: Path, direction: str, definition: Mapping[str, Any]) -> Study
     return study
 
 
-def _sampler(options: Options, number: int) -> BaseSampler:
-    """The sampler for trial `number`."""
+def _sampler(options: Options, number: int, fixed: Mapping[str, Any]) -> BaseSampler:
+    """The sampler for trial `number`, some of whose parameters are fixed."""
     from optuna.exceptions import ExperimentalWarning
-    from optuna.samplers import RandomSampler, TPESampler
+    from optuna.samplers import PartialFixedSampler, RandomSampler, TPESampler
 
     seed = int(np.random.SeedSequence([options.seed, number]).generate_state(1)[0])
-    if options.sampler == "random":
-        return RandomSampler(seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         # The others of a round have no value yet; they are taken for bad ones, so that a round spreads out.
-        return TPESampler(seed=seed, constant_liar=True)
+        random = options.sampler == "random"
+        free = RandomSampler(seed=seed) if random else TPESampler(seed=seed, constant_liar=True)
+        return PartialFixedSampler(dict(fixed), free) if fixed else free
 
 
 def _in_folder(master: DictConfig, folder: Path) -> DictConfig:

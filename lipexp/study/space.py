@@ -47,6 +47,10 @@ class Axis:
         """Values that between them choose every file that a trial can choose."""
         return list(self.values) or [self.spell(self.low)]
 
+    def others(self) -> list[str]:
+        """Values that show what differs along the axis from the first of `examples`."""
+        return list(self.values[1:]) or [self.spell(self.high)]
+
     def spell(self, value: Any) -> str:
         """A value as the command line takes it."""
         if self.values:
@@ -99,16 +103,14 @@ class Space:
 
     def probes(self) -> list[list[str]]:
         """A few trials that between them choose every file that a trial can choose."""
-        first = {axis.key: axis.examples()[0] for axis in self.axes}
-        chosen = [first]
-        chosen += [{**first, axis.key: value} for axis in self.axes for value in axis.examples()[1:]]
-        return [
-            [*self.settings, *(f"{key}={value}" for key, value in values.items()), *self._first_seed()]
-            for values in chosen
-        ]
+        others = [{axis.key: value} for axis in self.axes for value in axis.examples()[1:]]
+        return [self.probe(values) for values in [{}, *others]]
 
-    def _first_seed(self) -> list[str]:
-        return [f"seed={seed}" for seed in self.seeds[:1]]
+    def probe(self, values: Mapping[str, str]) -> list[str]:
+        """The overrides of a trial with the first value of each axis, and some others instead."""
+        chosen = {axis.key: axis.examples()[0] for axis in self.axes} | dict(values)
+        seed = [f"seed={seed}" for seed in self.seeds[:1]]
+        return [*self.settings, *(f"{key}={value}" for key, value in chosen.items()), *seed]
 
 
 def _seeds(override: Override) -> tuple[str, ...]:
