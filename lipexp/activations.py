@@ -3,8 +3,9 @@
 Shapes: K runs, B points, H features; every map takes and returns (..., H).
 
 An activation declares in `norms` the p-norms in which it is 1-Lipschitz; the constraint needs the one of its
-hidden space. A class that declares none, such as torch.nn.Tanh, trains without a constraint only. lipexp's own
-activations are piecewise linear, which `piece` exposes: it is what makes exact arithmetic on a network possible.
+hidden space. A class that declares none, such as torch.nn.Tanh, trains without a constraint only. One that acts
+feature by feature may also declare the range of its slopes in `slopes`, which leads to tighter bounds. lipexp's
+own activations are piecewise linear, which `piece` exposes: that makes exact arithmetic on a network possible.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ class Activation(nn.Module):
     """Base of lipexp's activations: what a network asks of its nonlinearity beyond `forward`."""
 
     norms: frozenset[float] = frozenset()
+
+    @property
+    def slopes(self) -> tuple[float, float] | None:
+        """The range of (act(a) - act(b)) / (a - b) of one that acts feature by feature."""
+        return None
 
     def check_width(self, width: int) -> None:
         """Raise ConfigError if a layer of `width` features does not suit."""
@@ -74,6 +80,10 @@ class Elementwise(PiecewiseLinear):
         self.slope = slope
         self.below, self.above = float(slope).as_integer_ratio()
         self.exponent = 1 - self.above.bit_length()
+
+    @property
+    def slopes(self) -> tuple[float, float]:
+        return float(self.slope), 1.0
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.leaky_relu(x, self.slope)
@@ -264,6 +274,22 @@ def _exchanged(x: Tensor, swap: Tensor) -> Tensor:
 def declared_norms(act: nn.Module) -> frozenset[float]:
     """The p-norms in which `act` says that it is 1-Lipschitz; none for a class that does not say."""
     return frozenset(float(p) for p in cast(Any, act.norms)) if _declares(act, "norms") else frozenset()
+
+
+def declared_slopes(act: nn.Module) -> tuple[float, float] | None:
+    """The range of slopes of an `act` that maps feature by feature; None for one that does not say so."""
+    slopes = cast(Any, act.slopes) if _declares(act, "slopes") else None
+    return None if slopes is None else (float(slopes[0]), float(slopes[1]))
+
+
+def declared_groups(act: nn.Module, width: int) -> np.ndarray[Any, Any] | None:
+    """(groups, size) the features that `act` permutes among themselves in a layer of `width`; None: not known."""
+    return act.members(width) if isinstance(act, GroupSort) and _declares(act, "members") else None
+
+
+def declared_kinks(act: nn.Module, width: int) -> np.ndarray[Any, Any] | None:
+    """The kinks of `act` in a layer of `width`, see `PiecewiseLinear`; None: not known."""
+    return act.kinks(width) if isinstance(act, PiecewiseLinear) and _declares(act, "kinks") else None
 
 
 def is_piecewise_linear(act: nn.Module) -> bool:

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lipexp import branching, propagation, regions, semidefinite
-from lipexp.activations import PiecewiseLinear, declared_norms
+from lipexp.activations import PiecewiseLinear, declared_norms, declared_slopes
 from lipexp.certificates import dual, norm_name, product_bound
 from lipexp.config import ConfigError
 from lipexp.constraints import Constraint
 from lipexp.measures import Maximum
 from lipexp.models import Layer
+
+WORTHWHILE = 1.1  # certified / measured above which LipSDP is tried without being asked for
+LARGEST = 640  # inputs and features of such a network; some 5 s of one core
 
 
 class Proof(NamedTuple):
@@ -141,27 +144,41 @@ def exact(problem: Problem) -> Proof:
 def rows(problem: Problem) -> Proof:
     """Bounds on the gradient of every feature, layer by layer: u = ||rows of W_1||_q, then |W_i| max(u).
 
-    The triangle inequality, for slopes of at most 1; of features that are sorted together each may be any, so it
-    gets the largest of their bounds. Everywhere, in any norm.
+    The triangle inequality, for activations that declare their slopes, or sort: of features that are sorted
+    together each may be any, so it gets the largest of their bounds. Everywhere, in any norm. See `propagation`.
     """
     reason = propagation.refusal(problem.layers, problem.act)
-    if reason is not None:
-        return Proof(None, reason)
-    return Proof(propagation.bound(problem.layers, cast(PiecewiseLinear, problem.act), problem.constraint.q))
+    return (
+        Proof(None, reason)
+        if reason
+        else Proof(propagation.bound(problem.layers, problem.act, problem.constraint.q))
+    )
 
 
 def eclipse(problem: Problem) -> Proof:
-    """ECLipsE-Fast, for ReLU and leaky ReLU in the 2-norm; see `semidefinite`."""
-    reason = semidefinite.refusal(problem.layers, problem.act, problem.constraint.q)
+    """ECLipsE-Fast, for slopes in [0, 1] and the 2-norm, everywhere; see `semidefinite`."""
+    reason = semidefinite.refusal(problem.act, problem.constraint.q)
     return Proof(None, reason) if reason else _semidefinite(semidefinite.eclipse(problem.layers))
 
 
 def lipsdp(problem: Problem) -> Proof:
-    """LipSDP by descent, for ReLU and leaky ReLU in the 2-norm, where the gap exceeds 10 %; see `semidefinite`."""
-    reason = semidefinite.refusal(problem.layers, problem.act, problem.constraint.q)
-    if reason is None and problem.best is not None and problem.best <= 1.1 * problem.measured.value:
-        reason = "the gap is below 10 %"
-    return Proof(None, reason) if reason else _semidefinite(semidefinite.lipsdp(problem.layers))
+    """LipSDP, for slopes in [0, 1] and the 2-norm, everywhere; see `semidefinite`.
+
+    Unless it is asked for alone, only where the gap is above 10 %, and for networks whose matrix is of moderate
+    size: its time grows with the cube of that.
+    """
+    reason = semidefinite.refusal(problem.act, problem.constraint.q)
+    measured, size = problem.measured.value, semidefinite.size(problem.layers)
+    if reason is None and problem.best is not None:
+        if problem.best <= WORTHWHILE * measured:
+            reason = "the gap is below 10 %"
+        elif size > LARGEST:
+            reason = f"{size} inputs and features, more than {LARGEST}; --method lipsdp takes its time"
+    slopes = declared_slopes(problem.act)
+    if reason is not None or slopes is None:
+        return Proof(None, reason)
+    enough = measured * (1 + problem.gap)
+    return _semidefinite(semidefinite.lipsdp(problem.layers, slopes, enough, problem.seconds))
 
 
 def _semidefinite(value: float | None) -> Proof:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lipexp.activations import Elementwise, GroupSort, is_piecewise_linear
+from lipexp.activations import Elementwise, GroupSort, declared_groups, declared_slopes, is_piecewise_linear
 from lipexp.certificates import UNIT_ROUNDOFF
 from lipexp.measures import Maximum, largest, norms, scan
 from lipexp.models import Layer
@@ -64,7 +64,8 @@ def refusal(layers: Sequence[Layer], act: nn.Module) -> str | None:
         return f"is for {DIMS} inputs or fewer"
     if layers[-1].weight.shape[1] != 1:
         return "is for one output"
-    if not (is_piecewise_linear(act) and isinstance(act, Elementwise | GroupSort)):
+    declares = declared_slopes(act) or declared_groups(act, layers[0].weight.shape[1]) is not None
+    if not (declares and is_piecewise_linear(act) and isinstance(act, Elementwise | GroupSort)):
         return f"is not for {type(act).__name__}"
     return None
 

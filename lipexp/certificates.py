@@ -140,12 +140,14 @@ def _proves(bound: float, gram: FloatArray, shape: tuple[int, int]) -> bool:
     return True
 
 
-def is_semidefinite(matrix: FloatArray) -> bool:
-    """Whether `matrix` (n, n), symmetric, is proven positive semidefinite, as the exact float64 numbers it holds.
+def is_semidefinite(matrix: FloatArray, error: FloatArray | None = None) -> bool:
+    """Whether each symmetric matrix within `error` of `matrix` (n, n), entry by entry, is positive semidefinite.
 
-    Rows and columns are scaled by powers of two, which leaves diagonal entries between 1/2 and 2. If a Cholesky
-    factorisation of A - c I runs through, A - c I + E is semidefinite for some E with
-    ||E||_2 <= gamma_{n+1} / (1 - gamma_{n+1}) trace(A - c I), so A is for a c of this size.
+    That is proven, for the exact numbers that both hold; without an `error` it is about `matrix` itself. Rows and
+    columns of both are scaled by the same powers of two, which leaves diagonal entries between 1/2 and 2. If a
+    Cholesky factorisation of A - c I runs through, A - c I + E is semidefinite for some E with
+    ||E||_2 <= gamma_{n+1} / (1 - gamma_{n+1}) trace(A - c I); and the largest row sum of `error` is at least the
+    2-norm of any symmetric matrix within it. So c has to be at least the sum of the two.
 
     Reference: Rump 2006, as above.
     """
@@ -153,16 +155,26 @@ def is_semidefinite(matrix: FloatArray) -> bool:
     if not (np.isfinite(matrix).all() and (diagonal > 0).all()):
         return False
     scale = -(np.frexp(diagonal)[1] // 2)
-    scaled = np.ldexp(np.ldexp(matrix, scale), scale[:, None])
+    with np.errstate(over="ignore"):
+        scaled = _scaled(matrix, scale)
+        unsure = 0.0 if error is None else float(_scaled(error, scale).sum(axis=1).max())
     n = len(matrix)
     # The trace is at most 2 n, and the diagonal is rounded once more. The factor 2 covers the denominators, the
     # rounding of this very number, and entries that underflow.
-    scaled[np.diag_indices(n)] -= 2 * UNIT_ROUNDOFF * (2 * n * (n + 1) + 4)
+    shift = 2 * UNIT_ROUNDOFF * (2 * n * (n + 1) + 4) + 2 * unsure
+    if not (np.isfinite(scaled).all() and shift < 1):
+        return False  # LAPACK does not stop at entries that are not finite
+    scaled[np.diag_indices(n)] -= shift
     try:
         np.linalg.cholesky(scaled)
     except np.linalg.LinAlgError:
         return False
     return True
+
+
+def _scaled(matrix: FloatArray, exponents: npt.NDArray[np.integer[Any]]) -> FloatArray:
+    """2^exponents[i] 2^exponents[j] matrix[i, j]."""
+    return np.ldexp(np.ldexp(matrix, exponents), exponents[:, None])
 
 
 def product_bound(norms: Iterable[float]) -> float:

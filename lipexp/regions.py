@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from lipexp.activations import PiecewiseLinear, is_piecewise_linear
+from lipexp.activations import PiecewiseLinear, declared_kinks, is_piecewise_linear
 from lipexp.certificates import UNIT_ROUNDOFF
 from lipexp.domain import Domain
 from lipexp.measures import ExactArray, integers
@@ -87,7 +87,7 @@ def refusal(layers: Sequence[Layer], act: nn.Module) -> str | None:
         return "is for one output"
     if not is_piecewise_linear(act):
         return f"{type(act).__name__} does not name its linear pieces"
-    if isinstance(act, PiecewiseLinear) and act.kinks(layers[0].weight.shape[1]) is None:
+    if declared_kinks(act, layers[0].weight.shape[1]) is None:
         return f"{type(act).__name__} does not name its kinks"
     return None
 

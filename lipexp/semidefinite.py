@@ -1,27 +1,28 @@
-"""Upper bounds for ReLU and leaky ReLU networks in the 2-norm, for any number of inputs, by semidefinite matrices.
+"""Upper bounds on the Lipschitz constant in the 2-norm from a matrix inequality: ECLipsE-Fast and LipSDP.
 
-For f(x) = w x_n + b with x_i = phi(W_i x_{i-1} + b_i), each difference of two points obeys, feature by feature,
-dx_i (dz_i - dx_i) >= 0, as phi has slopes in [0, 1]. With multipliers T_i, diagonal and positive, the sum of these
-products, times two, is added to |dx_0|^2 - |w dx_n|^2 / rho; what results is a quadratic form, and f is
-sqrt(rho)-Lipschitz if its matrix is positive semidefinite:
+Take two inputs and let x_0 be their difference, x_k that of the features behind layer k and its activation. If
+every activation acts feature by feature with slopes in [alpha, beta], then z_k = W_k x_{k-1} gives
+(x_k - alpha z_k)_i (x_k - beta z_k)_i <= 0. So for any multipliers T_k >= 0, a diagonal matrix a layer, and all x,
 
-        |  I        -W_1^T T_1                          |
-        | -T_1 W_1   2 T_1      -W_2^T T_2              |
-    M = |            ...         ...                    |
-        |                       -T_n W_n   2 T_n   w^T  |
-        |                                  w       rho  |
+    L^2 |x_0|^2 - |W_n x_{n-1}|^2  >=  x^T M x,
+    x^T M x  =  L^2 |x_0|^2 - |W_n x_{n-1}|^2 + 2 sum_k (x_k - alpha z_k)^T T_k (x_k - beta z_k),
 
-It is if all S_i = 2 T_i - T_i W_i S_{i-1}^-1 W_i^T T_i are positive definite, S_0 = I, and rho >= w S_n^-1 w^T.
-Every choice of T_i is a bound; the methods differ in how they choose. Whatever they find in floating point, the
-bound that is returned is proven: M, whose entries are exact, passes a Cholesky factorisation that allows for its
-rounding errors.
+and L is a Lipschitz constant whenever M is positive semidefinite. It holds everywhere, for any biases, and for
+more than one output in their 2-norm. Nothing is assumed of how T was found:
 
-The bounds hold everywhere, for differences of any two points. They do not cover q other than 2, and no activation
-that falls (abs) or mixes features (GroupSort).
+- ECLipsE-Fast takes T_k = I / sigma, with sigma the largest eigenvalue of W_k S_{k-1}^-1 W_k^T, S_0 = I and
+  S_k = 2 T_k - T_k W_k S_{k-1}^-1 W_k^T T_k, in units of L^2: a closed form, for slopes in [0, 1];
+- LipSDP takes nearly the best T, found by `interior`. Only diagonal T_k are used; the multipliers that couple
+  features ("LipSDP-Network") prove too much (Pauli et al. 2021).
 
-References: Fazlyab et al. 2019, "Efficient and accurate estimation of Lipschitz constants for deep neural
-networks" (LipSDP-Neuron: its multipliers, one for each feature, are these); Xu and Sivaranjani 2024, "ECLipsE"
-(the recursion, and the closed form ECLipsE-Fast).
+The proof that M is positive semidefinite is a Cholesky factorisation that allows for its own rounding errors.
+
+Shapes: weights (out, in) of each layer; multipliers (H,) of all hidden features together.
+
+References: Fazlyab, Robey, Hassani, Morari and Pappas 2019, "Efficient and accurate estimation of Lipschitz
+constants for deep neural networks" (arXiv 1906.04893), theorem 2; Xu and Sivaranjani 2024, "ECLipsE: efficient
+compositional Lipschitz constant estimation for deep neural networks" (arXiv 2404.04375); Pauli, Koch, Berberich,
+Kohler and Allgöwer 2021, "Training robust neural networks using Lipschitz bounds" (arXiv 2005.02929), on coupling.
 """
 
 from __future__ import annotations
@@ -29,162 +30,226 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lipexp.activations import Elementwise, is_piecewise_linear
-from lipexp.certificates import is_semidefinite, root_up
+from lipexp.activations import declared_slopes
+from lipexp.certificates import UNIT_ROUNDOFF, is_semidefinite, round_up
+from lipexp.interior import Inequality, maximise
 from lipexp.models import Layer
 
-Floats = npt.NDArray[np.float64]
+Array = npt.NDArray[np.float64]
+Slopes = tuple[float, float]
 
-STEPS = 100  # of the descent; on networks of 2 to 4 layers of 64 to 256 features more of them gain less than 1e-3
+_FIRST_EXCESS = 2.0**-36  # of a bound over what its multipliers allow; more, until the proof goes through
+_LARGEST_EXCESS = 2.0**-6
 
 
-def refusal(layers: Sequence[Layer], act: nn.Module, q: float) -> str | None:
-    """Why these bounds do not hold for a network; None if they do."""
+def refusal(act: nn.Module, q: float) -> str | None:
+    """Why these bounds do not hold for the activation `act` and the gradient norm q; None if they do."""
     if q != 2:
-        return "is for gradients in the 2-norm"
-    if not (is_piecewise_linear(act) and isinstance(act, Elementwise) and 0 <= act.slope <= 1):
-        return f"{type(act).__name__} has no slopes in [0, 1], feature by feature"
-    if layers[-1].weight.shape[1] != 1:
-        return "is for one output"
+        return "bounds the 2-norm of gradients only"
+    slopes = declared_slopes(act)
+    if slopes is None:
+        return f"{type(act).__name__} declares no slopes"
+    if not 0 <= slopes[0] <= slopes[1] <= 1:
+        return f"needs slopes in [0, 1]; {type(act).__name__} has [{slopes[0]:g}, {slopes[1]:g}]"
     return None
 
 
 def eclipse(layers: Sequence[Layer]) -> float | None:
-    """ECLipsE-Fast: T_i = I / ||W_i S_{i-1}^-1 W_i^T||_2, layer by layer.
+    """A proven bound by the multipliers of ECLipsE-Fast, for slopes in [0, 1]; None where no proof is found.
 
     Args:
-        layers: one baked network, K = 1; `refusal` must be None.
-
-    Returns:
-        L; None if rounding errors leave nothing proven.
+        layers: one network, K = 1, float32, whose `refusal` is None.
     """
-    weights = _weights(layers)
-    multipliers = closed_form(weights)
-    return None if multipliers is None else prove(weights, multipliers)
+    network = Reduced.of(layers)
+    if network is None:
+        return 0.0
+    return network.bound((0.0, 1.0), eclipse_multipliers(network.weights))
 
 
-def lipsdp(layers: Sequence[Layer]) -> float | None:
-    """The smallest w S_n^-1 w^T that L-BFGS finds over log T, from ECLipsE-Fast on.
+def lipsdp(
+    layers: Sequence[Layer], slopes: Slopes, enough: float = 0.0, seconds: float | None = None
+) -> float | None:
+    """A proven bound by nearly the best multipliers, for slopes in [alpha, beta]; None where no proof is found.
 
-    Iterates for which a factorisation fails are not feasible, and turned away by the line search.
-
-    Args, returns: as `eclipse`.
+    Args:
+        layers: one network, K = 1, float32, whose `refusal` is None.
+        slopes: alpha and beta, 0 <= alpha <= beta <= 1.
+        enough: a smaller bound is not looked for.
+        seconds: the search for multipliers stops after so many.
     """
-    weights = _weights(layers)
-    start = closed_form(weights)
-    if start is None:
+    network = Reduced.of(layers)
+    if network is None:
+        return 0.0
+    sigma = _inverse_square(math.ldexp(enough, -network.exponent)) if enough else math.inf
+    return network.bound(slopes, lipsdp_multipliers(network.weights, slopes, sigma, seconds))
+
+
+def size(layers: Sequence[Layer]) -> int:
+    """The rows of the matrices that `lipsdp` factorises again and again."""
+    first, *rest = (layer.weight.shape[1:] for layer in layers)
+    return min(first) + sum(n_in for _, n_in in rest)
+
+
+class Reduced(NamedTuple):
+    """A network as the inequality sees it: what counts of its weights, 2^exponent times smaller in all."""
+
+    weights: list[Array]  # float64, exactly
+    exponent: int
+
+    @classmethod
+    def of(cls, layers: Sequence[Layer]) -> Reduced | None:
+        """Without features that are constant or unused, each layer scaled to a Frobenius norm in [1/2, 1).
+
+        Both are exact: the differences x_i of such features are 0 or multiplied by 0, and the inequality is
+        homogeneous. None for a constant function.
+        """
+        weights = [layer.weight[0].numpy().astype(np.float64) for layer in layers]
+        before = None
+        while before != (shapes := [weight.shape for weight in weights]):
+            before = shapes
+            weights[0] = weights[0][:, weights[0].any(axis=0)]
+            for k in range(len(weights) - 1):
+                alive = weights[k].any(axis=1) & weights[k + 1].any(axis=0)
+                weights[k], weights[k + 1] = weights[k][alive], weights[k + 1][:, alive]
+        if not all(weight.any() for weight in weights):
+            return None
+        exponents = [math.frexp(float(np.linalg.norm(weight)))[1] for weight in weights]
+        return cls([np.ldexp(w, -e) for w, e in zip(weights, exponents, strict=True)], sum(exponents))
+
+    def bound(self, slopes: Slopes, multipliers: Array) -> float | None:
+        """The Lipschitz constant of the network itself that these multipliers prove, in units of L^2."""
+        excess, allowed = _FIRST_EXCESS, best_bound(self.weights, slopes, multipliers)
+        while allowed is not None and excess <= _LARGEST_EXCESS:
+            lipschitz = allowed * (1 + excess)
+            if proves(lipschitz, self.weights, slopes, multipliers * lipschitz**2):
+                return round_up(Fraction(lipschitz) * Fraction(2) ** self.exponent)
+            excess *= 8
         return None
-    best, lowest = start, math.inf
-    variables = [multiplier.log().requires_grad_() for multiplier in start]
-    optimiser = torch.optim.LBFGS(variables, max_iter=STEPS, history_size=20, line_search_fn="strong_wolfe")
-
-    def height() -> Tensor:
-        nonlocal best, lowest
-        multipliers = [variable.exp() for variable in variables]
-        value = recursion(weights, multipliers)
-        if value is None or not value.isfinite():
-            for variable in variables:
-                variable.grad = torch.zeros_like(variable)
-            return torch.tensor(1e3, dtype=torch.float64)
-        height = value.log()
-        for variable, gradient in zip(variables, torch.autograd.grad(height, variables), strict=True):
-            variable.grad = gradient
-        if value.item() < lowest:
-            best, lowest = [multiplier.detach() for multiplier in multipliers], value.item()
-        return height
-
-    optimiser.step(height)
-    return prove(weights, best)
 
 
-def closed_form(weights: Sequence[Tensor]) -> list[Tensor] | None:
-    """The multipliers of ECLipsE-Fast, (H,) each; None for a network that some layer makes constant."""
-    multipliers: list[Tensor] = []
-    factor = None
+# Multipliers, in units of L^2 ------------------------------------------------------------------------------------
+
+
+def eclipse_multipliers(weights: Sequence[Array]) -> Array:
+    """(H,) those of ECLipsE-Fast, which exist for every network without zero rows and columns."""
+    multipliers = [np.empty(0)]
+    inverse: npt.NDArray[Any] = np.eye(weights[0].shape[1])
     for weight in weights[:-1]:
-        gram = _gram(weight, factor)
-        largest = float(torch.linalg.eigvalsh(gram)[-1])
-        if not 0 < largest < math.inf:
-            return None
-        multipliers.append(torch.full((len(weight),), 1 / largest, dtype=torch.float64))
-        factor = _factor(gram, multipliers[-1])
-        if factor is None:
-            return None
-    return multipliers
+        gram = weight @ inverse @ weight.T
+        t = 1 / float(np.linalg.eigvalsh(gram)[-1])
+        multipliers.append(np.full(len(weight), t))
+        inverse = np.linalg.inv(t * (2 * np.eye(len(weight)) - t * gram))
+    return np.concatenate(multipliers)
 
 
-def recursion(weights: Sequence[Tensor], multipliers: Sequence[Tensor]) -> Tensor | None:
-    """rho = w S_n^-1 w^T; None where some S_i is not positive definite."""
-    factor = None
-    for weight, multiplier in zip(weights[:-1], multipliers, strict=True):
-        factor = _factor(_gram(weight, factor), multiplier)
-        if factor is None:
-            return None
-    return _gram(weights[-1], factor)[0, 0]
-
-
-def _gram(weight: Tensor, factor: Tensor | None) -> Tensor:
-    """W S^-1 W^T for S = C C^T with the Cholesky factor C; None is the identity."""
-    half = weight if factor is None else torch.linalg.solve_triangular(factor, weight.mT, upper=False).mT
-    return half @ half.mT
-
-
-def _factor(gram: Tensor, multiplier: Tensor) -> Tensor | None:
-    """The Cholesky factor of S = 2 T - T G T; None if there is none."""
-    factor, failed = torch.linalg.cholesky_ex(2 * multiplier.diag() - multiplier.unsqueeze(1) * gram * multiplier)
-    return None if failed else factor
-
-
-# Proof -----------------------------------------------------------------------------------------------------------
-
-
-def prove(weights: Sequence[Tensor], multipliers: Sequence[Tensor]) -> float | None:
-    """L = sqrt(rho), rounded up, for a rho for which M is proven; None if none near the one of the recursion is.
+def lipsdp_multipliers(
+    weights: Sequence[Array], slopes: Slopes, enough: float = math.inf, seconds: float | None = None
+) -> Array:
+    """(H,) those of nearly the smallest L.
 
     Args:
-        multipliers: rounded to 24 bits here, so that their products with float32 weights are exact in float64.
+        enough: stop at this 1 / L^2.
     """
-    rounded = [_to_24_bits(multiplier.numpy()) for multiplier in multipliers]
-    rho = recursion(weights, [torch.from_numpy(part) for part in rounded])
-    if rho is None or not 0 < float(rho) < math.inf:
+    if len(weights) == 1:
+        return np.empty(0)
+    weights = _without_idle_inputs(weights)
+    inequality = Inequality([torch.from_numpy(weight) for weight in weights], slopes)
+    start = torch.from_numpy(eclipse_multipliers(weights))
+    depths = torch.cat([torch.full((len(weight),), float(k)) for k, weight in enumerate(weights[:-1], start=1)])
+    # ECLipsE's are feasible for slopes in [0, 1]; for alpha > 0 they may have to fall off faster with the depth.
+    while not _is_feasible(inequality, start):
+        start = start * 0.5**depths
+    return maximise(inequality, start, enough, seconds).numpy()
+
+
+def _is_feasible(inequality: Inequality, multipliers: torch.Tensor) -> bool:
+    matrix = inequality.combine(1, torch.cat([multipliers.new_zeros(1), multipliers]))
+    return not torch.linalg.cholesky_ex(matrix)[1]
+
+
+def _without_idle_inputs(weights: Sequence[Array]) -> list[Array]:
+    """Weights of the same W_1 W_1^T, on which alone the multipliers depend, with no more inputs than features."""
+    first, *rest = weights
+    return [np.asarray(np.linalg.qr(first.T, mode="r")).T if first.shape[0] < first.shape[1] else first, *rest]
+
+
+def best_bound(weights: Sequence[Array], slopes: Slopes, multipliers: Array) -> float | None:
+    """The smallest L for which M is positive semidefinite, up to rounding; None if there is none.
+
+    With multipliers in units of L^2, M / L^2 = K - W_n^T W_n / L^2, so that L^2 is the largest eigenvalue of
+    W_n K^-1 W_n^T.
+    """
+    *hidden, out = weights
+    inside, _ = inequality_matrix([*hidden, np.zeros_like(out)], slopes, multipliers, 1.0)
+    last = np.zeros((len(inside), len(out)))
+    last[-out.shape[1] :] = out.T
+    try:
+        half = np.linalg.solve(np.linalg.cholesky(inside), last)
+    except np.linalg.LinAlgError:
         return None
-    excess = 1e-12
-    while excess < 0.1:
-        candidate = float(rho) * (1 + excess)
-        if is_semidefinite(matrix([weight.numpy() for weight in weights], rounded, candidate)):
-            return root_up(Fraction(candidate))
-        excess *= 4
-    return None
+    return float(np.linalg.norm(half, ord=2))
 
 
-def matrix(weights: Sequence[Floats], multipliers: Sequence[Floats], rho: float) -> Floats:
-    """M, exactly: weights are float32 numbers, multipliers have 24 bits."""
-    sizes = [weights[0].shape[1], *(len(weight) for weight in weights)]
-    ends = np.cumsum([0, *sizes])
-    blocks = [slice(*pair) for pair in pairwise(ends.tolist())]
-    m = np.zeros((ends[-1], ends[-1]))
-    m[np.diag_indices(sizes[0])] = 1
-    for i, (weight, multiplier) in enumerate(zip(weights[:-1], multipliers, strict=True)):
-        before, own = blocks[i], blocks[i + 1]
-        m[own, own] = np.diag(2 * multiplier)
-        m[own, before] = -multiplier[:, None] * weight
-        m[before, own] = m[own, before].T
-    m[-1, blocks[-2]] = m[blocks[-2], -1] = weights[-1][0]
-    m[-1, -1] = rho
-    return m
+def _inverse_square(value: float) -> float:
+    square = value * value
+    return 1 / square if square > 0 else math.inf
 
 
-def _to_24_bits(values: Floats) -> Floats:
-    mantissa, exponent = np.frexp(values)
-    return np.ldexp(np.round(np.ldexp(mantissa, 24)), exponent - 24)
+# The proof -------------------------------------------------------------------------------------------------------
 
 
-def _weights(layers: Sequence[Layer]) -> list[Tensor]:
-    return [layer.weight[0].double() for layer in layers]
+def proves(lipschitz: float, weights: Sequence[Array], slopes: Slopes, multipliers: Array) -> bool:
+    """Whether M is proven positive semidefinite, for L and T as these very numbers; see `is_semidefinite`.
+
+    Each entry of M is a sum of at most m + 2 terms, m the width of the largest layer, each a product of at most
+    four factors of which some are rounded. In float64 it is off by at most gamma_{m+8} B, with B the sum of the
+    terms' absolute values and gamma_k = k u / (1 - k u), and by what underflows, at most (m + 8) 2^-1074 as no
+    weight exceeds 1. `is_semidefinite` allows for twice the error that it is given, which covers the denominator
+    and the rounding of B.
+
+    Args:
+        weights: float64, entries at most 1.
+        multipliers: (H,) T.
+
+    Reference: Higham 2002, "Accuracy and Stability of Numerical Algorithms", section 3.1.
+    """
+    if not (math.isfinite(lipschitz) and np.isfinite(multipliers).all() and np.all(multipliers >= 0)):
+        return False
+    matrix, terms = inequality_matrix(weights, slopes, multipliers, math.nextafter(lipschitz * lipschitz, 0))
+    m = max(len(weight) for weight in weights)
+    return is_semidefinite(matrix, (m + 8) * (UNIT_ROUNDOFF * terms + 2.0**-1074))
+
+
+def inequality_matrix(
+    weights: Sequence[Array], slopes: Slopes, multipliers: Array, square: float
+) -> tuple[Array, Array]:
+    """M (N, N) for L^2 = `square`, and the sums of the absolute values of the terms of its entries."""
+    alpha, beta = slopes
+    *hidden, out = weights
+    sizes = [weights[0].shape[1], *(len(weight) for weight in hidden)]
+    ends = np.cumsum(sizes)
+    blocks = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    matrix = np.diag(np.concatenate([np.full(sizes[0], square), 2 * multipliers]))
+    terms = matrix.copy()
+    for k, weight in enumerate(hidden, start=1):
+        before, rows = blocks[k - 1], blocks[k]
+        t = multipliers[rows.start - sizes[0] : rows.stop - sizes[0], None]
+        matrix[rows, before] = -((alpha + beta) * t) * weight
+        matrix[before, rows] = matrix[rows, before].T
+        terms[rows, before], terms[before, rows] = (
+            np.abs(matrix[r, c]) for r, c in ((rows, before), (before, rows))
+        )
+        if alpha:
+            t = 2 * alpha * beta * t
+            matrix[before, before] += weight.T @ (t * weight)
+            terms[before, before] += np.abs(weight).T @ (t * np.abs(weight))
+    matrix[blocks[-1], blocks[-1]] -= out.T @ out
+    terms[blocks[-1], blocks[-1]] += np.abs(out).T @ np.abs(out)
+    return matrix, terms

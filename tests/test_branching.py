@@ -139,8 +139,19 @@ class Bent(ReLU):
         return x
 
 
+class Otherwise(ReLU):
+    """Another map with pieces of its own: its kinks are not those of ReLU."""
+
+    def forward(self, x):
+        return 3 * torch.relu(x - 1)
+
+    def piece(self, z):
+        return None
+
+
 def test_what_the_search_is_not_for_is_refused():
     assert refusal(network(4, 8, 1), ReLU()) is None
+    assert refusal(network(2, 8, 1), Otherwise()) == "is not for Otherwise"
     assert refusal(network(5, 8, 1), ReLU()) == "is for 4 inputs or fewer"
     assert refusal(network(2, 8, 2), ReLU()) == "is for one output"
     assert refusal(network(2, 8, 1), torch.nn.Tanh()) == "is not for Tanh"

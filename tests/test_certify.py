@@ -256,7 +256,7 @@ def test_the_best_method_that_holds_everywhere_gives_the_radii(lipexp, run, monk
     assert section["lipschitz"]["method"] == "tight"
     assert {name: bound["value"] for name, bound in section["bounds"].items()} == {
         "product": product,
-        "rows": certified,
+        "rows": pytest.approx(certified, rel=1e-12),  # features in another order are summed in another order
         "exact": None,
         "eclipse": None,
         "lipsdp": None,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from lipexp.activations import Abs, GroupSort, ReLU
+from lipexp.activations import Abs, GroupSort, PiecewiseLinear, ReLU
 from lipexp.bounds import product_certificate
 from lipexp.measures import norms, scan
 from lipexp.models import Layer
@@ -59,5 +60,42 @@ def test_trained_networks_stay_within_the_bound(trained, act_option, constraint_
 
 def test_what_the_bound_does_not_cover_is_refused():
     assert refusal(EXAMPLE, ReLU()) is None
-    assert refusal(EXAMPLE, torch.nn.Tanh()) == "Tanh does not name its linear pieces"
+    assert refusal(EXAMPLE, torch.nn.Tanh()) == "Tanh neither declares slopes nor sorts"
     assert refusal(by_hand([[1.0, 2.0]], [[1.0], [2.0]]), ReLU()) == "is for one output"
+
+
+class Reversed(PiecewiseLinear):
+    """A user's permutation without a kink: each feature takes the place of another."""
+
+    norms = (1, 2, math.inf)
+
+    def forward(self, x):
+        return x.flip(-1)
+
+    def kinks(self, width):
+        return np.empty((0, 2), dtype=np.int64)
+
+
+class Tripled(ReLU):
+    def forward(self, x):
+        return 3 * torch.relu(x)
+
+
+class Half(torch.nn.Module):
+    slopes = (0, 0.5)
+
+    def forward(self, x):
+        return 0.5 * torch.relu(x)
+
+
+def test_an_activation_counts_for_what_it_declares_of_its_own_map():
+    for act in (Reversed(), Tripled()):
+        assert refusal(EXAMPLE, act) == f"{type(act).__name__} neither declares slopes nor sorts"
+    assert refusal(EXAMPLE, Half()) is None
+    assert bound(EXAMPLE, Half(), 2) == pytest.approx(bound(EXAMPLE, ReLU(), 2) / 2)
+
+
+def test_what_underflows_does_not_become_zero():
+    """2^-140 to the ninth is below the smallest float64, and not 0."""
+    tiny = by_hand(*[[[2.0**-140]]] * 9)
+    assert 0 < bound(tiny, ReLU(), 2) < 2.0**-1000

@@ -356,9 +356,20 @@ class OwnForward(ReLU):
         return x
 
 
+class Otherwise(ReLU):
+    """Another map with pieces of its own: its kinks are not those of ReLU."""
+
+    def forward(self, x):
+        return 3 * torch.relu(x - 1)
+
+    def piece(self, z):
+        return None
+
+
 def test_what_cannot_be_enumerated_is_refused_with_a_reason():
     layers = network(2, 6, 6, 1)
     assert refusal(layers, ReLU()) is None
+    assert refusal(layers, Otherwise()) == "Otherwise does not name its kinks"
     assert refusal(network(3, 6, 1), ReLU()) == "is for one or two inputs"
     assert refusal(network(2, 6, 2), ReLU()) == "is for one output"
     assert refusal(layers, torch.nn.Tanh()) == "Tanh does not name its linear pieces"
