@@ -9,7 +9,6 @@ lipexp's own step is `loop.Trainer.step`, the one that `fit` takes, on a stack o
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib
 import resource
@@ -22,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from lipexp.activations import GroupSort
+from lipexp.arguments import Parser
 from lipexp.config import ConfigError, Settings, conf_dir, no_such, whole
 from lipexp.loop import Stack, Trainer, batch_indices
 from lipexp.train import build, stack
@@ -57,12 +57,6 @@ sweep       runs of a stack against single ones; takes minutes, so it runs only 
 A time is CPU time, user and system, unless it says wall. Targets are aims: missing one is no error."""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage."""
-        self.exit(2, f"lipexp: {message} (lipexp bench --help says more)\n")
-
-
 @dataclass
 class Case:
     """One thing to time; the first of its table is what the others are compared with."""
@@ -77,7 +71,7 @@ class Case:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lipexp bench`; returns the exit status: 0, 1 a command failed, 2 bad input."""
-    parser = Parser("lipexp bench", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser("lipexp bench")
     parser.description = "Speed, as ratios to other implementations measured in the same run."
     parser.epilog = EPILOG
     parser.add_argument(

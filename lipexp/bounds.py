@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
@@ -17,6 +18,7 @@ from lipexp.constraints import Constraint
 from lipexp.measures import Maximum
 from lipexp.models import Layer
 
+OVERFLOW = "its numbers overflow float64"
 WORTHWHILE = 1.1  # certified / measured above which LipSDP is tried without being asked for
 LARGEST = 640  # inputs and features of such a network; some 5 s of one core
 
@@ -138,6 +140,8 @@ def exact(problem: Problem) -> Proof:
     except regions.TooManyRegions:
         reason = f"more than {problem.max_regions:,} linear regions (max_regions)"
         return Proof(None, reason, gave_up=True)
+    except regions.TooLarge:
+        return Proof(None, OVERFLOW)
     return Proof(found.everywhere.value, constants=found)
 
 
@@ -148,11 +152,10 @@ def rows(problem: Problem) -> Proof:
     together each may be any, so it gets the largest of their bounds. Everywhere, in any norm. See `propagation`.
     """
     reason = propagation.refusal(problem.layers, problem.act)
-    return (
-        Proof(None, reason)
-        if reason
-        else Proof(propagation.bound(problem.layers, problem.act, problem.constraint.q))
-    )
+    if reason is not None:
+        return Proof(None, reason)
+    value = propagation.bound(problem.layers, problem.act, problem.constraint.q)
+    return Proof(value) if math.isfinite(value) else Proof(None, OVERFLOW)
 
 
 def eclipse(problem: Problem) -> Proof:
@@ -202,6 +205,8 @@ def bnb(problem: Problem) -> Proof:
         problem.seconds,
         problem.report,
     )
+    if not math.isfinite(found.upper):
+        return Proof(None, OVERFLOW, best=found.best)
     return Proof(found.upper, everywhere=False, best=found.best)
 
 

@@ -43,7 +43,7 @@ class Found(NamedTuple):
 
 
 class Network(NamedTuple):
-    """What is needed of one layer's activation, (M, 2) kinks included; weights and biases in float64."""
+    """One network in float64, with the kinks (M, 2) of the activation behind each hidden layer."""
 
     weights: list[Tensor]
     biases: list[Tensor]
@@ -241,10 +241,14 @@ def _states(
     """(P, M) the sign that each kink's difference has on the whole box, or 0; and its largest slopes (P, M, D)."""
     first, second = network.kinks[i].T
     single = bool((second < 0).all())
-    gap = z[:, first] - (0 if single else z[:, second])
-    slope = jacobian.centre[:, first] - (0 if single else jacobian.centre[:, second])
-    slope = slope.abs() + jacobian.radius[:, first] + (0 if single else jacobian.radius[:, second])
-    around = (slope * reach.unsqueeze(1)).sum(dim=2) + error[:, first] + (0 if single else error[:, second])
+
+    def combined(values: Tensor, sign: int) -> Tensor:
+        """values_i + sign values_j for each kink (i, j)."""
+        return values[:, first] if single else values[:, first] + sign * values[:, second]
+
+    gap = combined(z, -1)
+    slope = combined(jacobian.centre, -1).abs() + combined(jacobian.radius, 1)
+    around = (slope * reach.unsqueeze(1)).sum(dim=2) + combined(error, 1)
     # The rounding of these lines themselves: of the difference of slopes, and of sums that are not negative.
     sizes = jacobian.centre.abs().amax(dim=(1, 2)) * reach.sum(dim=1) + z.abs().amax(dim=1)
     around = around * _UP + 8 * UNIT_ROUNDOFF * sizes.unsqueeze(1)
@@ -328,7 +332,9 @@ def _applied(act: nn.Module, z: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
 def _norm_above(gradient: Jacobian, q: float) -> Tensor:
     """||.||_q, at least that of every gradient in the hulls (P, 1, D)."""
     most = gradient.centre[:, 0].abs() + gradient.radius[:, 0]
-    return torch.linalg.vector_norm(most, ord=q, dim=1) * _UP
+    # 2^-500 is more than what squares lose that underflow. What is no number bounds nothing.
+    norm = torch.linalg.vector_norm(most, ord=q, dim=1) * _UP + 2.0**-500
+    return norm.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def _halve(low: Tensor, high: Tensor, side: Tensor) -> tuple[Tensor, Tensor] | None:

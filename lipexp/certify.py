@@ -14,13 +14,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from lipexp.arguments import Parser
 from lipexp.attack import RECORDED, Attack, attack
 from lipexp.bounds import METHODS, Certificate, Problem, Proof, product_certificate, prove
 from lipexp.config import ConfigError, conf_dir, number, one_line, whole
@@ -184,15 +185,9 @@ def _broken_layers(constraint: Constraint, certificate: Certificate) -> list[str
 # The verb --------------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage."""
-        self.exit(2, f"lipexp: {message} (lipexp certify --help says more)\n")
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run `lipexp certify`; returns the exit status: 0, 1 something is refuted, 2 bad input."""
-    parser = Parser("lipexp certify", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser("lipexp certify")
     parser.description = "Prove the Lipschitz constants and the certified radii of finished runs again."
     parser.epilog = HELP
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder, or one that holds runs")

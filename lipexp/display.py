@@ -190,8 +190,7 @@ class SweepDisplay:
         statuses = ("ok", "failed", "missing", "queued")
         counts = {status: sum(row["status"] == status for row in rows) for status in statuses}
         self._print(", ".join(f"{count} {status}" for status, count in counts.items() if count))
-        shown = os.path.relpath(csv_file)
-        self._print(str(csv_file.absolute()) if shown.startswith("..") else shown)
+        self._print(shown_path(csv_file))
 
     def _print(self, what: Any) -> None:
         self.console.print(what, soft_wrap=True)
@@ -224,6 +223,12 @@ class StackDisplay:
     def done(self) -> None:
         """All results are written."""
         self._update(self._number, self.step, None, None, True)
+
+
+def shown_path(path: Path) -> str:
+    """From here, or from the root for what lies outside."""
+    shown = os.path.relpath(path)
+    return str(path.absolute()) if shown.startswith("..") else shown
 
 
 def count(number: int, what: str, plural: str = "s") -> str:

@@ -111,7 +111,7 @@ class Plane:
 
     def __init__(self, exact: Callable[[int], ExactLine]) -> None:
         self.exact_line = exact
-        # Of the lines: `owner`, `first` and `second` say which difference of two numbers vanishes there.
+        # Of a line, `owner` and `pair` say which difference of two numbers vanishes there: see `add_lines`.
         self.lines = Table(
             value=((3,), np.float64), error=((3,), np.float64), owner=((), np.int64), pair=((2,), np.int64)
         )

@@ -25,6 +25,8 @@ def refusal(layers: Sequence[Layer], act: nn.Module) -> str | None:
 def bound(layers: Sequence[Layer], act: nn.Module, q: float) -> float:
     """u_n of u_1 = ||rows of W_1||_q, u_i = |W_i| m(u_{i-1}), rounded up: at least ||grad f||_q everywhere.
 
+    It is not finite where numbers overflow float64.
+
     u_i bounds the gradients of the features behind layer i, by the triangle inequality. Slopes in [alpha, beta]
     multiply the bound of a feature by at most m = max(|alpha|, |beta|); of features that are sorted together each
     may take the place of another, and m takes the largest of their bounds. In the chain p -> inf -> ... -> inf,
@@ -37,7 +39,8 @@ def bound(layers: Sequence[Layer], act: nn.Module, q: float) -> float:
     for i, layer in enumerate(layers):
         weight = np.abs(layer.weight[0].numpy().astype(np.float64))
         before = _behind(size, act) if i > 0 else np.ones(weight.shape[1])
-        size = weight @ before if i > 0 else np.linalg.norm(weight, q, axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            size = weight @ before if i > 0 else np.linalg.norm(weight, q, axis=1)
         # A sum of n terms that are not negative, or the root of one, is off by a factor of 1 +- (n + 2) u, the
         # slope's product by another; n products may underflow.
         counts = (weight > 0) @ (before > 0).astype(np.float64)

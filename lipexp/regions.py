@@ -44,10 +44,10 @@ _MOST_REMEMBERED = 1000  # exact maps
 
 
 class Steepest(NamedTuple):
-    """The largest gradient norm, rounded up, and a point of a region that has it; no point is null."""
+    """The largest gradient norm, rounded up, and the middle of a region that has it."""
 
     value: float
-    point: tuple[float, ...] | None
+    point: tuple[float, ...]
 
 
 class Constants(NamedTuple):
@@ -65,6 +65,10 @@ class Constants(NamedTuple):
 
 class TooManyRegions(Exception):
     """The cap on the number of regions is passed."""
+
+
+class TooLarge(Exception):
+    """Numbers of the network, or bounds on their errors, overflow float64."""
 
 
 @dataclass
@@ -103,6 +107,7 @@ def constants(
 
     Raises:
         TooManyRegions: there are more than `max_regions`.
+        TooLarge: float64 does not hold the numbers of the network.
     """
     return Enumeration(layers, act, box, max_regions).constants(q)
 
@@ -174,14 +179,17 @@ class Enumeration:
         Reference for the rounding errors: Higham 2002, "Accuracy and stability of numerical algorithms", (3.5).
         """
         weight, bias = self.weights[layer].astype(np.float64), self.biases[layer].astype(np.float64)
-        value = maps.value @ weight.T
-        value[:, 2] += bias
         rows, constant = float(np.abs(weight).sum(axis=1).max()), float(np.abs(bias).max())
         gamma = SAFETY * (weight.shape[1] + 2) * UNIT_ROUNDOFF
-        error = rows * (maps.error + gamma * (maps.size + maps.error))
-        error[:, 2] += gamma * constant
+        with np.errstate(over="ignore", invalid="ignore"):
+            value = maps.value @ weight.T
+            value[:, 2] += bias
+            error = rows * (maps.error + gamma * (maps.size + maps.error))
+            error[:, 2] += gamma * constant
         # Where all products are of zeros the result is exact; elsewhere they may underflow.
         error = SAFETY * error + TINY * weight.shape[1] * (maps.size + maps.error > 0)
+        if not (np.isfinite(value).all() and np.isfinite(error).all()):
+            raise TooLarge
         return Maps(value, error, np.abs(value).max(axis=2))
 
     def _activated(self, maps: Maps, parent: Integers, index: Integers, factor: npt.NDArray[np.int64]) -> Maps:
@@ -190,7 +198,9 @@ class Enumeration:
         value = np.take_along_axis(maps.value[parent], index[:, None, :], axis=2) * scale[:, None, :]
         most = np.abs(scale).max(axis=1, keepdims=True)
         size = np.abs(value).max(axis=2)
-        return Maps(value, SAFETY * (maps.error[parent] * most + UNIT_ROUNDOFF * size), size)
+        underflow = TINY * ((maps.size[parent] > 0) & (most > 0))
+        error = SAFETY * (maps.error[parent] * most + UNIT_ROUNDOFF * size) + underflow
+        return Maps(value, error, size)
 
     # Kinks -------------------------------------------------------------------------------------------------------
 
@@ -326,8 +336,8 @@ class Enumeration:
             gradient = self._gradients(block)
             norm[block] = _norm_above(np.abs(gradient.value[:, :2, 0]) + gradient.error[:, :2], q)
         inside = np.flatnonzero(self.inside)
-        box = self._steepest(norm, inside, q) if len(inside) else None
-        everywhere = self._steepest(norm, np.arange(len(norm)), q)
+        box = self._steepest(norm, inside) if len(inside) else None
+        everywhere = self._steepest(norm, np.arange(len(norm)))
         if box is not None and box.value == everywhere.value:
             everywhere = box
         return Constants(everywhere, box, self.domain.sides, len(norm))
@@ -342,7 +352,7 @@ class Enumeration:
             before = self._activated(self.maps, self.cells.parent[block], index[block], factor[block])
         return self._affine(before, len(self.weights) - 1)
 
-    def _steepest(self, norm: Floats, among: Integers, q: float) -> Steepest:
+    def _steepest(self, norm: Floats, among: Integers) -> Steepest:
         region = int(among[norm[among].argmax()])
         corners = self.plane.corners["value"][self.cells.corner[slice(*self.cells.start[region : region + 2])]]
         x, y, t = corners.mean(axis=0)
@@ -373,6 +383,7 @@ def _unsure(points: Floats, error: Floats, maps: Maps, regions: Integers) -> Flo
 
 
 def _norm_above(sizes: Floats, q: float) -> Floats:
-    """||.||_q of rows of non-negative numbers, rounded up."""
-    value = np.linalg.norm(sizes, q, axis=1) if sizes.size else sizes.sum(axis=1)
+    """||.||_q of rows (N, 2) of non-negative numbers, rounded up."""
+    # Squares may underflow; hypot's do not.
+    value = np.hypot(*sizes.T) if q == 2 else np.linalg.norm(sizes, q, axis=1)
     return np.where(value > 0, value * (1 + 8 * UNIT_ROUNDOFF) + TINY, 0.0)

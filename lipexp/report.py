@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lipexp.arguments import Parser
 from lipexp.config import ConfigError, no_such
 from lipexp.display import above, below
 from lipexp.runs import METRICS as KINDS
@@ -65,15 +66,9 @@ class Row:
         return bool(self.results["status"] != "ok")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage."""
-        self.exit(2, f"lipexp: {message} (lipexp report --help says more)\n")
-
-
 def main(arguments: list[str]) -> int:
     """Run `lipexp report`; returns the exit status: 0, or 2 for bad input."""
-    parser = Parser("lipexp report", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser("lipexp report")
     parser.description = "One table of the runs at or under folders, finished and failed, best first."
     parser.epilog = HELP
     parser.add_argument("folders", metavar="FOLDER", nargs="*", help="where to look (default: outputs)")

@@ -218,7 +218,7 @@ class Sweep:
                 execute(stacks, processes, display, self.cluster)
         finally:
             ends = [self._end(job) for job in self.jobs.values()]
-            rows = [self._row(job, end) for job, end in zip(self.jobs.values(), ends, strict=True)]
+            rows = [self.row(job, end) for job, end in zip(self.jobs.values(), ends, strict=True)]
             write_csv(self.folder / "sweep.csv", rows)
             display.result(rows, self.folder / "sweep.csv", self.options.table)
         return ends
@@ -232,7 +232,7 @@ class Sweep:
         return not RunFolder(self.jobs[job].folder).ended
 
     @staticmethod
-    def _row(job: Job, end: End) -> dict[str, Any]:
+    def row(job: Job, end: End) -> dict[str, Any]:
         """The row of sweep.csv: job, status, reason, its overrides, and its metrics with dotted keys."""
         row: dict[str, Any] = {"job": job.index, "status": end.status, "reason": end.reason}
         row |= {key.lstrip("+"): value for key, _, value in (line.partition("=") for line in job.overrides)}

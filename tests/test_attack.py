@@ -10,8 +10,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from test_robustness import exact_f
 
-from lipexp.activations import Elementwise, GroupSort, ReLU
+from lipexp.activations import ReLU
 from lipexp.attack import Falsifier, attack, closer, project, steepest
 from lipexp.bounds import product_certificate
 from lipexp.certificates import dual
@@ -40,23 +41,6 @@ def linear(dims: int = 3, seed: int = 0) -> list[Layer]:
 def distances(layers: list[Layer], x: torch.Tensor, p: float) -> np.ndarray:
     weight, bias = layers[0].weight[0, 0].double(), layers[0].bias.double().item()
     return ((x @ weight + bias).abs() / torch.linalg.vector_norm(weight, ord=dual(p))).numpy()
-
-
-def exact_f(layers: list[Layer], act: torch.nn.Module, point: list[float]) -> Fraction:
-    """In rational arithmetic, with no code of lipexp's."""
-    h = [Fraction(v) for v in point]
-    for i, layer in enumerate(layers):
-        if i > 0 and isinstance(act, GroupSort):
-            size = act.size(len(h))
-            h = [v for start in range(0, len(h), size) for v in sorted(h[start : start + size])]
-        elif i > 0:
-            assert isinstance(act, Elementwise)
-            h = [v if v > 0 else Fraction(act.slope) * v for v in h]
-        h = [
-            sum((Fraction(w) * v for w, v in zip(row, h, strict=True)), Fraction(b))
-            for row, b in zip(layer.weight[0].tolist(), layer.bias[0, 0].tolist(), strict=True)
-        ]
-    return h[0]
 
 
 def exact_power(x: list[float], y: list[float], p: float) -> Fraction:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
+import torch
 
 from lipexp import bounds
-from lipexp.bounds import Certificate, Problem, Proof, prove
+from lipexp.activations import ReLU
+from lipexp.bounds import Certificate, Problem, Proof, product_certificate, prove
 from lipexp.config import ConfigError
+from lipexp.constraints import Unconstrained
+from lipexp.evaluate import Evaluator
+from lipexp.measures import Maximum
+from lipexp.models import Layer
 
 METHODS = {
     "loose": lambda problem: Proof(5.0),
@@ -53,6 +62,31 @@ def test_a_method_that_is_named_is_taken_beside_the_product(problem, named, valu
 def test_a_method_that_is_named_and_has_no_bound_is_refused(problem):
     with pytest.raises(ConfigError, match=r"^--method=none: has no bound for this network: is for other networks"):
         prove(problem(4.0), "none")
+
+
+def test_numbers_that_overflow_leave_the_bounds_open():
+    draws = torch.Generator().manual_seed(0)
+    sizes = [2, *[4] * 10, 1]
+    layers = [
+        Layer(1e37 * torch.randn(1, n_out, n_in, generator=draws), torch.zeros(1, 1, n_out))
+        for n_in, n_out in itertools.pairwise(sizes)
+    ]
+    product = product_certificate(Unconstrained(), ReLU(), layers, 0)
+    ends = torch.zeros(2).double(), torch.ones(2).double()
+    problem = Problem(layers, ReLU(), Unconstrained(), product, ends, Maximum(0.0, ()), 1000, seconds=1.0)
+    proofs = {name: bounds.METHODS[name](problem) for name in ("rows", "exact", "bnb")}
+    assert {(proof.value, proof.reason) for proof in proofs.values()} == {(None, bounds.OVERFLOW)}
+
+
+def test_a_tighter_bound_does_not_hide_that_baking_failed(trained, monkeypatch):
+    """The product of a baked network is within L, or the run fails, whatever else is proven."""
+    result = trained("constraint=spectral")
+    evaluator = Evaluator(result.stack)
+    measured = Maximum(0.1, ())
+    assert evaluator._prove(result.checkpoint, 0, measured).verdict(0.1) == "PASS"
+    above = replace(evaluator.certify(result.checkpoint, 0), value=1.0000001)
+    monkeypatch.setattr("lipexp.evaluate.product_certificate", lambda *arguments: above)
+    assert evaluator._prove(result.checkpoint, 0, measured).verdict(0.1) == "FAIL"
 
 
 def test_without_a_product_another_method_gives_the_bound(problem):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -132,6 +133,20 @@ def test_a_box_without_interior_is_bounded_at_once():
     found = search(layers, ReLU(), (point, point), 2.0, None, NOTHING, 1e-6, None)
     slope = float(scan(layers, ReLU(), point.view(1, 1, 2)).gradients[0].norm())
     assert slope <= found.upper <= slope * (1 + 1e-9)
+
+
+def test_gradients_whose_squares_underflow_are_not_lost():
+    layers = [Layer(weight * 1e-38, bias * 0) for weight, bias in network(2, 4, 4, 4, 4, 1)]
+    found = search(layers, Abs(), box(2), 2.0, None, NOTHING, 0.1, 1.0)
+    at = ExactNetwork(layers, Abs(), 0).gradient(np.array([0.3, 0.7]))
+    assert at is not None
+    square = sum(Fraction(int(v)) ** 2 for v in at[0]) * Fraction(2) ** (2 * at[1])
+    assert 0 < square <= Fraction(found.upper) ** 2
+
+
+def test_numbers_that_overflow_are_no_bound():
+    layers = [Layer(weight * 1e37, bias) for weight, bias in network(2, *[4] * 10, 1)]
+    assert search(layers, ReLU(), box(2), 2.0, None, NOTHING, 0.1, 1.0).upper == math.inf
 
 
 class Bent(ReLU):

@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-
-
-def metrics(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def edit(folder: Path, change) -> dict[str, torch.Tensor]:
-    """Let `change` edit the state dict of model.pt by hand."""
-    state = torch.load(folder / "model.pt", weights_only=True)
-    changed = change(state)
-    state = changed if isinstance(changed, dict | list) else state  # else it was changed in place
-    torch.save(state, folder / "model.pt")
-    return state
-
+from test_certify import edit, files, metrics
 
 # Files from elsewhere --------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import torch
 from lipexp.activations import Abs, Elementwise, GroupSort, LeakyReLU, PiecewiseLinear, ReLU
 from lipexp.measures import ExactNetwork, norms, scan
 from lipexp.models import Layer
-from lipexp.regions import Enumeration, TooManyRegions, constants, refusal
+from lipexp.regions import Enumeration, TooLarge, TooManyRegions, constants, refusal
 
 BOX = (np.array([-4.0, -3.0]), np.array([4.0, 5.0]))
 ACTS = {
@@ -326,6 +326,24 @@ def test_a_box_without_interior_has_no_constant_of_its_own():
     assert found.box is None
     assert found.in_box() is None
     assert found.everywhere.value == pytest.approx(constants(layers, ReLU(), BOX, 2.0, 10**4).everywhere.value)
+
+
+def test_gradients_whose_squares_underflow_are_not_lost():
+    """Slopes of 1e-38 in five layers: 1e-190 in all, along both axes."""
+    tiny = 1e-38
+    first = ([[tiny, tiny], [-tiny, tiny]], [0.0, 0.0])
+    layers = by_hand(first, *[([[tiny, 0.0], [0.0, tiny]], [0.0, 0.0])] * 3, ([[tiny, tiny]], [0.0]))
+    found = constants(layers, ReLU(), BOX, 2.0, 1000)
+    gradients = gradients_by_hand(layers, ReLU(), None)
+    square = max(x * x + y * y for x, y in gradients)
+    assert square > 0
+    assert square <= Fraction(found.everywhere.value) ** 2 <= square * (1 + Fraction(1, 10**12))
+
+
+def test_numbers_that_overflow_are_refused():
+    layers = [Layer(weight * 1e37, bias) for weight, bias in network(2, *[4] * 10, 1)]
+    with pytest.raises(TooLarge):
+        constants(layers, ReLU(), BOX, 2.0, 10**6)
 
 
 # Limits ----------------------------------------------------------------------------------------------------------

@@ -6,14 +6,14 @@ folders, and claims that are judged on the same runs. style.py is the look of al
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from lipexp.arguments import Parser
 from lipexp.config import ConfigError, no_such
 
 if TYPE_CHECKING:
@@ -43,15 +43,9 @@ Pictures (PNG and SVG) and claims.json go to {OUTPUT}, the runs they are drawn f
 are there already are used again. The exit status is 1 if a claim does not hold."""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage."""
-        self.exit(2, f"lipexp: {message} (lipexp figures --help says more)\n")
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run `lipexp figures`; returns the exit status: 0, 1 for a broken claim or a failed run, 2."""
-    parser = Parser("lipexp figures", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser("lipexp figures")
     parser.description = "Draw figures from runs, training what is missing, and check the claims that they make."
     parser.epilog = HELP
     parser.add_argument("names", metavar="NAME", nargs="*", help="what to draw (default: all)")

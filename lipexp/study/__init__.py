@@ -4,8 +4,8 @@
 folder of the search; a round is an ordinary sweep in a folder of its own (round-0, round-1, …). So a search that
 was killed goes on with what is missing of its round, whatever executor trains it.
 
-Members of a stack that are hopeless are trained to the end, because ending them early saves little: in a stack of
-five, the time of two of them for half of the steps is a few per cent of the stack's.
+Members of a stack that are hopeless are trained to the end, because ending them early saves little: the time of a
+stack of a few runs depends far more on its steps than on its number of runs.
 """
 
 from lipexp.study.rounds import search

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from lipexp.display import shown_path
 from lipexp.runs import write_file
 from lipexp.study.space import Axis, Space
 
@@ -73,8 +74,7 @@ def show(console: Console, study: Study, space: Space, metric: str, files: Seque
     if failed:
         console.print(f"{failed} of {len(study.trials)} trials have no value; sweep.csv says why")
     for file in files:
-        shown = os.path.relpath(file)
-        console.print(str(file.absolute()) if shown.startswith("..") else shown, soft_wrap=True)
+        console.print(shown_path(file), soft_wrap=True)
 
 
 def _shown(axis: Axis, value: Any) -> str:
@@ -89,8 +89,7 @@ def write_best(folder: Path, study: Study, space: Space, metric: str, is_group: 
     """
     best = ranked(study)[0]
     values = {axis.key: axis.spell(best.params[axis.key]) for axis in space.axes}
-    settings = [line for line in space.settings if not line.lstrip("+").startswith("hydra")]
-    pairs = [(key.lstrip("+"), value) for key, _, value in (line.partition("=") for line in settings)]
+    pairs = [(key.lstrip("+"), value) for key, _, value in (line.partition("=") for line in space.settings)]
     pairs += [(key.lstrip("+"), value) for key, value in values.items()]
     defaults: list[Any] = [value for key, value in pairs if key == "experiment"]
     defaults += [{f"override /{key}": value} for key, value in pairs if is_group(key) and key != "experiment"]

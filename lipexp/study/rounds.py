@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 DATABASE = "study.db"
 NAME = "lipexp"  # of the study in the database
-ROUNDS, DEFINITION, REASON = "rounds", "definition", "reason"  # what the database is told besides
+ROUNDS, DEFINITION, REASONS = "rounds", "definition", "reasons"  # what the database is told besides
 
 
 def search(loader: Any, master: DictConfig, arguments: Sequence[str], options: Mapping[str, Any]) -> list[End]:
@@ -54,7 +54,7 @@ def search(loader: Any, master: DictConfig, arguments: Sequence[str], options: M
         ConfigError: options, a space or a folder that cannot be used.
         SweepFailed: no trial has a value.
     """
-    chosen = Options.of({key: value for key, value in options.items() if key != "params"})
+    chosen = Options.of(options)
     _check_optuna()
     launcher = _launcher(master)
     overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
@@ -116,7 +116,7 @@ class Search:
             line = f"round {number + 1} of {len(rounds)}: {end} trials, {best_line(self.study, self.metric)}"
             self.console.print(line, soft_wrap=True)
         if not _completed(self.study):
-            reasons = sorted({str(trial.user_attrs.get(REASON)) for trial in self.study.trials})
+            reasons = sorted(set(self.study.user_attrs[REASONS].values()))
             raise SweepFailed([f"no trial has a value: {'; '.join(reasons[:3])}"])
         group_exists = Composer(self.loader, self.master).is_group
         best = write_best(self.folder, self.study, self.space, self.metric, group_exists)
@@ -161,7 +161,7 @@ class Search:
                 raise
         per_trial = len(lines) // len(trials)
         for index, (job, end) in enumerate(zip(jobs, ends, strict=True)):
-            row = {"trial": trials[index // per_trial].number, "round": number, **Sweep._row(job, end)}
+            row = {"trial": trials[index // per_trial].number, "round": number, **Sweep.row(job, end)}
             self.rows.append(row)
         self.ends += ends
         return [list(ends[i : i + per_trial]) for i in range(0, len(ends), per_trial)]
@@ -180,7 +180,8 @@ class Search:
             values = [value_of(end, self.metric) for end in own]
             reasons = [value for value in values if isinstance(value, str)]
             if reasons:
-                self.study._storage.set_trial_user_attr(trial._trial_id, REASON, reasons[0])
+                known = self.study.user_attrs.get(REASONS, {})
+                self.study.set_user_attr(REASONS, {**known, str(trial.number): reasons[0]})
                 self.study.tell(trial.number, state=TrialState.PRUNED)
             else:
                 self.study.tell(trial.number, math.fsum(map(float, values)) / len(values))
