@@ -1,6 +1,8 @@
 # `make` lists the targets. Each one makes the virtual environment it needs.
 PYTHON ?= python3
 BIN := .venv/bin
+# A process a core; who has nothing left to do takes tests from another.
+ON_ALL_CORES := --numprocesses auto --dist worksteal
 
 .PHONY: help train figures test test-slow test-slurm check format bench clean
 .DEFAULT_GOAL := help
@@ -18,10 +20,10 @@ figure-%: .venv/ready
 	$(BIN)/lipexp figures $*
 
 test: .venv/ready ## the test suite, without the slow tests
-	$(BIN)/pytest
+	$(BIN)/pytest $(ON_ALL_CORES)
 
 test-slow: .venv/ready ## the tests that train full-size networks
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest $(ON_ALL_CORES) -m slow
 
 test-slurm: .venv/ready ## the tests of sweeps through SLURM; they need the packages of `.ci/slurm install`
 	$(BIN)/pytest -m slurm

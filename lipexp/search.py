@@ -39,6 +39,7 @@ DRAWN = 4096  # mixtures, and points anywhere in the box, of which the steepest 
 POLISHED = 16  # ends of the climb that go on across kinks
 KINKS = 64  # the nearest ones, which a kink step tries
 KINK_ROUNDS = 20
+STEEPER = 1 + 1e-12  # by so much, which is more than rounding: a piece of another batch may be off in its last bits
 
 Box = tuple[Tensor, Tensor]  # low and high, (K, 1, D)
 
@@ -271,7 +272,7 @@ def kink_steps(
         beyond = _clamp(_across_kinks(layers, act, pieces, best[0]), box)  # (S, M, D)
         reached = norms(scan(layers, act, beyond.flatten(0, 1).unsqueeze(0)).gradients[0], q)
         top = reached.view(beyond.shape[:2]).max(dim=1)
-        better = top.values > height[0]
+        better = top.values > STEEPER * height[0]
         if not better.any():
             break
         steps = _take(beyond, top.indices.unsqueeze(1))[:, 0]
