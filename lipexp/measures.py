@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lipexp.activations import PiecewiseLinear, is_piecewise_linear
+from lipexp.activations import Piece, PiecewiseLinear, declared_kinks, is_piecewise_linear
 from lipexp.certificates import UNIT_ROUNDOFF, round_down
 from lipexp.models import Layer, hidden_inputs, run_layers
 
@@ -177,16 +177,9 @@ class ExactNetwork:
 
     def gradient(self, point: npt.NDArray[np.float64]) -> tuple[ExactArray, int] | None:
         """The gradient at `point` (D,) as (integers (D,), e), standing for integers * 2^e; None on a kink."""
-        x, exponent = integers(point)
-        pieces = []
-        for i, ((weight, weight_exponent), (bias, bias_exponent)) in enumerate(self.layers):
-            if i > 0:
-                piece = self.act.piece(x)
-                if piece is None:
-                    return None
-                pieces.append(piece)
-                x, exponent = piece.factor * x[piece.index], exponent + piece.exponent
-            x, exponent = _add((weight.dot(x), weight_exponent + exponent), (bias, bias_exponent))
+        pieces = self._pieces(point) or self._pieces_of_equals(point)
+        if pieces is None:
+            return None
         (weight, exponent), _ = self.layers[-1]
         gradient = weight[0]
         for (weight, weight_exponent), _ in reversed(self.layers[:-1]):
@@ -196,6 +189,59 @@ class ExactNetwork:
             gradient = back.dot(weight)
             exponent += weight_exponent + piece.exponent
         return gradient, exponent
+
+    def _pieces(self, point: npt.NDArray[np.float64]) -> list[Piece] | None:
+        """The linear piece of each hidden layer at `point`; None where the activation calls it a kink."""
+        x, exponent = integers(point)
+        pieces: list[Piece] = []
+        for (weight, weight_exponent), bias in self.layers[:-1]:
+            x, exponent = _add((weight.dot(x), weight_exponent + exponent), bias)
+            piece = self.act.piece(x)
+            if piece is None:
+                return None
+            pieces.append(piece)
+            x, exponent = piece.factor * x[piece.index], exponent + piece.exponent
+        return pieces
+
+    def _pieces_of_equals(self, point: npt.NDArray[np.float64]) -> list[Piece] | None:
+        """The same where features are equal, or zero, all around `point`: whatever their order, that makes no kink.
+
+        Training leaves such features, and no point avoids them. They show in the affine maps of the features near
+        the point, rows of value and gradient.
+        """
+        x, exponent = integers(point)
+        lowest = min(exponent, 0)
+        rows = np.diag([1 << -lowest] * len(x)).astype(object)
+        rows = np.concatenate([x[:, None] << (exponent - lowest), rows], axis=1)  # (in, 1 + D)
+        pieces: list[Piece] = []
+        exponent = lowest
+        for (weight, weight_exponent), (bias, bias_exponent) in self.layers[:-1]:
+            offset = np.full((len(bias), rows.shape[1]), 0, dtype=object)
+            offset[:, 0] = bias
+            rows, exponent = _add((weight.dot(rows), weight_exponent + exponent), (offset, bias_exponent))
+            kinks = declared_kinks(self.act, len(rows))
+            if kinks is None:
+                return None
+            with_zero = np.concatenate([rows, 0 * rows[:1]])  # at index -1
+            first, second = kinks[with_zero[kinks[:, 0], 0] == with_zero[kinks[:, 1], 0]].T
+            if (with_zero[first] != with_zero[second]).any():
+                return None
+            piece = self.act.piece(untied(rows[:, 0]))
+            if piece is None:
+                return None
+            pieces.append(piece)
+            rows, exponent = piece.factor[:, None] * rows[piece.index], exponent + piece.exponent
+        return pieces
+
+
+def untied(values: ExactArray) -> npt.NDArray[np.float64]:
+    """(H,) small numbers in the order of exact ones, with their signs: none is zero, and no two are equal.
+
+    What is equal may come in any order, and zero gets any sign: for features that are so all around a point.
+    """
+    ranks = np.empty(len(values))
+    ranks[sorted(range(len(values)), key=lambda i: values[i])] = np.arange(len(values))
+    return ranks - sum(value < 0 for value in values) + 0.5
 
 
 def integers(values: npt.NDArray[Any]) -> tuple[ExactArray, int]:

@@ -249,7 +249,9 @@ class Plane:
             done.append(polygons.take(finished))
             n_done += len(finished)
             rest = np.flatnonzero(counts)
-            if n_done + 2 * len(rest) > most:
+            # Each line that cuts a polygon makes one more of it, if not several.
+            so_far = n_done + len(rest)
+            if so_far + len(lines) > most and so_far + self._distinct(where, lines) > most:
                 return None
             if not len(rest):
                 break
@@ -265,6 +267,12 @@ class Plane:
                 still = self.cuts(polygons, where, lines)
                 where, lines = where[still], lines[still]
         return Polygons.join(done)
+
+    def _distinct(self, where: Integers, lines: Integers) -> int:
+        """How many lines there are in all polygons; those that float64 cannot tell apart in one count once."""
+        value = self.lines["value"][lines]
+        largest = np.take_along_axis(value, np.abs(value).argmax(axis=1)[:, None], axis=1)
+        return len(np.unique(np.column_stack([where, value * np.sign(largest)]), axis=0))
 
 
 def _side(part: Polygons, sign: Integers, following: Integers, new: Integers, line: Integers) -> Polygons:

@@ -16,8 +16,10 @@ in deep networks" (few regions, in practice).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,9 +27,9 @@ import numpy.typing as npt
 from torch import nn
 
 from lipexp.activations import PiecewiseLinear, declared_kinks, is_piecewise_linear
-from lipexp.certificates import UNIT_ROUNDOFF
+from lipexp.certificates import UNIT_ROUNDOFF, spectral_norm_bound
 from lipexp.domain import Domain
-from lipexp.measures import ExactArray, integers
+from lipexp.measures import ExactArray, integers, untied
 from lipexp.models import Layer
 from lipexp.polygons import (
     SAFETY,
@@ -75,12 +77,27 @@ class TooLarge(Exception):
 class Maps:
     """The affine maps of P regions onto H features: value[r, c, h], c = 0, 1 the gradient, 2 the constant.
 
-    Scalars for each region and c: the entries are off by at most `error`, and at most `size` large.
+    Scalars for each region and c: the entries are off by at most `error` and at most `size` large, in the inf-norm
+    over the H features; `error_2` and `size_2` are the same in the 2-norm. A layer multiplies an error by its own
+    norm, and one of spectral norm 1 may have row sums of sqrt(H): followed in the inf-norm alone, the errors of
+    deep networks would grow until only integers told the sides of their kinks.
     """
 
     value: Floats  # (P, 3, H)
     error: Floats  # (P, 3)
-    size: Floats  # (P, 3)
+    error_2: Floats  # (P, 3)
+
+    @cached_property
+    def size(self) -> Floats:
+        """(P, 3)"""
+        return np.abs(self.value).max(axis=2)
+
+    @cached_property
+    def size_2(self) -> Floats:
+        """(P, 3), rounded up; the squares of numbers below 2^-500 may vanish, and others overflow."""
+        with np.errstate(over="ignore"):
+            small = math.sqrt(self.value.shape[2]) * 2.0**-500 * (self.size > 0)
+            return SAFETY * (np.linalg.norm(self.value, axis=2) + small)
 
 
 def refusal(layers: Sequence[Layer], act: nn.Module) -> str | None:
@@ -135,6 +152,9 @@ class Enumeration:
         # The number of the first region of a layer, when the regions of all layers are counted on.
         self.first_owner = [0]
         self._exact_maps: dict[tuple[int, int], tuple[ExactArray, int]] = {}
+        self._exact_layers = [
+            (integers(weight), integers(bias)) for weight, bias in zip(self.weights, self.biases, strict=True)
+        ]
         self.exponent = 0  # of the activation's factors
         self.maps = self._identity(len(self.cells))
         for layer in range(len(layers) - 1):
@@ -147,8 +167,7 @@ class Enumeration:
         value = np.zeros((n, 3, 2))
         value[:, 0, 0] = 1.0
         value[:, 1, 1] = 1.0 if self.dims == 2 else 0.0
-        size = np.abs(value).max(axis=2)
-        return Maps(value, np.zeros_like(size), size)
+        return Maps(value, np.zeros((n, 3)), np.zeros((n, 3)))
 
     def _cut(self, layer: int) -> None:
         """Replace the regions by their parts on which the activation behind `layer` is linear."""
@@ -179,28 +198,49 @@ class Enumeration:
         Reference for the rounding errors: Higham 2002, "Accuracy and stability of numerical algorithms", (3.5).
         """
         weight, bias = self.weights[layer].astype(np.float64), self.biases[layer].astype(np.float64)
-        rows, constant = float(np.abs(weight).sum(axis=1).max()), float(np.abs(bias).max())
-        gamma = SAFETY * (weight.shape[1] + 2) * UNIT_ROUNDOFF
+        n_out, n_in = weight.shape
+        gamma = SAFETY * (n_in + 2) * UNIT_ROUNDOFF
         with np.errstate(over="ignore", invalid="ignore"):
             value = maps.value @ weight.T
             value[:, 2] += bias
+            # Off is a feature by |W| |error| + gamma (|W| |size| + |b|), and || |W| ||_2 <= ||W||_F.
+            rows = float(np.abs(weight).sum(axis=1).max())
             error = rows * (maps.error + gamma * (maps.size + maps.error))
-            error[:, 2] += gamma * constant
+            error[:, 2] += gamma * float(np.abs(bias).max())
+            spectral, frobenius = spectral_norm_bound(self.weights[layer]), SAFETY * float(np.linalg.norm(weight))
+            error_2 = spectral * maps.error_2 + gamma * frobenius * (maps.size_2 + maps.error_2)
+            error_2[:, 2] += gamma * SAFETY * float(np.linalg.norm(bias))
         # Where all products are of zeros the result is exact; elsewhere they may underflow.
-        error = SAFETY * error + TINY * weight.shape[1] * (maps.size + maps.error > 0)
-        if not (np.isfinite(value).all() and np.isfinite(error).all()):
-            raise TooLarge
-        return Maps(value, error, np.abs(value).max(axis=2))
+        underflow = TINY * n_in * (maps.size + maps.error > 0)
+        return self._checked(value, SAFETY * error + underflow, SAFETY * error_2 + n_out * underflow)
 
     def _activated(self, maps: Maps, parent: Integers, index: Integers, factor: npt.NDArray[np.int64]) -> Maps:
         """The maps behind the activation, of the regions whose parents have the maps `maps`."""
+        width = index.shape[1]
         scale = factor * 2.0**self.exponent  # (P, H)
         value = np.take_along_axis(maps.value[parent], index[:, None, :], axis=2) * scale[:, None, :]
         most = np.abs(scale).max(axis=1, keepdims=True)
-        size = np.abs(value).max(axis=2)
         underflow = TINY * ((maps.size[parent] > 0) & (most > 0))
-        error = SAFETY * (maps.error[parent] * most + UNIT_ROUNDOFF * size) + underflow
-        return Maps(value, error, size)
+        error = SAFETY * most * (maps.error[parent] + UNIT_ROUNDOFF * maps.size[parent]) + underflow
+        # A feature may be handed on several times.
+        places = (index + width * np.arange(len(index))[:, None]).ravel()
+        copies = math.sqrt(np.bincount(places).max(initial=1))
+        with np.errstate(over="ignore", invalid="ignore"):
+            error_2 = maps.error_2[parent] + UNIT_ROUNDOFF * maps.size_2[parent]
+            error_2 = SAFETY * copies * most * error_2 + width * underflow
+        return self._checked(value, error, error_2)
+
+    @staticmethod
+    def _checked(value: Floats, error: Floats, error_2: Floats) -> Maps:
+        """The maps, each error no larger than what the other says: ||.||_inf <= ||.||_2 <= sqrt(H) ||.||_inf.
+
+        The squares of large numbers overflow: then the inf-norm is left, and an `error_2` that is not finite.
+        """
+        error = np.fmin(error, error_2)
+        error_2 = np.fmin(error_2, SAFETY * math.sqrt(value.shape[2]) * error)
+        if not (np.isfinite(value).all() and np.isfinite(error).all()):
+            raise TooLarge
+        return Maps(value, error, error_2)
 
     # Kinks -------------------------------------------------------------------------------------------------------
 
@@ -269,10 +309,7 @@ class Enumeration:
         return index, factor
 
     def _ranks(self, parts: Polygons, part: int, layer: int) -> Floats:
-        """(H,) numbers without ties, in the order of the exact z at the middle of a part, with its signs.
-
-        What is equal at the middle of a part, or zero, is so on all of it: any order, and any sign, is right.
-        """
+        """The exact z at the middle of a part, `untied`: what is equal there, or zero, is so on all of it."""
         corners = parts.corner[parts.start[part] : parts.start[part + 1]]
         exact = [self.plane.exact_corner(int(corner)) for corner in corners]
         # Corners have any positive scale here, so this is no longer the centroid; it is an interior point.
@@ -282,12 +319,7 @@ class Enumeration:
             shift = bits - max(abs(entry) for entry in corner).bit_length()
             middle = [total + (entry << shift) for total, entry in zip(middle, corner, strict=True)]
         rows, _ = self._exact_map(layer, int(parts.parent[part]))
-        z = rows.dot(np.array(middle, dtype=object))
-        order = sorted(range(len(z)), key=lambda i: z[i])
-        ranks = np.empty(len(z))
-        below = sum(value < 0 for value in z)
-        ranks[order] = np.arange(len(z)) - below + 0.5
-        return ranks
+        return untied(rows.dot(np.array(middle, dtype=object)))
 
     # Exact arithmetic --------------------------------------------------------------------------------------------
 
@@ -315,8 +347,7 @@ class Enumeration:
             index, factor = (part[region] for part in self.pieces[layer - 1])
             rows, exponent = self._exact_map(layer - 1, int(self.parents[layer - 1][region]))
             before, exponent = factor[:, None].astype(object) * rows[index], exponent + self.exponent
-        weight, weight_exponent = integers(self.weights[layer])
-        bias, bias_exponent = integers(self.biases[layer])
+        (weight, weight_exponent), (bias, bias_exponent) = self._exact_layers[layer]
         exponent += weight_exponent
         lowest = min(exponent, bias_exponent)
         rows = weight.dot(before) << (exponent - lowest)
@@ -346,7 +377,7 @@ class Enumeration:
         """The map onto the output on some regions."""
         if not self.pieces:
             maps = self.maps
-            before = Maps(maps.value[block], maps.error[block], maps.size[block])
+            before = Maps(maps.value[block], maps.error[block], maps.error_2[block])
         else:
             index, factor = self.pieces[-1]
             before = self._activated(self.maps, self.cells.parent[block], index[block], factor[block])

@@ -249,6 +249,54 @@ def test_a_point_on_a_kink_has_no_gradient():
     assert ExactNetwork(layers, maxmin, 0).gradient(np.array([0.0, 1.5])) is not None
 
 
+def equals_and_zeros() -> list[Layer]:
+    """Of both hidden layers, the first two features are equal everywhere and the third is zero."""
+    layers = network(2, 4, 4, 1)
+    for weight, bias in layers[:2]:
+        weight[0, 1], bias[0, 0, 1] = weight[0, 0], bias[0, 0, 0]
+        weight[0, 2], bias[0, 0, 2] = 0, 0
+    layers[1].weight[0, 1, :2] = layers[1].weight[0, 0, [1, 0]]  # equal because its inputs are
+    return layers
+
+
+TIED_PIECES = {
+    "relu": lambda z: [[Fraction(i == j and z[i] > 0) for j in range(4)] for i in range(4)],
+    "maxmin": lambda z: maxmin_piece([value + Fraction(i, 10**9) for i, value in enumerate(z)]),
+}
+
+
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_features_that_are_equal_everywhere_or_zero_make_no_kink(name):
+    act, layers = PIECEWISE[name][0], equals_and_zeros()
+    points = normal(10, 2)
+    for point in points.numpy():
+        integers, exponent = ExactNetwork(layers, act, 0).gradient(point)
+        found = [int(value) * Fraction(2) ** exponent for value in integers]
+        assert found == fraction_gradient(layers, TIED_PIECES[name], point)
+    assert measured(layers, act, points, 2).value > 0
+
+
+def test_features_that_cross_make_a_kink_beside_those_that_are_equal():
+    layers = equals_and_zeros()
+    layers[0].weight[0, 3], layers[0].bias[0, 0, 3] = torch.tensor([1.0, -1.0]), 0
+    assert ExactNetwork(layers, ReLU(), 0).gradient(np.array([0.5, 0.5])) is None  # where it meets 0 itself
+    assert ExactNetwork(layers, GroupSort(neighbours=True), 0).gradient(np.array([0.5, 0.5])) is None  # the third
+    assert ExactNetwork(layers, GroupSort(neighbours=True), 0).gradient(np.array([0.5, 0.25])) is not None
+
+
+def test_equal_features_of_an_activation_with_other_kinks_have_no_gradient():
+    """What is known of kinks where features meet says nothing of its own."""
+
+    class Twice(ReLU):
+        def forward(self, x):
+            return x
+
+        def piece(self, z):
+            return None
+
+    assert ExactNetwork(equals_and_zeros(), Twice(), 0).gradient(np.array([0.5, 0.25])) is None
+
+
 # The largest gradient -------------------------------------------------------------------------------------------
 
 
@@ -347,9 +395,9 @@ def test_a_zero_function_of_sorted_pairs_measures_zero():
 
 
 @pytest.mark.parametrize("q", NORMS)
-def test_a_function_that_is_all_kink_measures_nothing(q):
+def test_a_function_that_is_zero_everywhere_measures_zero(q):
     layers = by_hand(([[0.0, 0.0]], [0.0]), ([[1.0]], [0.0]))
-    assert measured(layers, ReLU(), normal(50, 2), q) is None
+    assert measured(layers, ReLU(), normal(50, 2), q)[::2] == (0.0, True)
 
 
 def test_a_kink_at_the_steepest_point_is_left_by_a_small_step():

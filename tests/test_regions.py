@@ -13,6 +13,7 @@ import torch
 from lipexp.activations import Abs, Elementwise, GroupSort, LeakyReLU, PiecewiseLinear, ReLU
 from lipexp.measures import ExactNetwork, norms, scan
 from lipexp.models import Layer
+from lipexp.polygons import Plane
 from lipexp.regions import Enumeration, TooLarge, TooManyRegions, constants, refusal
 
 BOX = (np.array([-4.0, -3.0]), np.array([4.0, 5.0]))
@@ -247,6 +248,45 @@ def test_the_constants_hold_after_training(trained, act_option):
     assert norm_at(layers, act, found.box.point, 2) == pytest.approx(found.box.value, rel=1e-9)
 
 
+@pytest.mark.parametrize("grain", [0.0, 0.25])
+@pytest.mark.parametrize("name", ACTS)
+def test_the_maps_are_off_by_no_more_than_they_say(name, grain):
+    layers = network(2, 6, 6, 6, 6, 1, grain=grain)
+    enumeration = Enumeration(layers, ACTS[name], BOX, 10**6)
+    maps, last = enumeration.maps, len(layers) - 2
+    for region in range(0, len(maps.value), 7):
+        rows, exponent = enumeration._exact_map(last, region)
+        for c in range(3):
+            off = [
+                abs(Fraction(found) - int(value) * Fraction(2) ** exponent)
+                for found, value in zip(maps.value[region, c].tolist(), rows[:, c], strict=True)
+            ]
+            assert max(off) <= Fraction(float(maps.error[region, c]))
+            assert sum(value * value for value in off) <= Fraction(float(maps.error_2[region, c])) ** 2
+            size = [Fraction(value) ** 2 for value in maps.value[region, c].tolist()]
+            assert sum(size) <= Fraction(float(maps.size_2[region, c])) ** 2
+
+
+@pytest.mark.parametrize("name", ["relu", "maxmin"])
+def test_a_deep_network_of_spectral_norm_one_hardly_needs_integers(name, monkeypatch):
+    """Its rows are long: errors that are followed by row sums alone leave one side in a hundred open."""
+    counted = []
+    exactly = Enumeration._ranks
+    monkeypatch.setattr(Enumeration, "_ranks", lambda self, *rest: counted.append(1) or exactly(self, *rest))
+    draws = torch.Generator().manual_seed(0)
+    layers = [
+        Layer(torch.nn.init.orthogonal_(torch.empty(n_out, n_in), generator=draws)[None], bias)
+        for (n_out, n_in), bias in zip(
+            [(32, 2), *[(32, 32)] * 9, (1, 32)],
+            [0.5 * torch.randn(1, 1, n, generator=draws) for n in [*[32] * 10, 1]],
+            strict=True,
+        )
+    ]
+    regions = constants(layers, ACTS[name], BOX, 2.0, 10**6).regions
+    assert regions > 1000
+    assert len(counted) <= regions / 1000
+
+
 # Awkward networks ------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +395,26 @@ def test_the_cap_counts_regions():
     assert constants(layers, ReLU(), BOX, 2.0, n).regions == n
     with pytest.raises(TooManyRegions):
         constants(layers, ReLU(), BOX, 2.0, n - 1)
+
+
+def test_the_cap_does_not_count_lines_that_coincide():
+    """Of 40 features sorted together 38 are zero: each of the other two meets all of them along one line."""
+    layers = network(2, 40, 1)
+    layers[0].weight[0, 2:], layers[0].bias[0, 0, 2:] = 0, 0
+    n = constants(layers, ACTS["fullsort"], BOX, 2.0, 10**5).regions
+    assert n < 38
+    assert constants(layers, ACTS["fullsort"], BOX, 2.0, n).regions == n
+    with pytest.raises(TooManyRegions):
+        constants(layers, ACTS["fullsort"], BOX, 2.0, n - 1)
+
+
+def test_many_regions_are_given_up_before_they_are_cut(monkeypatch):
+    made = []
+    cut = Plane.cut
+    monkeypatch.setattr(Plane, "cut", lambda *arguments: (parts := cut(*arguments), made.append(len(parts)))[0])
+    with pytest.raises(TooManyRegions):
+        constants(network(2, 64, 1), ACTS["fullsort"], BOX, 2.0, 20_000)
+    assert sum(made) < 20_000
 
 
 class Twisted(PiecewiseLinear):

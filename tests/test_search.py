@@ -220,7 +220,9 @@ def test_kink_steps_end_where_no_neighbour_is_steeper(q, any_act):
     assert (after > before).any()
     for end, height in zip(ends[0], after[0], strict=True):
         beyond = module._clamp(module._across_kinks(layers, any_act, pieces, end.unsqueeze(0)), box)
-        assert heights(layers, any_act, beyond, q).max() <= height * (1 + 2e-12)  # one point, and eight: as rounded
+        assert heights(layers, any_act, beyond, q).max() <= height * (
+            1 + 2e-12
+        )  # one point, and eight: as rounded
 
 
 def test_soft_masks_climb_higher_than_random_steps(any_act):
