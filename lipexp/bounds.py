@@ -15,6 +15,7 @@ from lipexp.activations import PiecewiseLinear, declared_norms, declared_slopes
 from lipexp.certificates import dual, norm_name, product_bound
 from lipexp.config import ConfigError
 from lipexp.constraints import Constraint
+from lipexp.maps import TooLarge
 from lipexp.measures import Maximum
 from lipexp.models import Layer
 
@@ -140,7 +141,7 @@ def exact(problem: Problem) -> Proof:
     except regions.TooManyRegions:
         reason = f"more than {problem.max_regions:,} linear regions (max_regions)"
         return Proof(None, reason, gave_up=True)
-    except regions.TooLarge:
+    except TooLarge:
         return Proof(None, OVERFLOW)
     return Proof(found.everywhere.value, constants=found)
 

@@ -204,7 +204,7 @@ class ExactNetwork:
         return pieces
 
     def _pieces_of_equals(self, point: npt.NDArray[np.float64]) -> list[Piece] | None:
-        """The same where features are equal, or zero, all around `point`: whatever their order, that makes no kink.
+        """The same where features are equal, or zero, all around `point`: which makes no kink, in any order.
 
         Training leaves such features, and no point avoids them. They show in the affine maps of the features near
         the point, rows of value and gradient.

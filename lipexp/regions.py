@@ -16,10 +16,7 @@ in deep networks" (few regions, in practice).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,8 +24,9 @@ import numpy.typing as npt
 from torch import nn
 
 from lipexp.activations import PiecewiseLinear, declared_kinks, is_piecewise_linear
-from lipexp.certificates import UNIT_ROUNDOFF, spectral_norm_bound
+from lipexp.certificates import UNIT_ROUNDOFF
 from lipexp.domain import Domain
+from lipexp.maps import Maps
 from lipexp.measures import ExactArray, integers, untied
 from lipexp.models import Layer
 from lipexp.polygons import (
@@ -67,37 +65,6 @@ class Constants(NamedTuple):
 
 class TooManyRegions(Exception):
     """The cap on the number of regions is passed."""
-
-
-class TooLarge(Exception):
-    """Numbers of the network, or bounds on their errors, overflow float64."""
-
-
-@dataclass
-class Maps:
-    """The affine maps of P regions onto H features: value[r, c, h], c = 0, 1 the gradient, 2 the constant.
-
-    Scalars for each region and c: the entries are off by at most `error` and at most `size` large, in the inf-norm
-    over the H features; `error_2` and `size_2` are the same in the 2-norm. A layer multiplies an error by its own
-    norm, and one of spectral norm 1 may have row sums of sqrt(H): followed in the inf-norm alone, the errors of
-    deep networks would grow until only integers told the sides of their kinks.
-    """
-
-    value: Floats  # (P, 3, H)
-    error: Floats  # (P, 3)
-    error_2: Floats  # (P, 3)
-
-    @cached_property
-    def size(self) -> Floats:
-        """(P, 3)"""
-        return np.abs(self.value).max(axis=2)
-
-    @cached_property
-    def size_2(self) -> Floats:
-        """(P, 3), rounded up; the squares of numbers below 2^-500 may vanish, and others overflow."""
-        with np.errstate(over="ignore"):
-            small = math.sqrt(self.value.shape[2]) * 2.0**-500 * (self.size > 0)
-            return SAFETY * (np.linalg.norm(self.value, axis=2) + small)
 
 
 def refusal(layers: Sequence[Layer], act: nn.Module) -> str | None:
@@ -156,22 +123,15 @@ class Enumeration:
             (integers(weight), integers(bias)) for weight, bias in zip(self.weights, self.biases, strict=True)
         ]
         self.exponent = 0  # of the activation's factors
-        self.maps = self._identity(len(self.cells))
+        self.maps = Maps.identity(len(self.cells), self.dims)
         for layer in range(len(layers) - 1):
             self._cut(layer)
 
     # Layers ------------------------------------------------------------------------------------------------------
 
-    def _identity(self, n: int) -> Maps:
-        """The inputs themselves, as two features."""
-        value = np.zeros((n, 3, 2))
-        value[:, 0, 0] = 1.0
-        value[:, 1, 1] = 1.0 if self.dims == 2 else 0.0
-        return Maps(value, np.zeros((n, 3)), np.zeros((n, 3)))
-
     def _cut(self, layer: int) -> None:
         """Replace the regions by their parts on which the activation behind `layer` is linear."""
-        maps = self._affine(self.maps, layer)
+        maps = self.maps.affine(self.weights[layer], self.biases[layer])
         pairs = self.act.kinks(maps.value.shape[2])
         assert pairs is not None
         cells = Polygons(self.cells.start, self.cells.corner, self.cells.edge, np.arange(len(self.cells)))
@@ -190,57 +150,7 @@ class Enumeration:
         self.cells = parts
         # Those behind the last hidden layer are wanted once, a few at a time.
         last = layer == len(self.weights) - 2
-        self.maps = maps if last else self._activated(maps, parts.parent, index, factor)
-
-    def _affine(self, maps: Maps, layer: int) -> Maps:
-        """The maps behind an affine layer.
-
-        Reference for the rounding errors: Higham 2002, "Accuracy and stability of numerical algorithms", (3.5).
-        """
-        weight, bias = self.weights[layer].astype(np.float64), self.biases[layer].astype(np.float64)
-        n_out, n_in = weight.shape
-        gamma = SAFETY * (n_in + 2) * UNIT_ROUNDOFF
-        with np.errstate(over="ignore", invalid="ignore"):
-            value = maps.value @ weight.T
-            value[:, 2] += bias
-            # Off is a feature by |W| |error| + gamma (|W| |size| + |b|), and || |W| ||_2 <= ||W||_F.
-            rows = float(np.abs(weight).sum(axis=1).max())
-            error = rows * (maps.error + gamma * (maps.size + maps.error))
-            error[:, 2] += gamma * float(np.abs(bias).max())
-            spectral, frobenius = spectral_norm_bound(self.weights[layer]), SAFETY * float(np.linalg.norm(weight))
-            error_2 = spectral * maps.error_2 + gamma * frobenius * (maps.size_2 + maps.error_2)
-            error_2[:, 2] += gamma * SAFETY * float(np.linalg.norm(bias))
-        # Where all products are of zeros the result is exact; elsewhere they may underflow.
-        underflow = TINY * n_in * (maps.size + maps.error > 0)
-        return self._checked(value, SAFETY * error + underflow, SAFETY * error_2 + n_out * underflow)
-
-    def _activated(self, maps: Maps, parent: Integers, index: Integers, factor: npt.NDArray[np.int64]) -> Maps:
-        """The maps behind the activation, of the regions whose parents have the maps `maps`."""
-        width = index.shape[1]
-        scale = factor * 2.0**self.exponent  # (P, H)
-        value = np.take_along_axis(maps.value[parent], index[:, None, :], axis=2) * scale[:, None, :]
-        most = np.abs(scale).max(axis=1, keepdims=True)
-        underflow = TINY * ((maps.size[parent] > 0) & (most > 0))
-        error = SAFETY * most * (maps.error[parent] + UNIT_ROUNDOFF * maps.size[parent]) + underflow
-        # A feature may be handed on several times.
-        places = (index + width * np.arange(len(index))[:, None]).ravel()
-        copies = math.sqrt(np.bincount(places).max(initial=1))
-        with np.errstate(over="ignore", invalid="ignore"):
-            error_2 = maps.error_2[parent] + UNIT_ROUNDOFF * maps.size_2[parent]
-            error_2 = SAFETY * copies * most * error_2 + width * underflow
-        return self._checked(value, error, error_2)
-
-    @staticmethod
-    def _checked(value: Floats, error: Floats, error_2: Floats) -> Maps:
-        """The maps, each error no larger than what the other says: ||.||_inf <= ||.||_2 <= sqrt(H) ||.||_inf.
-
-        The squares of large numbers overflow: then the inf-norm is left, and an `error_2` that is not finite.
-        """
-        error = np.fmin(error, error_2)
-        error_2 = np.fmin(error_2, SAFETY * math.sqrt(value.shape[2]) * error)
-        if not (np.isfinite(value).all() and np.isfinite(error).all()):
-            raise TooLarge
-        return Maps(value, error, error_2)
+        self.maps = maps if last else maps.activated(parts.parent, index, factor, self.exponent)
 
     # Kinks -------------------------------------------------------------------------------------------------------
 
@@ -376,12 +286,11 @@ class Enumeration:
     def _gradients(self, block: Integers) -> Maps:
         """The map onto the output on some regions."""
         if not self.pieces:
-            maps = self.maps
-            before = Maps(maps.value[block], maps.error[block], maps.error_2[block])
+            before = self.maps.take(block)
         else:
             index, factor = self.pieces[-1]
-            before = self._activated(self.maps, self.cells.parent[block], index[block], factor[block])
-        return self._affine(before, len(self.weights) - 1)
+            before = self.maps.activated(self.cells.parent[block], index[block], factor[block], self.exponent)
+        return before.affine(self.weights[-1], self.biases[-1])
 
     def _steepest(self, norm: Floats, among: Integers) -> Steepest:
         region = int(among[norm[among].argmax()])

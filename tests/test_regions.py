@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from lipexp.activations import Abs, Elementwise, GroupSort, LeakyReLU, PiecewiseLinear, ReLU
+from lipexp.maps import TooLarge
 from lipexp.measures import ExactNetwork, norms, scan
 from lipexp.models import Layer
 from lipexp.polygons import Plane
-from lipexp.regions import Enumeration, TooLarge, TooManyRegions, constants, refusal
+from lipexp.regions import Enumeration, TooManyRegions, constants, refusal
 
 BOX = (np.array([-4.0, -3.0]), np.array([4.0, 5.0]))
 ACTS = {
