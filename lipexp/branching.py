@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lipexp.activations import Elementwise, GroupSort, declared_groups, declared_slopes, is_piecewise_linear
 from lipexp.certificates import UNIT_ROUNDOFF
-from lipexp.measures import Maximum, largest, norms, scan
+from lipexp.measures import Maximum, MeasuredNetwork, largest, norms, scan
 from lipexp.models import Layer
 
 DIMS = 4  # in more, boxes are too many
@@ -354,5 +354,5 @@ def _steeper(
     gradients = scan(layers, act, centres.unsqueeze(0)).gradients[0][0]
     if float(norms(gradients, q).max()) <= best.value:
         return best
-    found = largest(layers, act, 0, centres, gradients, q)
+    found = largest(MeasuredNetwork(layers, act, 0), centres, gradients, q)
     return found if found is not None and found.value > best.value else best

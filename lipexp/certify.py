@@ -29,7 +29,7 @@ from lipexp.constraints import Constraint
 from lipexp.display import above, broken_bound, interval_line, robustness_line
 from lipexp.loading import LoadedRun, load_run, part_of
 from lipexp.loop import Streams, generator
-from lipexp.measures import Maximum, grid, largest, scan
+from lipexp.measures import Maximum, MeasuredNetwork, grid, largest, scan
 from lipexp.models import Layer
 from lipexp.robustness import Robustness, assess
 from lipexp.runs import RunFolder, find
@@ -138,8 +138,9 @@ def measure(layers: Sequence[Layer], act: nn.Module, x: Tensor, q: float, stream
         "grid": grid(x.amin(dim=0, keepdim=True), x.amax(dim=0, keepdim=True), draws),
         "search": search(layers, act, x.unsqueeze(0), gradients, q, draws, effort=EFFORT),
     }
+    network = MeasuredNetwork(layers, act, 0)
     found = {
-        source: largest(layers, act, 0, part[0], scan(layers, act, part).gradients[0][0], q)
+        source: largest(network, part[0], scan(layers, act, part).gradients[0][0], q)
         for source, part in points.items()
         if part is not None
     }

@@ -19,7 +19,7 @@ from lipexp.bounds import Certificate, Problem, product_certificate, prove
 from lipexp.certificates import dual, norm_name
 from lipexp.loop import Checkpoint, Stack, generator
 from lipexp.losses import difference_of_means
-from lipexp.measures import Maximum, Scan, grid, largest, norms, scan
+from lipexp.measures import Maximum, MeasuredNetwork, Scan, grid, largest, norms, scan
 from lipexp.models import run_layers
 from lipexp.robustness import Robustness, assess
 from lipexp.search import search, starts
@@ -52,11 +52,11 @@ class Evaluator:
         self.y = _stacked([np.concatenate([data.train_y, data.test_y]) for data in stack.data])  # (K, N)
         self.has_classes = stack.task != "regression"
         self.metric = {"classification": "accuracy", "transport": "score"}.get(stack.task, "mse")
-        self._last: tuple[Checkpoint, Scan] | None = None
+        self._last: tuple[Checkpoint, Scan, list[MeasuredNetwork]] | None = None
 
     def history(self, checkpoint: Checkpoint) -> list[dict[str, float | None]]:
         """One line of history.csv a run; failed runs get an empty one."""
-        scanned = self._scan(checkpoint)
+        scanned, networks = self._seen(checkpoint)
         scores = self._scores(scanned.f)
         rows: list[dict[str, float | None]] = []
         for run in range(len(self.x)):
@@ -65,9 +65,7 @@ class Evaluator:
                 continue
             train, test = scores[run]
             certificate = self.certify(checkpoint, run)
-            steepest = largest(
-                checkpoint.layers, checkpoint.act, run, self.x[run], scanned.gradients[0][run], certificate.q
-            )
+            steepest = largest(networks[run], self.x[run], scanned.gradients[0][run], certificate.q)
             rows.append(
                 {
                     "step": checkpoint.step,
@@ -83,7 +81,7 @@ class Evaluator:
     def final(self, checkpoint: Checkpoint) -> list[Record | None]:
         """The full record of each run, None for failed ones."""
         constraint, layers, act = self.stack.constraint, checkpoint.layers, checkpoint.act
-        scanned = self._scan(checkpoint)
+        scanned, _ = self._seen(checkpoint)
         generators = [generator(s.search) for s in self.stack.streams]
         sources = {"data": (self.x, scanned.gradients[0])}
         low, high = self.x.amin(dim=1), self.x.amax(dim=1)  # (K, D)
@@ -98,11 +96,13 @@ class Evaluator:
             for run in range(len(self.x))
         ]
 
-    def _scan(self, checkpoint: Checkpoint) -> Scan:
-        """f and its gradient at the data. The last checkpoint is reported twice, and scanned once."""
+    def _seen(self, checkpoint: Checkpoint) -> tuple[Scan, list[MeasuredNetwork]]:
+        """f and its gradient at the data, and the networks: once, as the last checkpoint is reported twice."""
         if self._last is None or self._last[0] is not checkpoint:
-            self._last = (checkpoint, scan(checkpoint.layers, checkpoint.act, self.x))
-        return self._last[1]
+            layers, act = checkpoint.layers, checkpoint.act
+            networks = [MeasuredNetwork(layers, act, run) for run in range(len(self.x))]
+            self._last = (checkpoint, scan(layers, act, self.x), networks)
+        return self._last[1:]
 
     def certify(self, checkpoint: Checkpoint, run: int) -> Certificate:
         return product_certificate(self.stack.constraint, self.stack.act, checkpoint.layers, run)
@@ -156,10 +156,11 @@ class Evaluator:
         scores: tuple[dict[str, float], dict[str, float]],
     ) -> Record:
         q = self.stack.constraint.q
+        network = self._seen(checkpoint)[1][run]
 
         def steepest(source: str, norm: float) -> Maximum | None:
             points, gradients = sources[source]
-            return largest(checkpoint.layers, checkpoint.act, run, points[run], gradients[run], norm)
+            return largest(network, points[run], gradients[run], norm)
 
         by = {source: found for source in sources if (found := steepest(source, q)) is not None}
         # A network whose points all lie on kinks has shown no slope; 0 is a lower bound of anything.

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -90,45 +91,61 @@ def grid(low: Tensor, high: Tensor, generators: Sequence[torch.Generator]) -> Te
     return low.unsqueeze(1) + (high - low).unsqueeze(1) * (cells + jitter) / n
 
 
-def largest(
-    layers: Sequence[Layer], act: nn.Module, run: int, points: Tensor, gradients: Tensor, q: float
-) -> Maximum | None:
-    """The largest ||grad f||_q of one run over points (N, D): at most the true constant, or an estimate.
+class MeasuredNetwork:
+    """One baked network of a stack, and what all measurements of it need: found when first asked for, and kept."""
+
+    def __init__(self, layers: Sequence[Layer], act: nn.Module, run: int) -> None:
+        self.layers, self.act = run_layers(layers, run), act
+
+    @cached_property
+    def exact(self) -> ExactNetwork:
+        """The same in exact arithmetic; `act` must name its linear pieces."""
+        return ExactNetwork(self.layers, cast(PiecewiseLinear, self.act), 0)
+
+    @cached_property
+    def norm_product(self) -> float:
+        """About what rounding errors in the gradient are relative to, in the 2-norm and in the inf-norm."""
+        matrices = [layer.weight[0].double().numpy() for layer in self.layers]
+        return max(
+            math.prod(float(np.linalg.norm(matrix)) for matrix in matrices),
+            math.prod(float(np.linalg.norm(matrix, math.inf)) for matrix in matrices),
+        )
+
+
+def largest(network: MeasuredNetwork, points: Tensor, gradients: Tensor, q: float) -> Maximum | None:
+    """The largest ||grad f||_q of a network over points (N, D): at most the true constant, or an estimate.
 
     Args:
-        layers: K baked networks; `run` chooses one.
         gradients: (N, D) float64, as scanned.
 
     Returns:
         None if every candidate lies on a kink even after it was moved, or has no finite gradient.
 
     Raises:
-        ArithmeticError: `act` names a linear piece that contradicts what it computes.
+        ArithmeticError: the activation names a linear piece that contradicts what it computes.
     """
     values = norms(gradients, q).nan_to_num(nan=-1, posinf=-1)
     candidates = [i for i in values.topk(min(_CANDIDATES, len(values))).indices.tolist() if values[i] >= 0]
     if not candidates:
         return None
-    if not is_piecewise_linear(act):
-        return _estimate(layers, act, run, points[candidates[0]], q)
-    network = ExactNetwork(layers, cast(PiecewiseLinear, act), run)
+    if not is_piecewise_linear(network.act):
+        return _estimate(network, points[candidates[0]], q)
     contradicted = False
     for i in candidates:
         for moved, point in enumerate(_nearby(points[i])):
-            gradient = network.gradient(point.numpy())
+            gradient = network.exact.gradient(point.numpy())
             if gradient is None:
                 continue
             value, scanned = _norm_below(*gradient, q), float(values[i])
             # Rounding can put float64 on the other side of a kink at one candidate, but not at all of them; and
             # where the layers cancel, it is all that float64 sees.
-            if moved == 0 and abs(value - scanned) > 1e-6 * max(value, scanned) + 1e-12 * _norm_product(
-                layers, run
-            ):
+            unseen = 1e-6 * max(value, scanned) + 1e-12 * network.norm_product
+            if moved == 0 and abs(value - scanned) > unseen:
                 contradicted = True
                 break
             return Maximum(value, tuple(point.tolist()))
     if contradicted:
-        raise ArithmeticError(f"{type(act).__name__}.piece contradicts its forward")
+        raise ArithmeticError(f"{type(network.act).__name__}.piece contradicts its forward")
     return None
 
 
@@ -139,28 +156,19 @@ def _nearby(point: Tensor) -> Iterator[Tensor]:
         yield point + shift * (1 + point.abs()) * torch.linspace(1.0, 0.6, len(point), dtype=point.dtype)
 
 
-def _estimate(layers: Sequence[Layer], act: nn.Module, run: int, point: Tensor, q: float) -> Maximum:
+def _estimate(network: MeasuredNetwork, point: Tensor, q: float) -> Maximum:
     """For a class whose formula lipexp does not know: the smallest of the gradient norms at and next to `point`.
 
     The neighbours unmask a kink, where autograd may return what no gradient is. What is left is lowered by a bound
     on the rounding error of backpropagation through n matrices of at most H columns, gamma_{n (H + 2)} times the
     product of their norms. The derivative of the activation itself is taken on trust, so this is an estimate.
     """
-    one = run_layers(layers, run)
+    layers = network.layers
     around = torch.stack(list(_nearby(point)))
-    value = float(norms(scan(one, act, around.unsqueeze(0)).gradients[0][0], q).nan_to_num(nan=0).min())
-    widest = max(max(layer.weight.shape[1:]) for layer in one)
-    error = 4 * len(one) * (widest + 2) * UNIT_ROUNDOFF * _norm_product(layers, run) * math.sqrt(len(point))
+    value = float(norms(scan(layers, network.act, around.unsqueeze(0)).gradients[0][0], q).nan_to_num(nan=0).min())
+    widest = max(max(layer.weight.shape[1:]) for layer in layers)
+    error = 4 * len(layers) * (widest + 2) * UNIT_ROUNDOFF * network.norm_product * math.sqrt(len(point))
     return Maximum(max(0.0, value - error), tuple(point.tolist()), exact=False)
-
-
-def _norm_product(layers: Sequence[Layer], run: int) -> float:
-    """About what rounding errors in the gradient of one run are relative to, in the 2-norm and in the inf-norm."""
-    matrices = [layer.weight[run].double().numpy() for layer in layers]
-    return max(
-        math.prod(float(np.linalg.norm(matrix)) for matrix in matrices),
-        math.prod(float(np.linalg.norm(matrix, math.inf)) for matrix in matrices),
-    )
 
 
 class ExactNetwork:

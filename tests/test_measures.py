@@ -13,7 +13,7 @@ import torch
 from lipexp import measures
 from lipexp.activations import Activation, GroupSort, Piece, ReLU
 from lipexp.certificates import product_bound
-from lipexp.measures import ExactNetwork, grid, largest, norms, scan
+from lipexp.measures import ExactNetwork, MeasuredNetwork, grid, largest, norms, scan
 from lipexp.models import Layer, Network, forward, state_dict
 
 NORMS = (1, 2, math.inf)
@@ -45,7 +45,7 @@ def by_hand(*layers: tuple[list[list[float]], list[float]]) -> list[Layer]:
 def measured(layers: list[Layer], act: torch.nn.Module, points: torch.Tensor, q: float, run: int = 0):
     """What `largest` makes of points (N, D)."""
     everywhere = points.expand(layers[0].weight.shape[0], *points.shape)
-    return largest(layers, act, run, points, scan(layers, act, everywhere).gradients[0][run], q)
+    return largest(MeasuredNetwork(layers, act, run), points, scan(layers, act, everywhere).gradients[0][run], q)
 
 
 # An independent network in rational arithmetic ------------------------------------------------------------------
@@ -425,7 +425,9 @@ def test_no_measure_exceeds_the_certificate_of_a_trained_network(bounded_case, a
     points = 3 * normal(1, 300, 2).expand(4, -1, -1)
     gradients = scan(checkpoint.layers, checkpoint.act, points).gradients[0]
     for run in range(4):
-        found = largest(checkpoint.layers, checkpoint.act, run, points[run], gradients[run], constraint.q)
+        found = largest(
+            MeasuredNetwork(checkpoint.layers, checkpoint.act, run), points[run], gradients[run], constraint.q
+        )
         chain = zip(constraint.norms(3), checkpoint.layers, strict=True)
         certified = product_bound(norm.proven(layer.weight[run]) for norm, layer in chain)
         assert 0 < found.value <= certified <= float(constraint.lipschitz[run])
@@ -505,9 +507,9 @@ def test_gradients_that_are_not_finite_measure_nothing():
     gradients = torch.full_like(points, math.nan)
     gradients[3] = math.inf
     for act in (ReLU(), Tanh()):
-        assert largest(layers, act, 0, points, gradients, 2) is None
+        assert largest(MeasuredNetwork(layers, act, 0), points, gradients, 2) is None
     gradients[5] = scan(layers, ReLU(), points.unsqueeze(0)).gradients[0][0, 5]
-    assert largest(layers, ReLU(), 0, points, gradients, 2).point == tuple(points[5].tolist())
+    assert largest(MeasuredNetwork(layers, ReLU(), 0), points, gradients, 2).point == tuple(points[5].tolist())
 
 
 def test_weights_that_are_not_finite_have_no_exact_gradient():
@@ -571,6 +573,6 @@ def test_layers_that_cancel_are_no_contradiction():
     layers = [Layer(first, torch.full((1, 1, 3), 9.0)), Layer(last, torch.zeros(1, 1, 1))]
     points = torch.ones(4, 1, dtype=torch.float64)
     seen = torch.full((4, 1), 1e-16, dtype=torch.float64)  # what rounding may leave of it
-    found = largest(layers, ReLU(), 0, points, seen, 2)
+    found = largest(MeasuredNetwork(layers, ReLU(), 0), points, seen, 2)
     assert found is not None
     assert found.value == 2.0**-60
