@@ -202,6 +202,8 @@ class GroupSort(PiecewiseLinear):
 
     def piece(self, z: np.ndarray[Any, Any]) -> Piece | None:
         groups = self.members(z.shape[-1])
+        if groups.shape[1] == 2:
+            return self._exchange(z, *groups.T)
         members = z[..., groups]  # (..., groups, size)
         ranked = np.argsort(members, axis=-1)
         members = np.take_along_axis(members, ranked, axis=-1)
@@ -209,6 +211,18 @@ class GroupSort(PiecewiseLinear):
             return None
         index = np.empty(z.shape, dtype=np.int64)
         index[..., groups] = np.take_along_axis(np.broadcast_to(groups, ranked.shape), ranked, axis=-1)
+        return Piece(index, np.ones(z.shape, dtype=np.int64))
+
+    @staticmethod
+    def _exchange(z: np.ndarray[Any, Any], first: Any, second: Any) -> Piece | None:
+        """`piece` of groups of two, by one comparison instead of an argsort."""
+        a, b = z[..., first], z[..., second]
+        if np.any(a == b):
+            return None
+        swap = (b < a).astype(bool)  # of integers of any size, numpy says object
+        index = np.empty(z.shape, dtype=np.int64)
+        index[..., first] = np.where(swap, second, first)
+        index[..., second] = np.where(swap, first, second)
         return Piece(index, np.ones(z.shape, dtype=np.int64))
 
     def kinks(self, width: int) -> np.ndarray[Any, Any]:

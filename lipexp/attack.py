@@ -176,7 +176,7 @@ class Falsifier:
             if step == STEPS or not left.any():
                 break
             active, at, x, sign = active[left], at[left], x[left], sign[left]
-            towards = -sign.unsqueeze(1) * steepest(scanned.gradients[0][0][left], self.p)
+            towards = -sign.unsqueeze(1) * steepest(scanned.gradient[0][left], self.p)
             rate = RATE * (1 - step / STEPS) * reach[active].unsqueeze(1)
             at = x + project(at - x + rate * towards, reach[active], self.p)
         return best, margin

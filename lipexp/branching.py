@@ -351,7 +351,7 @@ def _steeper(
 ) -> Maximum:
     """The steeper of `best` and the centres of boxes."""
     centres = (low + high) / 2
-    gradients = scan(layers, act, centres.unsqueeze(0)).gradients[0][0]
+    gradients = scan(layers, act, centres.unsqueeze(0)).gradient[0]
     if float(norms(gradients, q).max()) <= best.value:
         return best
     found = largest(MeasuredNetwork(layers, act, 0), centres, gradients, q)

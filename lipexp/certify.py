@@ -132,7 +132,7 @@ def examine(run: LoadedRun, options: argparse.Namespace) -> Finding:
 def measure(layers: Sequence[Layer], act: nn.Module, x: Tensor, q: float, streams: Streams) -> dict[str, Maximum]:
     """The steepest point among the data x (N, D), on a grid over their box, and of a search."""
     draws = [generator(streams.search)]
-    gradients = scan(layers, act, x.unsqueeze(0)).gradients[0]
+    gradients = scan(layers, act, x.unsqueeze(0)).gradient
     points = {
         "data": x.unsqueeze(0),
         "grid": grid(x.amin(dim=0, keepdim=True), x.amax(dim=0, keepdim=True), draws),
@@ -140,7 +140,7 @@ def measure(layers: Sequence[Layer], act: nn.Module, x: Tensor, q: float, stream
     }
     network = MeasuredNetwork(layers, act, 0)
     found = {
-        source: largest(network, part[0], scan(layers, act, part).gradients[0][0], q)
+        source: largest(network, part[0], scan(layers, act, part).gradient[0], q)
         for source, part in points.items()
         if part is not None
     }

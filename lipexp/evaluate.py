@@ -65,7 +65,7 @@ class Evaluator:
                 continue
             train, test = scores[run]
             certificate = self.certify(checkpoint, run)
-            steepest = largest(networks[run], self.x[run], scanned.gradients[0][run], certificate.q)
+            steepest = largest(networks[run], self.x[run], scanned.gradient[run], certificate.q)
             rows.append(
                 {
                     "step": checkpoint.step,
@@ -83,13 +83,13 @@ class Evaluator:
         constraint, layers, act = self.stack.constraint, checkpoint.layers, checkpoint.act
         scanned, _ = self._seen(checkpoint)
         generators = [generator(s.search) for s in self.stack.streams]
-        sources = {"data": (self.x, scanned.gradients[0])}
+        sources = {"data": (self.x, scanned.gradient)}
         low, high = self.x.amin(dim=1), self.x.amax(dim=1)  # (K, D)
         points = grid(low, high, generators)
         if points is not None:
-            sources["grid"] = (points, scan(layers, act, points).gradients[0])
-        found = search(layers, act, self.x, scanned.gradients[0], constraint.q, generators)
-        sources["search"] = (found, scan(layers, act, found).gradients[0])
+            sources["grid"] = (points, scan(layers, act, points).gradient)
+        found = search(layers, act, self.x, scanned.gradient, constraint.q, generators)
+        sources["search"] = (found, scan(layers, act, found).gradient)
         scores = self._scores(scanned.f)
         return [
             None if run in checkpoint.failures else self._record(checkpoint, run, scanned, sources, scores[run])
@@ -101,7 +101,8 @@ class Evaluator:
         if self._last is None or self._last[0] is not checkpoint:
             layers, act = checkpoint.layers, checkpoint.act
             networks = [MeasuredNetwork(layers, act, run) for run in range(len(self.x))]
-            self._last = (checkpoint, scan(layers, act, self.x), networks)
+            hidden_q = dual(self.stack.constraint.hidden_p)
+            self._last = (checkpoint, scan(layers, act, self.x, hidden_q), networks)
         return self._last[1:]
 
     def certify(self, checkpoint: Checkpoint, run: int) -> Certificate:
@@ -165,7 +166,7 @@ class Evaluator:
         by = {source: found for source in sources if (found := steepest(source, q)) is not None}
         # A network whose points all lie on kinks has shown no slope; 0 is a lower bound of anything.
         measured = max(by.values(), key=lambda m: m.value, default=Maximum(0.0, ()))
-        at_data = scanned.gradients[0][run]  # (N, D)
+        at_data = scanned.gradient[run]  # (N, D)
         sizes = {q_: norms(at_data, q_) for q_ in NORMS}
         in_norm = {
             str(norm_name(q_)): found.value
@@ -204,16 +205,16 @@ class Evaluator:
                 "f": scanned.f[run].numpy(),
                 **{f"grad_{norm_name(q_)}": sizes[q_].numpy() for q_ in NORMS},
             },
-            layers=self._layer_rows(checkpoint, run, certificate),
+            layers=self._layer_rows(checkpoint, run, certificate, [sizes[q], *(h[run] for h in scanned.hidden)]),
             robustness=self._robustness(checkpoint, run, certificate),
         )
 
-    def _layer_rows(self, checkpoint: Checkpoint, run: int, certificate: Certificate) -> list[dict[str, Any]]:
-        """One row a layer: its norm and bound, its singular values, and the gradient norm at its input."""
+    def _layer_rows(
+        self, checkpoint: Checkpoint, run: int, certificate: Certificate, gradient_norms: Sequence[Tensor]
+    ) -> list[dict[str, Any]]:
+        """One row a layer: its norm and bound, its singular values, and the gradient norm (N,) at its input."""
         constraint = self.stack.constraint
         layers = run_layers(checkpoint.layers, run)
-        # One run at a time: the gradients at all features of a whole stack would be its largest arrays.
-        hidden = scan(layers, checkpoint.act, self.x[run : run + 1], hidden=True).gradients
         rows = []
         for i, (norm, layer) in enumerate(zip(constraint.norms(len(layers)), layers, strict=True)):
             singular = torch.linalg.svdvals(layer.weight[0].double())
@@ -232,7 +233,7 @@ class Evaluator:
                     "singular_median": float(singular.median()),
                     "singular_max": float(singular[0]),
                     "gradient_q": norm_name(input_dual),
-                    "gradient_median": float(norms(hidden[i][0], input_dual).median()),
+                    "gradient_median": float(gradient_norms[i].median()),
                 }
             )
         return rows

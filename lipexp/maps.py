@@ -91,7 +91,9 @@ class Maps:
         """
         width = index.shape[1]
         scale = factor * 2.0**exponent
-        value = np.take_along_axis(self.value[parent], index[:, None, :], axis=2) * scale[:, None, :]
+        rows = 3 * parent[:, None] + np.arange(3)  # (P', 3) of `value` as a matrix of H columns
+        places_before = self.value.shape[2] * rows[:, :, None] + index[:, None, :]
+        value = self.value.reshape(-1).take(places_before) * scale[:, None, :]
         most = np.abs(scale).max(axis=1, keepdims=True)
         underflow = TINY * ((self.size[parent] > 0) & (most > 0))
         error = SAFETY * most * (self.error[parent] + UNIT_ROUNDOFF * self.size[parent]) + underflow

@@ -48,27 +48,29 @@ class Scan(NamedTuple):
     """Outputs and gradients at points, in float64."""
 
     f: Tensor  # (K, N)
-    gradients: list[Tensor]  # of f to the input of each layer: (K, N, in), the network's input first
+    gradient: Tensor  # (K, N, D) of f to x
+    hidden: list[Tensor]  # (K, N) each, the norms of the gradients of f to the input of each later layer
 
 
-def scan(layers: Sequence[Layer], act: nn.Module, x: Tensor, hidden: bool = False) -> Scan:
-    """f and its gradient at points x (K, N, D); with `hidden`, to the input of every layer."""
+def scan(layers: Sequence[Layer], act: nn.Module, x: Tensor, hidden_q: float | None = None) -> Scan:
+    """f and its gradient at points x (K, N, D); with `hidden_q`, also the q-norms of the hidden gradients."""
     layers = [Layer(weight.double(), bias.double()) for weight, bias in layers]
     widest = max(layer.weight.shape[1] for layer in layers)
     parts = [
-        _scan_part(layers, act, part, hidden)
+        _scan_part(layers, act, part, hidden_q)
         for part in x.double().split(max(1, _CHUNK // (widest * x.shape[0])), dim=1)
     ]
-    f = torch.cat([part.f for part in parts], dim=1)
-    return Scan(f, [torch.cat(g, dim=1) for g in zip(*(part.gradients for part in parts), strict=True)])
+    f, gradient, hidden = zip(*parts, strict=True)
+    along = [torch.cat(part, dim=1) for part in zip(*hidden, strict=True)]
+    return Scan(torch.cat(f, dim=1), torch.cat(gradient, dim=1), along)
 
 
-def _scan_part(layers: Sequence[Layer], act: nn.Module, x: Tensor, hidden: bool) -> Scan:
+def _scan_part(layers: Sequence[Layer], act: nn.Module, x: Tensor, hidden_q: float | None) -> Scan:
     with torch.enable_grad():
         out, inputs = hidden_inputs(layers, act, x.requires_grad_())
         f = out.squeeze(-1)
-        gradients = torch.autograd.grad(f.sum(), inputs if hidden else inputs[:1])
-    return Scan(f.detach(), list(gradients))
+        gradient, *hidden = torch.autograd.grad(f.sum(), inputs[:1] if hidden_q is None else inputs)
+    return Scan(f.detach(), gradient, [norms(one, hidden_q) for one in hidden] if hidden_q is not None else [])
 
 
 def norms(gradients: Tensor, q: float) -> Tensor:
@@ -165,7 +167,7 @@ def _estimate(network: MeasuredNetwork, point: Tensor, q: float) -> Maximum:
     """
     layers = network.layers
     around = torch.stack(list(_nearby(point)))
-    value = float(norms(scan(layers, network.act, around.unsqueeze(0)).gradients[0][0], q).nan_to_num(nan=0).min())
+    value = float(norms(scan(layers, network.act, around.unsqueeze(0)).gradient[0], q).nan_to_num(nan=0).min())
     widest = max(max(layer.weight.shape[1:]) for layer in layers)
     error = 4 * len(layers) * (widest + 2) * UNIT_ROUNDOFF * network.norm_product * math.sqrt(len(point))
     return Maximum(max(0.0, value - error), tuple(point.tolist()), exact=False)

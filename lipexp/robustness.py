@@ -76,10 +76,11 @@ def certified_radii(
         lipschitz: L, a proven bound for the norm p.
         layer_norms: proven norms of the layers, p -> h and then h -> h, with h the norm of the hidden spaces.
     """
-    f, error = evaluate(layers, act, x)
+    *inputs, output = _inputs(layers, act, x)
+    f, error = _evaluated(output)
     known = _less(np.abs(f), error)
     radius = _quotient(known, lipschitz)
-    wrong = float32_error(layers, act, x, radius, layer_norms)
+    wrong = _float32_error(layers, inputs, radius, layer_norms)
     return Radii(f, radius, _quotient(_less(known, wrong), lipschitz))
 
 
@@ -88,7 +89,12 @@ def evaluate(layers: Sequence[Layer], act: nn.Module, x: Tensor) -> tuple[FloatA
 
     The bound holds for every order of summation, with or without fused multiply-adds: see `_layer_error`.
     """
-    *_, (f, error) = _inputs(layers, act, x)
+    *_, output = _inputs(layers, act, x)
+    return _evaluated(output)
+
+
+def _evaluated(output: tuple[Tensor, Tensor]) -> tuple[FloatArray, FloatArray]:
+    f, error = output
     return f[:, 0].numpy(), error.nan_to_num(nan=math.inf, posinf=math.inf).numpy()
 
 
@@ -101,9 +107,20 @@ def float32_error(
     by at most radius times the norms of the layers so far. The arithmetic is IEEE's float32, as on a CPU; TF32 and
     bfloat16 round more.
     """
+    *inputs, _ = _inputs(layers, act, x)
+    return _float32_error(layers, inputs, radius, layer_norms)
+
+
+def _float32_error(
+    layers: Sequence[Layer],
+    inputs: Sequence[tuple[Tensor, Tensor]],
+    radius: FloatArray,
+    layer_norms: Sequence[float],
+) -> FloatArray:
+    """`float32_error` from the inputs of the layers at x."""
     moved = torch.from_numpy(radius)
     error = torch.zeros_like(moved)
-    for layer, norm, (h, unsure) in zip(layers, layer_norms, _inputs(layers, act, x), strict=False):
+    for layer, norm, (h, unsure) in zip(layers, layer_norms, inputs, strict=True):
         error = _layer_error(FLOAT32, layer, h.abs() + (unsure + moved).unsqueeze(1), error)
         moved = moved * norm * (1 + 4 * UNIT_ROUNDOFF)
     return error.nan_to_num(nan=math.inf, posinf=math.inf).numpy()

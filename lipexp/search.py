@@ -101,7 +101,7 @@ def _search_once(
     """All three ways for one network, K = 1, with data x; `ranked`: those left to try, steepest first."""
 
     def height(points: Tensor) -> Tensor:
-        return norms(scan(layers, act, points).gradients[0], q)
+        return norms(scan(layers, act, points).gradient, q)
 
     pieces, box = pieces_of(layers, act), _box(x)
     mixed = _mixtures(x, DRAWN, generator)
@@ -129,11 +129,11 @@ def random_steps(
     proposals = torch.stack(
         [torch.randn(ROUNDS, *best.shape[1:], generator=own, dtype=torch.float64) for own in generators]
     )
-    height = norms(scan(layers, act, best).gradients[0], q)
+    height = norms(scan(layers, act, best).gradient, q)
     for turn in range(ROUNDS):
         radius = 0.2 * 0.7**turn * (high - low)
         candidate = _clamp(best + radius * proposals[:, turn], box)
-        reached = norms(scan(layers, act, candidate).gradients[0], q)
+        reached = norms(scan(layers, act, candidate).gradient, q)
         better = reached > height
         best = torch.where(better.unsqueeze(-1), candidate, best)
         height = torch.where(better, reached, height)
@@ -269,10 +269,10 @@ def kink_steps(
 ) -> Tensor:
     """`best` (1, S, D) after steps across the nearest kinks, as long as a neighbouring piece is steeper."""
     layers = [Layer(weight.double(), bias.double()) for weight, bias in layers]
-    height = norms(scan(layers, act, best).gradients[0], q)
+    height = norms(scan(layers, act, best).gradient, q)
     for _ in range(KINK_ROUNDS):
         beyond = _clamp(_across_kinks(layers, act, pieces, best[0]), box)  # (S, M, D)
-        reached = norms(scan(layers, act, beyond.flatten(0, 1).unsqueeze(0)).gradients[0], q)
+        reached = norms(scan(layers, act, beyond.flatten(0, 1).unsqueeze(0)).gradient, q)
         top = reached.view(beyond.shape[:2]).max(dim=1)
         better = top.values > STEEPER * height[0]
         if not better.any():

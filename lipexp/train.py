@@ -54,6 +54,7 @@ class Member:
     """One run before training: its settings, its objects, and what names them on the command line."""
 
     config: DictConfig
+    content: dict[str, Any]  # the same as plain numbers, texts, lists and dicts
     names: dict[str, str]  # group -> the option chosen
     parts: dict[str, Any]  # group -> object
 
@@ -84,11 +85,12 @@ def build(config: DictConfig, choices: Mapping[str, Any] = {}, here: bool = True
     _check_settings(config)
     if here and config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device", "cuda", "no CUDA device is available here (auto, cpu)")
+    content = plain(config)
     names = {
-        group: str(choices.get(group) or str(plain(config[group]).get("_target_", "")).rpartition(".")[2])
+        group: str(choices.get(group) or str(plain(content[group]).get("_target_", "")).rpartition(".")[2])
         for group in GROUPS
     }
-    parts = {group: instantiate(config[group], group) for group in GROUPS}
+    parts = {group: instantiate(content[group], group) for group in GROUPS}
     for group, needed in NEEDED.items():
         lacking = [name for name in needed if not hasattr(parts[group], name)]
         if lacking:
@@ -108,7 +110,7 @@ def build(config: DictConfig, choices: Mapping[str, Any] = {}, here: bool = True
     if isinstance(act, Activation):
         act.check_width(parts["model"].width)
     constraint.check(act, names["act"])
-    return Member(config, names, parts)
+    return Member(config, content, names, parts)
 
 
 def _losses_for(task: str) -> str:
@@ -131,13 +133,13 @@ def _check_settings(config: DictConfig) -> None:
 def signature(member: Member) -> str:
     """What runs of one stack must share: every argument but those that a class accepts as a (K,) tensor."""
     shared: dict[str, Any] = {
-        field.name: member.config[field.name]
+        field.name: member.content[field.name]
         for field in dataclasses.fields(Settings)
         if field.name not in (*GROUPS, "seed", "lipschitz", "resume")
     }
     for group in GROUPS:
         per_run = _per_run(group, member.parts[group])
-        shared[group] = {k: v for k, v in plain(member.config[group]).items() if k not in per_run}
+        shared[group] = {k: v for k, v in plain(member.content[group]).items() if k not in per_run}
     return repr(sorted(shared.items()))
 
 
@@ -171,7 +173,7 @@ def stack(members: Sequence[Member]) -> Stack:
         ValueError: they do not.
     """
     first = members[0]
-    if any(signature(member) != signature(first) for member in members):
+    if len({signature(member) for member in members}) > 1:
         raise ValueError("runs of different signatures cannot be trained as one stack")
     config = first.config
     streams = [Streams.of(member.seed) for member in members]
@@ -193,7 +195,7 @@ def _stacked(group: str, members: Sequence[Member]) -> Any:
     per_run = _per_run(group, one)
     if not per_run:
         return one
-    arguments = {k: v for k, v in plain(members[0].config[group]).items() if k not in {"_target_", *per_run}}
+    arguments = {k: v for k, v in plain(members[0].content[group]).items() if k not in {"_target_", *per_run}}
     columns = {
         name: torch.tensor([getattr(member.parts[group], name) for member in members], dtype=torch.float64)
         for name in per_run

@@ -46,7 +46,7 @@ def box(dims: int, side: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
 def steepest(layers: list[Layer], act: PiecewiseLinear, q: float, n: int = 50_000) -> float:
     dims = layers[0].weight.shape[2]
     x = 4 * torch.rand(1, n, dims, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 2
-    return float(norms(scan(layers, act, x).gradients[0], q).max())
+    return float(norms(scan(layers, act, x).gradient, q).max())
 
 
 @pytest.mark.parametrize("q", [1.0, 2.0, math.inf])
@@ -85,7 +85,7 @@ def test_bounds_of_boxes_hold_at_all_their_points(name, side):
     low, high = centre - side / 2, centre + side / 2
     net = _network(layers, act)
     x = low.unsqueeze(1) + side * torch.rand(200, 50, 3, generator=draws, dtype=torch.float64)
-    gradients = scan(layers, act, x.view(1, -1, 3)).gradients[0].view(200, 50, 3)
+    gradients = scan(layers, act, x.view(1, -1, 3)).gradient.view(200, 50, 3)
     for q in (1.0, 2.0, math.inf):
         assert (norms(gradients, q).amax(dim=1) <= _bound(net, low, high, q)[0]).all()
     states, _, hull = _forward(net, low, high)
@@ -131,7 +131,7 @@ def test_a_box_without_interior_is_bounded_at_once():
     layers = network(2, 8, 8, 1)
     point = torch.tensor([0.3, 0.4]).double()
     found = search(layers, ReLU(), (point, point), 2.0, None, NOTHING, 1e-6, None)
-    slope = float(scan(layers, ReLU(), point.view(1, 1, 2)).gradients[0].norm())
+    slope = float(scan(layers, ReLU(), point.view(1, 1, 2)).gradient.norm())
     assert slope <= found.upper <= slope * (1 + 1e-9)
 
 

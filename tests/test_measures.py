@@ -45,7 +45,7 @@ def by_hand(*layers: tuple[list[list[float]], list[float]]) -> list[Layer]:
 def measured(layers: list[Layer], act: torch.nn.Module, points: torch.Tensor, q: float, run: int = 0):
     """What `largest` makes of points (N, D)."""
     everywhere = points.expand(layers[0].weight.shape[0], *points.shape)
-    return largest(MeasuredNetwork(layers, act, run), points, scan(layers, act, everywhere).gradients[0][run], q)
+    return largest(MeasuredNetwork(layers, act, run), points, scan(layers, act, everywhere).gradient[run], q)
 
 
 # An independent network in rational arithmetic ------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_scanned_gradients_equal_finite_differences(act_option, make):
         step = torch.zeros(2, dtype=torch.float64)
         step[axis] = 1e-7  # pieces are linear, so only rounding counts: 1e-16 / 1e-7, times some ten
         slope = (forward(double, act, x + step) - forward(double, act, x - step)).squeeze(-1) / 2e-7
-        torch.testing.assert_close(scanned.gradients[0][..., axis], slope, rtol=0, atol=1e-7)
+        torch.testing.assert_close(scanned.gradient[..., axis], slope, rtol=0, atol=1e-7)
 
 
 def test_scanned_gradients_equal_autograd_of_the_plain_network(act_option, make):
@@ -163,27 +163,31 @@ def test_scanned_gradients_equal_autograd_of_the_plain_network(act_option, make)
         (expected,) = torch.autograd.grad(out.sum(), points)
         # The same sums in another order, in float64.
         torch.testing.assert_close(scanned.f[run], out.squeeze(-1).detach(), rtol=1e-13, atol=1e-13)
-        torch.testing.assert_close(scanned.gradients[0][run], expected, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(scanned.gradient[run], expected, rtol=1e-13, atol=1e-13)
 
 
 def test_hidden_gradients_are_those_of_the_rest_of_the_network():
     layers, x = network(2, 8, 8, 1, runs=3), normal(3, 20, 2)
-    scanned = scan(layers, ReLU(), x, hidden=True)
     double = [Layer(*map(torch.Tensor.double, layer)) for layer in layers]
-    received = x
-    for i, found in enumerate(scanned.gradients):
-        if i > 0:
+    for q in (1.0, 2.0):
+        scanned = scan(layers, ReLU(), x, hidden_q=q)
+        assert len(scanned.hidden) == 2
+        received = x
+        for i, found in enumerate(scanned.hidden, start=1):
             received = torch.relu(forward(double[i - 1 : i], ReLU(), received))
-        torch.testing.assert_close(found, scan(layers[i:], ReLU(), received).gradients[0], rtol=1e-13, atol=1e-13)
+            gradient = scan(layers[i:], ReLU(), received).gradient
+            expected = gradient.abs().sum(dim=2) if q == 1 else gradient.square().sum(dim=2).sqrt()
+            torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
 
 def test_scanning_in_parts_changes_nothing(monkeypatch):
     layers, x = network(2, 8, 8, 1, runs=3), normal(3, 20, 2)
-    whole = scan(layers, ReLU(), x, hidden=True)
+    whole = scan(layers, ReLU(), x, hidden_q=2)
     monkeypatch.setattr(measures, "_CHUNK", 8 * 3 * 7)  # 7 points at a time
-    parts = scan(layers, ReLU(), x, hidden=True)
+    parts = scan(layers, ReLU(), x, hidden_q=2)
     torch.testing.assert_close(parts.f, whole.f, rtol=1e-14, atol=1e-14)
-    for part, together in zip(parts.gradients, whole.gradients, strict=True):
+    assert len(parts.hidden) == 2
+    for part, together in zip((parts.gradient, *parts.hidden), (whole.gradient, *whole.hidden), strict=True):
         torch.testing.assert_close(part, together, rtol=1e-14, atol=1e-14)
 
 
@@ -218,7 +222,7 @@ def test_the_exact_gradient_is_the_one_of_rational_arithmetic(name):
 def test_the_exact_gradient_is_the_scanned_one_in_more_digits(act_option, make):
     act = make("act", f"act={act_option}").baked()
     layers, x = network(2, 16, 16, 16, 1), normal(1, 20, 2)
-    scanned = scan(layers, act, x).gradients[0][0]
+    scanned = scan(layers, act, x).gradient[0]
     for point, expected in zip(x[0].numpy(), scanned.numpy(), strict=True):
         integers, exponent = ExactNetwork(layers, act, 0).gradient(point)
         found = [float(int(value) * Fraction(2) ** exponent) for value in integers]
@@ -380,7 +384,7 @@ def test_a_zero_function_measures_zero_though_autograd_says_one():
     points = torch.linspace(-3, 3, 61, dtype=torch.float64).unsqueeze(1)
     points[30] = 0.0
     scanned = scan(layers, ReLU(), points.unsqueeze(0))
-    assert scanned.gradients[0][0, 30] == 1  # the trap is set
+    assert scanned.gradient[0, 30] == 1  # the trap is set
     for q in NORMS:
         assert measured(layers, ReLU(), points, q).value == 0
 
@@ -390,7 +394,7 @@ def test_a_zero_function_of_sorted_pairs_measures_zero():
     maxmin = PIECEWISE["maxmin"][0]
     layers = by_hand(([[1.0], [0.0], [-1.0], [0.0]], [0.0] * 4), ([[1.0, 0.0, 0.0, 1.0]], [0.0]))
     points = torch.zeros(1, 1, dtype=torch.float64)
-    assert scan(layers, maxmin, points.unsqueeze(0)).gradients[0].item() == 1  # the trap is set
+    assert scan(layers, maxmin, points.unsqueeze(0)).gradient.item() == 1  # the trap is set
     assert measured(layers, maxmin, points, 2).value == 0
 
 
@@ -412,9 +416,9 @@ def test_the_point_of_the_largest_gradient_shows_it(act_option, make):
     act, layers, points = make("act", f"act={act_option}").baked(), network(2, 8, 8, 1, runs=2), normal(300, 2)
     for run in range(2):
         found = measured(layers, act, points, 2, run)
-        every = norms(scan(layers, act, points.expand(2, -1, -1)).gradients[0][run], 2)
+        every = norms(scan(layers, act, points.expand(2, -1, -1)).gradient[run], 2)
         assert found.value == pytest.approx(float(every.max()), rel=1e-12)
-        at_point = scan(layers, act, torch.tensor([[found.point]]).double().expand(2, -1, -1)).gradients[0][run]
+        at_point = scan(layers, act, torch.tensor([[found.point]]).double().expand(2, -1, -1)).gradient[run]
         assert found.value == pytest.approx(float(norms(at_point, 2)), rel=1e-12)
 
 
@@ -423,7 +427,7 @@ def test_no_measure_exceeds_the_certificate_of_a_trained_network(bounded_case, a
     result = trained(*bounded_case, f"act={act_option}", "model.depth=2", runs=EACH_LIPSCHITZ)
     constraint, checkpoint = result.stack.constraint, result.checkpoint
     points = 3 * normal(1, 300, 2).expand(4, -1, -1)
-    gradients = scan(checkpoint.layers, checkpoint.act, points).gradients[0]
+    gradients = scan(checkpoint.layers, checkpoint.act, points).gradient
     for run in range(4):
         found = largest(
             MeasuredNetwork(checkpoint.layers, checkpoint.act, run), points[run], gradients[run], constraint.q
@@ -483,7 +487,7 @@ class UsersReLU(Activation):
 def test_a_class_of_the_users_is_moved_off_its_kinks_too():
     """The zero function x - relu(x) + relu(-x) again, by a class that names no pieces."""
     points = torch.zeros(1, 1, dtype=torch.float64)
-    assert scan(ZERO_ABOVE_MINUS_100, UsersReLU(), points.unsqueeze(0)).gradients[0].item() == 1
+    assert scan(ZERO_ABOVE_MINUS_100, UsersReLU(), points.unsqueeze(0)).gradient.item() == 1
     assert measured(ZERO_ABOVE_MINUS_100, UsersReLU(), points, 2).value == 0
 
 
@@ -508,7 +512,7 @@ def test_gradients_that_are_not_finite_measure_nothing():
     gradients[3] = math.inf
     for act in (ReLU(), Tanh()):
         assert largest(MeasuredNetwork(layers, act, 0), points, gradients, 2) is None
-    gradients[5] = scan(layers, ReLU(), points.unsqueeze(0)).gradients[0][0, 5]
+    gradients[5] = scan(layers, ReLU(), points.unsqueeze(0)).gradient[0, 5]
     assert largest(MeasuredNetwork(layers, ReLU(), 0), points, gradients, 2).point == tuple(points[5].tolist())
 
 

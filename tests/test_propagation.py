@@ -52,7 +52,7 @@ def test_trained_networks_stay_within_the_bound(trained, act_option, constraint_
         assert refusal(layers, act) is None
         found = bound(layers, act, constraint.q)
         x = 8 * torch.rand(1, 5000, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 4
-        assert float(norms(scan(layers, act, x).gradients[0], constraint.q).max()) <= found * (1 + 1e-12)
+        assert float(norms(scan(layers, act, x).gradient, constraint.q).max()) <= found * (1 + 1e-12)
         product = product_certificate(constraint, act, result.checkpoint.layers, run).value
         if constraint.hidden_p == math.inf:
             assert found <= product * (1 + 1e-12)

@@ -203,8 +203,8 @@ def test_constants_are_at_least_what_samples_show_and_are_taken_at_their_points(
     draws = torch.Generator().manual_seed(1)
     x = torch.rand(1, 200_000, shape[0], generator=draws, dtype=torch.float64)
     x = torch.from_numpy(low) + x * torch.from_numpy(high - low)
-    gradients = scan(layers, act, x).gradients[0]
-    far = scan(layers, act, 100 * x).gradients[0]
+    gradients = scan(layers, act, x).gradient
+    far = scan(layers, act, 100 * x).gradient
     for q in (1.0, 2.0, math.inf):
         found = constants(layers, act, (low, high), q, 10**6)
         assert found.box.value >= float(norms(gradients, q).max()) * (1 - 1e-12)
@@ -230,7 +230,7 @@ def test_the_regions_tile_the_box_and_have_the_gradients_of_backpropagation(name
     # At the centroids of all regions that are not too thin for float64 to tell their sides apart.
     wide = inside[areas > 1e-9]
     centroids = np.array([(c[:, :2] / c[:, 2:]).mean(axis=0) for c in (corners(enumeration, i) for i in wide)])
-    expected = scan(layers, act, torch.from_numpy(centroids).unsqueeze(0)).gradients[0][0].numpy()
+    expected = scan(layers, act, torch.from_numpy(centroids).unsqueeze(0)).gradient[0].numpy()
     found = enumeration._gradients(wide).value[:, :2, 0]
     assert np.abs(found - expected).max() <= 1e-12 * np.abs(expected).max()
 
@@ -244,7 +244,7 @@ def test_the_constants_hold_after_training(trained, act_option):
     found = constants(layers, act, (low.numpy(), high.numpy()), 2.0, 10**6)
     draws = torch.Generator().manual_seed(1)
     points = torch.lerp(low, high, torch.rand(1, 50_000, 2, generator=draws, dtype=torch.float64))
-    steepest = float(norms(scan(layers, act, points).gradients[0], 2).max())
+    steepest = float(norms(scan(layers, act, points).gradient, 2).max())
     assert steepest * (1 - 1e-12) <= found.box.value <= found.everywhere.value
     assert norm_at(layers, act, found.box.point, 2) == pytest.approx(found.box.value, rel=1e-9)
 

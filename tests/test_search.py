@@ -51,12 +51,12 @@ def network(*sizes: int, runs: int = 1, seed: int = 0) -> list[Layer]:
 
 
 def searched(layers, act, x, q=2, seeds=(0,), effort=1) -> torch.Tensor:
-    gradients = scan(layers, act, x).gradients[0]
+    gradients = scan(layers, act, x).gradient
     return search(layers, act, x, gradients, q, [generator(seed) for seed in seeds], effort)
 
 
 def heights(layers, act, x, q=2) -> torch.Tensor:
-    return norms(scan(layers, act, x).gradients[0], q)
+    return norms(scan(layers, act, x).gradient, q)
 
 
 @pytest.fixture(params=["training order", "baked"])
@@ -139,7 +139,7 @@ def double(layers: list[Layer]) -> list[Layer]:
 
 def test_soft_masks_become_the_jacobian_as_they_are_sharpened(any_act):
     layers, x = double(network(3, 16, 16, 1)), normal(1, 200, 3)
-    true = scan(layers, any_act, x).gradients[0]
+    true = scan(layers, any_act, x).gradient
     pieces = pieces_of(layers, any_act)
     errors = [
         float((module._soft_jacobian(layers, any_act, pieces, x, sharpness) - true).abs().amax(dim=2).median())
@@ -257,7 +257,7 @@ def test_a_stack_draws_the_points_of_its_runs_bit_for_bit(dims, monkeypatch):
     if dims == 2:  # climbing together compares gradients, which rounding may order otherwise
         monkeypatch.setattr(module, "ROUNDS", 0)
     layers, x, seeds = network(dims, 8, 8, 1, runs=3), normal(3, 50, dims), (5, 6, 7)
-    gradients = scan(layers, ReLU(), x).gradients[0]
+    gradients = scan(layers, ReLU(), x).gradient
     together = search(layers, ReLU(), x, gradients, 2, [generator(seed) for seed in seeds])
     for run, seed in enumerate(seeds):
         one = slice(run, run + 1)

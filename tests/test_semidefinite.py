@@ -447,5 +447,5 @@ def test_trained_networks_stay_within_their_bounds(trained, act, constraint):
     layers = [Layer(w[:1], b[:1]) for w, b in result.checkpoint.layers]
     draws = torch.Generator().manual_seed(1)
     x = 10 * torch.rand(1, 20_000, 64, generator=draws, dtype=torch.float64) - 5
-    steepest = float(norms(scan(layers, result.checkpoint.act, x).gradients[0], 2).max())
+    steepest = float(norms(scan(layers, result.checkpoint.act, x).gradient, 2).max())
     assert 0 < steepest <= lipsdp(layers, result.stack.act.slopes) <= eclipse(layers) * (1 + 1e-9)

@@ -75,7 +75,7 @@ def evaluated(run: RunFolder, points: npt.NDArray[np.float64]) -> tuple[npt.NDAr
         Layer(layer.weight.unsqueeze(0), layer.bias.view(1, 1, -1)) for layer in linear_layers(network.layers)
     ]
     scanned = scan(layers, network.act, torch.from_numpy(points).unsqueeze(0))
-    return scanned.f[0].numpy(), scanned.gradients[0][0].numpy()
+    return scanned.f[0].numpy(), scanned.gradient[0].numpy()
 
 
 def linear_layers(layers: torch.nn.ModuleList) -> Sequence[torch.nn.Linear]:

@@ -56,7 +56,7 @@ def _curve(layers: Sequence[Layer], act: nn.Module, record: Record, names: Mappi
     above_ax.plot(along, scanned.f[0].numpy(), color=BLUE, label="f")
     above_ax.set_ylabel("f(x)")
     above_ax.legend()
-    below_ax.plot(along, scanned.gradients[0][0, :, 0].numpy(), color=BLUE)
+    below_ax.plot(along, scanned.gradient[0, :, 0].numpy(), color=BLUE)
     target = record.certificate.target
     if target is not None:
         for bound in (-target, target):
