@@ -19,7 +19,7 @@ START, TRAINED = "attenuation_start", "attenuation"
 ACTS = ("groupsort", "relu")
 BINS = np.linspace(0, 1, 41)
 # of its name in the histogram
-PLACE: dict[str, dict[str, Any]] = {"relu": {"xytext": (4, 5)}, "groupsort": {"xytext": (0, 5), "ha": "right"}}
+PLACE: dict[str, dict[str, Any]] = {"relu": {"xytext": (7, -4)}, "groupsort": {"xytext": (0, 5), "ha": "right"}}
 
 
 def at_hidden_layers(runs: pd.DataFrame) -> npt.NDArray[np.float64]:
@@ -57,7 +57,12 @@ def _before(ax: Axes, start: pd.DataFrame) -> None:
         )
         where, offset = (5, (0, -9)) if act == "groupsort" else (4, (8, -6))
         label(ax, ACT_NAME[act], where, np.median(norms, 0)[where - 1], ACT_COLOUR[act], xytext=offset)
-    ax.set(title="before training", yscale="log", xlabel="h: output of hidden layer", xticks=[1, *range(2, 11, 2)])
+    ax.set(
+        title=f"before training, {start['constraint'].iloc[0]}",
+        yscale="log",
+        xlabel="h: output of hidden layer",
+        xticks=[1, *range(2, 11, 2)],
+    )
     ax.set_ylabel("median ‖∂f/∂h‖₂ over the data")
 
 
@@ -68,10 +73,17 @@ def _after(ax: Axes, trained: pd.DataFrame) -> None:
         depths = list(medians.median().index)
         low, high = one["gradient_norm.p05"].median(), one["gradient_norm.p95"].median()
         band(ax, depths, low, medians.median(), high, ACT_COLOUR[act], marker="o", markersize=2.5)
-        label(ax, ACT_NAME[act], depths[-1], medians.median().iloc[-1], ACT_COLOUR[act], xytext=(0, 7), ha="right")
+        label(
+            ax, ACT_NAME[act], depths[2], medians.median().iloc[2], ACT_COLOUR[act], xytext=(0, -11), ha="center"
+        )
     ax.axhline(1, color=BLACK, linewidth=0.7, linestyle="dashed")
     label(ax, "L = 1", 2, 1, xytext=(0, 5), fontsize=7)
-    ax.set(title="trained, two moons, hinge", xlabel="hidden layers", xticks=range(2, 11, 2), ylim=(0, 1.12))
+    ax.set(
+        title=f"trained, {trained['constraint'].iloc[0]}, hinge",
+        xlabel="hidden layers",
+        xticks=range(2, 11, 2),
+        ylim=(0, 1.12),
+    )
     ax.set_ylabel("‖∇f‖₂: median, 5 to 95 %")
 
 
