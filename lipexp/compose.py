@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +19,12 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_d
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import env_override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf._utils import get_omega_conf_dumper
+
+from lipexp.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Job:
     choices: Mapping[str, str]
     folder: Path
     record: str | None = ".hydra"  # the folder for Hydra's files; None: they are not wanted
+    env: dict[str, str] = field(default_factory=dict)  # hydra.job.env_set: set while it trains
 
     def composed(self) -> DictConfig:
         """The configuration as the task sees it, its interpolations resolved."""
@@ -59,9 +63,15 @@ class Composer:
     Args:
         loader: Hydra's configuration loader.
         master: the configuration of the sweep itself.
+
+    Raises:
+        ConfigError: it asks for what a stack cannot do.
     """
 
     def __init__(self, loader: ConfigLoaderImpl, master: DictConfig) -> None:
+        if master.hydra.job.chdir:
+            allowed = "is for hydra/launcher=basic: the jobs of a stack share one working folder"
+            raise ConfigError("hydra.job.chdir", "true", allowed)
         self.loader = loader
         self.master = master
         _ = master.hydra.sweep.dir  # resolved now, its time stamp is the same for all jobs
@@ -88,7 +98,7 @@ class Composer:
         tasks = [override for override in parsed if not override.is_hydra_override()]
         with flag_override(config, ["readonly", "struct"], [False, False]):
             _describe(config, index, tasks)
-        content, resolved, folder = self._carry_out(config)
+        content, resolved, folder, env = self._carry_out(config)
         record = content.pop("hydra")
         return Job(
             index=index,
@@ -99,6 +109,7 @@ class Composer:
             choices={str(group): str(option) for group, option in record["runtime"]["choices"].items()},
             folder=folder,
             record=record["output_subdir"],
+            env=env,
         )
 
     def is_group(self, key: str) -> bool:
@@ -124,8 +135,8 @@ class Composer:
             self._bases[overrides] = self.loader.load_sweep_config(self.master, list(overrides))
         return self._bases[overrides]
 
-    def _carry_out(self, config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], Path]:
-        """What Hydra makes of a composed job: its content, the same resolved, and its folder."""
+    def _carry_out(self, config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], Path, dict[str, str]]:
+        """What Hydra makes of a composed job: its content, the same resolved, its folder and environment."""
         running: Any = HydraConfig.instance()
         before = running.cfg
         running.cfg = config  # for the `hydra:` resolver; HydraConfig.set_config would copy it, in 5 ms
@@ -136,10 +147,12 @@ class Composer:
             content: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
             task = OmegaConf.create({key: value for key, value in content.items() if key != "hydra"})
             OmegaConf.copy_cache(from_config=config, to_config=task)
-            resolved: Any = OmegaConf.to_container(task, resolve=True)
+            env: Any = OmegaConf.to_container(config.hydra.job.env_set, resolve=True)
+            with env_override(env):  # which ${oc.env:…} may read
+                resolved: Any = OmegaConf.to_container(task, resolve=True)
         finally:
             running.cfg = before
-        return content, resolved, folder
+        return content, resolved, folder, env
 
 
 def _describe(config: DictConfig, index: int, overrides: Sequence[Override]) -> None:

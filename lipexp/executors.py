@@ -8,12 +8,14 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import forkserver
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from hydra.core.utils import env_override
 
 from lipexp.compose import Job
 from lipexp.config import one_line
@@ -22,6 +24,8 @@ from lipexp.runs import RunFolder
 
 if TYPE_CHECKING:
     from lipexp.slurm import Cluster
+
+Told: TypeAlias = Callable[[Sequence[Job]], None]
 
 # Workers are forked from a server process that has imported what they need, once for all of them. It has run no
 # torch operation, so that it has no threads that a fork would lose; this process may have.
@@ -40,7 +44,12 @@ spent: list[float] = []  # CPU seconds of each stack that a worker has finished;
 
 
 def execute(
-    stacks: Sequence[Sequence[Job]], workers: int | None, display: SweepDisplay, cluster: Cluster | None = None
+    stacks: Sequence[Sequence[Job]],
+    workers: int | None,
+    display: SweepDisplay,
+    cluster: Cluster | None = None,
+    begin: Told = lambda jobs: None,
+    finish: Told = lambda jobs: None,
 ) -> None:
     """Train the stacks in so many worker processes; None is here, one after the other.
 
@@ -48,18 +57,27 @@ def execute(
 
     Args:
         cluster: has been given the stacks, and trains them.
+        begin: called in this process with the jobs of a stack when it is handed over to training.
+        finish: called in this process with the jobs of a stack when its training has ended.
     """
     with display.progress():
+        if cluster is None and workers is None:
+            for number, jobs in enumerate(stacks):
+                begin(jobs)
+                part = StackDisplay(display.update, number)
+                train_stack(jobs, part)
+                part.done()
+                finish(jobs)
+            return
+        for jobs in stacks:
+            begin(jobs)
         if cluster is not None:
             cluster.follow(display)
-            return
-        if workers is not None:
-            _in_processes(stacks, min(workers, len(stacks)), display)
-            return
-        for number, jobs in enumerate(stacks):
-            part = StackDisplay(display.update, number)
-            train_stack(jobs, part)
-            part.done()
+            for jobs in stacks:
+                finish(jobs)
+        elif workers is not None:
+            for jobs in _in_processes(stacks, min(workers, len(stacks)), display):
+                finish(jobs)
 
 
 def train_stack(jobs: Sequence[Job], display: StackDisplay) -> None:
@@ -68,6 +86,11 @@ def train_stack(jobs: Sequence[Job], display: StackDisplay) -> None:
     A class of the user's that raises breaks the whole stack; then each job is trained alone, so that only those
     that cannot be trained fail.
     """
+    with env_override(jobs[0].env):
+        _train_stack(jobs, display)
+
+
+def _train_stack(jobs: Sequence[Job], display: StackDisplay) -> None:
     from lipexp.train import build, train_many
 
     folders = [RunFolder(job.folder) for job in jobs]
@@ -83,20 +106,23 @@ def train_stack(jobs: Sequence[Job], display: StackDisplay) -> None:
             return
         for job, folder in zip(jobs, folders, strict=True):
             if not folder.ended:
-                train_stack([job], display)
+                _train_stack([job], display)
 
 
-def _in_processes(stacks: Sequence[Sequence[Job]], workers: int, display: SweepDisplay) -> None:
+def _in_processes(stacks: Sequence[Sequence[Job]], workers: int, display: SweepDisplay) -> Iterator[Sequence[Job]]:
+    """Yields the jobs of each stack when it has ended; of the others as well, once a worker has died."""
     prepare_workers()
     messages = CONTEXT.SimpleQueue()
     listener = threading.Thread(target=_listen, args=(messages, display), daemon=True)
     listener.start()
     with ProcessPoolExecutor(workers, CONTEXT, _start_worker, (messages,)) as pool:
         try:
-            futures = [pool.submit(_work, number, list(jobs)) for number, jobs in enumerate(stacks)]
-            for future in as_completed(futures):
+            futures = {pool.submit(_work, number, list(jobs)): jobs for number, jobs in enumerate(stacks)}
+            for future in as_completed(list(futures)):
                 spent.append(future.result())
+                yield futures.pop(future)
         except BrokenProcessPool:  # the listener is left behind: the dead worker may hold its queue
+            yield from futures.values()
             return
         except BaseException:
             for process in list((pool._processes or {}).values()):

@@ -17,10 +17,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from omegaconf import OmegaConf
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.utils import JobReturn, env_override
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
 
+from lipexp.callbacks import JobCallbacks, job_return
 from lipexp.compose import Composer, Job
 from lipexp.config import ConfigError, one_line
 from lipexp.display import SweepDisplay, broken_bound
@@ -30,6 +34,7 @@ from lipexp.runs import RunFolder, SweepFailed, flat, write_csv, write_file
 from lipexp.slurm import Cluster, check_machine, refuse_second
 
 RECORD = "sweep.json"  # the jobs and their split into stacks
+MULTIRUN = "multirun.yaml"  # Hydra's own record: the configuration of the sweep
 LOCK = ".lock"
 LARGEST_STACK = 128  # runs; larger stacks are no faster, and keep results back for longer
 
@@ -128,6 +133,12 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
+def write_record(folder: Path, master: DictConfig) -> None:
+    """multirun.yaml, the configuration of a sweep as Hydra's own sweeper writes it; the first call's stays."""
+    if not (folder / MULTIRUN).exists():
+        write_file(folder / MULTIRUN, lambda path: OmegaConf.save(master, path))
+
+
 class End(NamedTuple):
     """How a job ended: `ok`, `failed`, or `missing` when the sweep was interrupted before it.
 
@@ -157,11 +168,25 @@ class End(NamedTuple):
 
 
 class Sweep:
-    """The jobs of one sweep and the folder they leave their results in."""
+    """The jobs of one sweep and the folder they leave their results in.
 
-    def __init__(self, jobs: Sequence[Job], folder: Path, options: Options, resume: bool) -> None:
+    Args:
+        callbacks: Hydra's, told of the jobs.
+        master: the configuration of the sweep itself, to be written down.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        folder: Path,
+        options: Options,
+        resume: bool,
+        callbacks: JobCallbacks | None = None,
+        master: DictConfig | None = None,
+    ) -> None:
         self.jobs = {job.index: job for job in jobs}
         self.folder, self.options, self.resume = folder, options, resume
+        self.callbacks, self.master = callbacks, master
         self.cluster: Cluster | None = None
 
     def run(self) -> list[End]:
@@ -181,6 +206,8 @@ class Sweep:
             else:
                 refuse_second(self.folder, self.options.executor)
             plan = self._known_plan() if used else self._new_plan()
+            if self.master is not None:
+                write_record(self.folder, self.master)
             stacks = [[self.jobs[job] for job in stack if self._missing(job)] for stack in plan.stacks]
             stacks = [stack for stack in stacks if stack]
             if self.cluster is not None and stacks:
@@ -215,13 +242,25 @@ class Sweep:
         display.header(len(self.jobs), done, [len(stack) for stack in stacks], plan.run_bytes, processes)
         try:
             if stacks:
-                execute(stacks, processes, display, self.cluster)
+                execute(stacks, processes, display, self.cluster, self._begin, self._finish)
         finally:
             ends = [self._end(job) for job in self.jobs.values()]
             rows = [self.row(job, end) for job, end in zip(self.jobs.values(), ends, strict=True)]
             write_csv(self.folder / "sweep.csv", rows)
             display.result(rows, self.folder / "sweep.csv", self.options.table)
         return ends
+
+    def _begin(self, jobs: Sequence[Job]) -> None:
+        if self.callbacks is not None:
+            self.callbacks.start(jobs)
+
+    def _finish(self, jobs: Sequence[Job]) -> None:
+        if self.callbacks is None:
+            return
+        for job in jobs:
+            end = self._end(job)
+            if end.status != "queued":
+                self.callbacks.end(job, end, None if end.status == "ok" else end.reason or "its worker died")
 
     def _end(self, job: Job) -> End:
         end = End.of(RunFolder(job.folder))
@@ -260,7 +299,7 @@ class Sweep:
         Raises:
             ConfigError: it holds something, and that is not to be continued, or cannot be.
         """
-        names = {entry.name for entry in self.folder.iterdir()} - {LOCK, "multirun.yaml"}
+        names = {entry.name for entry in self.folder.iterdir()} - {LOCK, MULTIRUN}
         if not {name for name in names if not name.startswith(f".{RECORD}.")}:  # killed while it was written
             return False
         if not self.resume:
@@ -298,8 +337,11 @@ class Sweep:
         needs, refused, devices = {}, {}, set()
         for job in self.jobs.values():
             try:
-                member = build(job.composed(), job.choices, here=self.options.executor != "slurm")
-                needs[job.index] = Needs(signature(member), run_bytes(member))
+                with env_override(job.env):
+                    member = build(job.composed(), job.choices, here=self.options.executor != "slurm")
+                # A stack trains in one environment.
+                together = f"{signature(member)} {sorted(job.env.items())}"
+                needs[job.index] = Needs(together, run_bytes(member))
                 devices.add(member.config.device)
             except ConfigError as error:
                 refused[job.index] = str(error)
@@ -316,12 +358,18 @@ class Sweep:
 
 
 def launch(
-    loader: Any, master: Any, job_overrides: Sequence[Sequence[str]], first: int, options: Mapping[str, Any]
-) -> list[Any]:
+    context: HydraContext,
+    task: TaskFunction,
+    master: Any,
+    job_overrides: Sequence[Sequence[str]],
+    first: int,
+    options: Mapping[str, Any],
+) -> list[JobReturn]:
     """Carry out a sweep for Hydra's launcher: compose every job, train what is missing, write sweep.csv.
 
     Args:
-        loader: Hydra's configuration loader.
+        context: Hydra's configuration loader and callbacks.
+        task: what Hydra runs as a job, for its callbacks.
         master: the configuration of the sweep itself; its flat key `resume` continues an interrupted one.
         first: the number of the first job.
 
@@ -330,8 +378,6 @@ def launch(
         ConfigError: options or a folder that cannot be used.
         SweepFailed: at the end, if some jobs failed.
     """
-    from hydra.core.utils import JobReturn, JobStatus
-
     chosen = Options.of(options)
     folder = Path(master.hydra.sweep.dir)
     if chosen.executor == "process" and not (folder / RECORD).exists():  # else perhaps all is done
@@ -345,19 +391,16 @@ def launch(
         )
     if any(line.startswith("resume=") for overrides in job_overrides for line in overrides):
         raise ConfigError("resume", None, "is read once, for the whole sweep: true or false")
-    composer = Composer(loader, master)
+    composer = Composer(cast(ConfigLoaderImpl, context.config_loader), master)
     jobs = [composer.job(number, overrides) for number, overrides in enumerate(job_overrides)]
     _check_folders(jobs)
+    resume = bool(OmegaConf.select(master, "resume"))
+    callbacks = JobCallbacks(context.callbacks, task, master)
     try:
-        ends = Sweep(jobs, folder, chosen, resume=bool(OmegaConf.select(master, "resume"))).run()
+        ends = Sweep(jobs, folder, chosen, resume, callbacks, master).run()
     except OSError as error:
         raise ConfigError("hydra.sweep.dir", folder, f"cannot be written: {error.strerror}") from None
-    returns = []
-    for job, end in zip(jobs, ends, strict=True):
-        result = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
-        result.return_value = end
-        returns.append(result)
-    return returns
+    return [job_return(job, end) for job, end in zip(jobs, ends, strict=True)]
 
 
 def _check_folders(jobs: Sequence[Job]) -> None:

@@ -9,13 +9,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, flag_override
 from rich.console import Console
 
+from lipexp.callbacks import JobCallbacks
 from lipexp.compose import Composer
 from lipexp.config import ConfigError, no_such, plain
 from lipexp.executors import prepare_workers
@@ -25,7 +28,7 @@ from lipexp.slurm import check_machine
 from lipexp.study.options import Options
 from lipexp.study.outcome import best_line, show, write_best, write_picture
 from lipexp.study.space import Space
-from lipexp.sweep import LOCK, End, Sweep, exclusive
+from lipexp.sweep import LOCK, MULTIRUN, End, Sweep, exclusive, write_record
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -37,11 +40,18 @@ NAME = "lipexp"  # of the study in the database
 ROUNDS, DEFINITION, REASONS = "rounds", "definition", "reasons"  # what the database is told besides
 
 
-def search(loader: Any, master: DictConfig, arguments: Sequence[str], options: Mapping[str, Any]) -> list[End]:
+def search(
+    context: HydraContext,
+    task: TaskFunction,
+    master: DictConfig,
+    arguments: Sequence[str],
+    options: Mapping[str, Any],
+) -> list[End]:
     """Carry out a search for Hydra's sweeper.
 
     Args:
-        loader: Hydra's configuration loader.
+        context: Hydra's configuration loader and callbacks.
+        task: what Hydra runs as a job, for its callbacks.
         master: the configuration of the search itself; its flat key `resume` continues an interrupted one.
         arguments: the overrides of the command line.
         options: the settings of the sweeper.
@@ -57,6 +67,7 @@ def search(loader: Any, master: DictConfig, arguments: Sequence[str], options: M
     chosen = Options.of(options)
     _check_optuna()
     launcher = _launcher(master)
+    loader = cast(ConfigLoaderImpl, context.config_loader)
     overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
     space = Space.of([line for line in overrides if line.key_or_group != "resume"])
     composer = Composer(loader, master)
@@ -79,7 +90,9 @@ def search(loader: Any, master: DictConfig, arguments: Sequence[str], options: M
             prepare_workers()
         with exclusive(folder):
             study = _study(folder, direction, definition)
-            return Search(loader, master, space, chosen, metric, shared, launcher, folder, study).run()
+            write_record(folder, master)
+            callbacks = JobCallbacks(context.callbacks, task, master)
+            return Search(loader, master, space, chosen, metric, shared, launcher, folder, study, callbacks).run()
     except OSError as error:
         raise ConfigError("hydra.sweep.dir", folder, f"cannot be written: {error.strerror}") from None
 
@@ -98,7 +111,9 @@ class Search:
         launcher: LauncherOptions,
         folder: Path,
         study: Study,
+        callbacks: JobCallbacks,
     ) -> None:
+        self.callbacks = callbacks
         self.loader, self.master, self.space, self.options = loader, master, space, options
         self.metric, self.shared, self.launcher, self.folder, self.study = metric, shared, launcher, folder, study
         self.console = Console(highlight=False)
@@ -152,7 +167,7 @@ class Search:
         composer = Composer(self.loader, _in_folder(self.master, folder))
         lines = [job for trial in trials for job in self.space.jobs(trial.params)]
         jobs = [composer.job(index, overrides) for index, overrides in enumerate(lines)]
-        sweep = Sweep(jobs, folder, replace(self.launcher, table=False), resume=True)
+        sweep = Sweep(jobs, folder, replace(self.launcher, table=False), resume=True, callbacks=self.callbacks)
         try:
             ends = sweep.run()
         except SweepFailed:  # such trials are ordinary; what is missing is not
@@ -277,7 +292,7 @@ def _check_use(folder: Path, resume: bool) -> None:
     Raises:
         ConfigError.
     """
-    used = {entry.name for entry in folder.iterdir()} - {LOCK, "multirun.yaml"}
+    used = {entry.name for entry in folder.iterdir()} - {LOCK, MULTIRUN}
     if used and not resume:
         allowed = "is not empty; results are never overwritten (resume=true continues a search)"
         raise ConfigError("hydra.sweep.dir", folder, allowed)

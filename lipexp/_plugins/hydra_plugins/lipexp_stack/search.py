@@ -19,10 +19,10 @@ class SearchSweeper(Sweeper):
         self.options = options
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.context, self.config = hydra_context, config
+        self.context, self.task, self.config = hydra_context, task_function, config
 
     def sweep(self, arguments: list[str]) -> Any:
         from lipexp.study import search
 
         assert self.config is not None
-        return search(self.context.config_loader, self.config, arguments, self.options)
+        return search(self.context, self.task, self.config, arguments, self.options)

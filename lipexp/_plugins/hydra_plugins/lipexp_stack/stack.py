@@ -23,12 +23,12 @@ class StackLauncher(Launcher):
         self.options = options
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.context, self.config = hydra_context, config
+        self.context, self.task, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from lipexp.sweep import launch
 
-        return launch(self.context.config_loader, self.config, job_overrides, initial_job_idx, self.options)
+        return launch(self.context, self.task, self.config, job_overrides, initial_job_idx, options=self.options)
 
 
 class StackSweeper(BasicSweeper):
