@@ -13,12 +13,13 @@ from typing import Any
 import yaml
 from hydra._internal.callbacks import Callbacks
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn, JobRuntime, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from lipexp.compose import Job
+from lipexp.runs import SweepFailed
 
 
 class JobFailed(Exception):
@@ -43,6 +44,15 @@ class JobCallbacks:
             for name in ("on_job_start", "on_job_end")
         )
 
+    @contextmanager
+    def whole_sweep(self) -> Iterator[None]:
+        """Hydra tells of the end of a sweep that succeeds; here of one whose jobs failed, too."""
+        try:
+            yield
+        except SweepFailed:
+            self.callbacks.on_multirun_end(config=self.master, config_name=self.master.hydra.job.config_name)
+            raise
+
     def start(self, jobs: Sequence[Job]) -> None:
         """These jobs are about to train."""
         for config in map(self._as_hydra_knows_it, jobs if self._wanted else ()):
@@ -56,7 +66,7 @@ class JobCallbacks:
         config = self._as_hydra_knows_it(job)
         returned = job_return(job, result, failure)
         returned.cfg, returned.hydra_cfg = job.composed(), OmegaConf.create({"hydra": config.hydra})
-        returned.task_name = config.hydra.job.name
+        returned.task_name = JobRuntime.instance().get("name")
         with _running(config):
             self.callbacks.on_job_end(config=config, job_return=returned)
 

@@ -397,7 +397,8 @@ def launch(
     resume = bool(OmegaConf.select(master, "resume"))
     callbacks = JobCallbacks(context.callbacks, task, master)
     try:
-        ends = Sweep(jobs, folder, chosen, resume, callbacks, master).run()
+        with callbacks.whole_sweep():
+            ends = Sweep(jobs, folder, chosen, resume, callbacks, master).run()
     except OSError as error:
         raise ConfigError("hydra.sweep.dir", folder, f"cannot be written: {error.strerror}") from None
     return [job_return(job, end) for job, end in zip(jobs, ends, strict=True)]

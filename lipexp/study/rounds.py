@@ -92,7 +92,9 @@ def search(
             study = _study(folder, direction, definition)
             write_record(folder, master)
             callbacks = JobCallbacks(context.callbacks, task, master)
-            return Search(loader, master, space, chosen, metric, shared, launcher, folder, study, callbacks).run()
+            rounds = Search(loader, master, space, chosen, metric, shared, launcher, folder, study, callbacks)
+            with callbacks.whole_sweep():
+                return rounds.run()
     except OSError as error:
         raise ConfigError("hydra.sweep.dir", folder, f"cannot be written: {error.strerror}") from None
 
