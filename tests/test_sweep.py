@@ -21,7 +21,8 @@ from rich.console import Console
 
 from lipexp.config import ConfigError
 from lipexp.display import SweepDisplay, sweep_table
-from lipexp.sweep import LARGEST_STACK, Needs, Options, split
+from lipexp.options import Options
+from lipexp.plan import LARGEST_STACK, Needs, split
 
 TINY = ("experiment=debug", "device=cpu", "dataset.n_train=64", "dataset.n_test=32", "batch_size=32")
 WORKER = ("hydra.launcher.executor=process", "hydra.launcher.workers=1")
