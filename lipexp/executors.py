@@ -97,7 +97,7 @@ def _train_stack(jobs: Sequence[Job], display: StackDisplay) -> None:
     for job in jobs:
         job.write_hydra_files()
     try:
-        members = [build(job.composed(), job.choices) for job in jobs]
+        members = [build(job.resolved, job.choices) for job in jobs]
         train_many(members, folders, display, figures=False)
     except Exception as error:  # a user's class may raise anything
         if len(jobs) == 1:

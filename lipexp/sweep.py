@@ -254,7 +254,7 @@ class Sweep:
         for job in self.jobs.values():
             try:
                 with env_override(job.env):
-                    member = build(job.composed(), job.choices, here=self.options.executor != "slurm")
+                    member = build(job.resolved, job.choices, here=self.options.executor != "slurm")
                 # A stack trains in one environment.
                 together = f"{signature(member)} {sorted(job.env.items())}"
                 needs[job.index] = Needs(together, run_bytes(member))

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 
 import lipexp
 from lipexp.activations import Activation
@@ -38,6 +38,8 @@ from lipexp.losses import Loss
 from lipexp.models import run_layers, state_dict
 from lipexp.runs import RunFolder
 
+SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
+
 # What the object of a group must have, whoever wrote its class.
 NEEDED = {
     "dataset": ("task", "n_inputs", "n_train", "draw"),
@@ -53,8 +55,7 @@ NEEDED = {
 class Member:
     """One run before training: its settings, its objects, and what names them on the command line."""
 
-    config: DictConfig
-    content: dict[str, Any]  # the same as plain numbers, texts, lists and dicts
+    config: Settings
     names: dict[str, str]  # group -> the option chosen
     parts: dict[str, Any]  # group -> object
 
@@ -71,26 +72,26 @@ class Outcome:
     failure: Failure | None
 
 
-def build(config: DictConfig, choices: Mapping[str, Any] = {}, here: bool = True) -> Member:
+def build(content: DictConfig | Mapping[str, Any], choices: Mapping[str, Any] = {}, here: bool = True) -> Member:
     """Check one configuration and instantiate it.
 
     Args:
-        config: the composed configuration, without Hydra's own node.
+        content: the composed configuration, without Hydra's own node.
         choices: the option chosen in each group, for messages.
         here: it will be trained on this machine, which must have its device.
 
     Raises:
         ConfigError: whatever is wrong with it, by the name that the command line uses.
     """
-    _check_settings(config)
+    config = _settings(plain(content))
     if here and config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device", "cuda", "no CUDA device is available here (auto, cpu)")
-    content = plain(config)
+    nodes = {group: getattr(config, group) for group in GROUPS}
     names = {
-        group: str(choices.get(group) or str(plain(content[group]).get("_target_", "")).rpartition(".")[2])
-        for group in GROUPS
+        group: str(choices.get(group) or str(plain(node).get("_target_", "")).rpartition(".")[2])
+        for group, node in nodes.items()
     }
-    parts = {group: instantiate(content[group], group) for group in GROUPS}
+    parts = {group: instantiate(node, group) for group, node in nodes.items()}
     for group, needed in NEEDED.items():
         lacking = [name for name in needed if not hasattr(parts[group], name)]
         if lacking:
@@ -110,36 +111,36 @@ def build(config: DictConfig, choices: Mapping[str, Any] = {}, here: bool = True
     if isinstance(act, Activation):
         act.check_width(parts["model"].width)
     constraint.check(act, names["act"])
-    return Member(config, content, names, parts)
+    return Member(config, names, parts)
 
 
 def _losses_for(task: str) -> str:
     return ", ".join(cls.__name__.lower() for cls in Loss.__subclasses__() if cls.task == task)
 
 
-def _check_settings(config: DictConfig) -> None:
-    for key in (field.name for field in dataclasses.fields(Settings)):
-        if OmegaConf.is_missing(config, key) or config.get(key) is None:
+def _settings(content: Mapping[str, Any]) -> Settings:
+    for key in SETTINGS:
+        if content.get(key) in (None, MISSING):
             raise ConfigError(key, "null", "must be set")
+    config = Settings(**{key: content[key] for key in SETTINGS})
     whole("seed", config.seed, least=0)
     lipschitz_constant("lipschitz", config.lipschitz)
     for key, least in (("steps", 0), ("batch_size", 1), ("eval_every", 0), ("threads", 1), ("max_regions", 0)):
-        whole(key, config[key], least=least)
+        whole(key, content[key], least=least)
     for radius in config.radii:
         number("radii", radius, above=0)
     one_of("device", config.device, ["auto", "cpu", "cuda"])
+    return config
 
 
 def signature(member: Member) -> str:
     """What runs of one stack must share: every argument but those that a class accepts as a (K,) tensor."""
     shared: dict[str, Any] = {
-        field.name: member.content[field.name]
-        for field in dataclasses.fields(Settings)
-        if field.name not in (*GROUPS, "seed", "lipschitz", "resume")
+        key: getattr(member.config, key) for key in SETTINGS if key not in (*GROUPS, "seed", "lipschitz", "resume")
     }
     for group in GROUPS:
         per_run = _per_run(group, member.parts[group])
-        shared[group] = {k: v for k, v in plain(member.content[group]).items() if k not in per_run}
+        shared[group] = {k: v for k, v in getattr(member.config, group).items() if k not in per_run}
     return repr(sorted(shared.items()))
 
 
@@ -195,7 +196,7 @@ def _stacked(group: str, members: Sequence[Member]) -> Any:
     per_run = _per_run(group, one)
     if not per_run:
         return one
-    arguments = {k: v for k, v in plain(members[0].content[group]).items() if k not in {"_target_", *per_run}}
+    arguments = {k: v for k, v in getattr(members[0].config, group).items() if k not in {"_target_", *per_run}}
     columns = {
         name: torch.tensor([getattr(member.parts[group], name) for member in members], dtype=torch.float64)
         for name in per_run

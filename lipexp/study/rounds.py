@@ -72,7 +72,7 @@ def search(
     space = Space.of([line for line in overrides if line.key_or_group != "resume"])
     composer = Composer(loader, master)
     probes = [composer.job(number, lines) for number, lines in enumerate(space.probes())]
-    metric, direction = _goal(chosen, composer, space, probes[0].composed(), probes[0].choices)
+    metric, direction = _goal(chosen, composer, space, probes[0].resolved, probes[0].choices)
     folder = Path(master.hydra.sweep.dir)
     definition = {
         "axes": [repr(axis) for axis in space.axes],
@@ -247,7 +247,7 @@ def _launcher(master: DictConfig) -> LauncherOptions:
 
 
 def _goal(
-    options: Options, composer: Composer, space: Space, config: DictConfig, choices: Mapping[str, str]
+    options: Options, composer: Composer, space: Space, config: Mapping[str, Any], choices: Mapping[str, str]
 ) -> tuple[str, str]:
     """The metric and its direction. A run of no steps, which is thrown away, shows whether there is such a metric.
 
@@ -260,7 +260,7 @@ def _goal(
     member = build(config, choices, here=False)
     metric = options.metric_for(member.parts["dataset"].task)
     lines = [*space.probes()[0], "steps=0", "device=cpu"]
-    member = build(composer.job(0, lines).composed(), choices)
+    member = build(composer.job(0, lines).resolved, choices)
     with tempfile.TemporaryDirectory() as folder:
         quiet = StackDisplay(lambda *message: None, 0)
         (outcome,) = train_many([member], [RunFolder(Path(folder))], quiet, figures=False)
@@ -280,7 +280,7 @@ def shared_axes(composer: Composer, space: Space) -> list[str]:
     def found(values: Mapping[str, str]) -> str | None:
         job = composer.job(0, space.probe(values))
         try:
-            return signature(build(job.composed(), job.choices, here=False))
+            return signature(build(job.resolved, job.choices, here=False))
         except ConfigError:  # these values do not suit each other
             return None
 
