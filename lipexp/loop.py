@@ -104,7 +104,7 @@ class Trainer:
 
         self.shapes = stack.model.shapes(self.x.shape[2])
         parameters = torch.stack([stack.model.initial(self.shapes, generator(s.weights)) for s in stack.streams])
-        self.parameters = parameters.to(device, dtype)  # (K, P)
+        self.parameters = _aligned(parameters.to(device, dtype))  # (K, P)
         # The layers are views of them that autograd takes for parameters of their own.
         self.layers = [
             Layer(*(part.detach().requires_grad_() for part in layer))
@@ -184,6 +184,17 @@ def batch_indices(n: int, batch_size: int, generators: Sequence[torch.Generator]
         shuffled = torch.stack([torch.randperm(n, generator=g) for g in generators])
         for start in range(0, n - batch_size + 1, batch_size):
             yield shuffled[:, start : start + batch_size]
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """A copy of (K, P) whose rows begin 64 bytes apart, or a multiple: a vector's width.
+
+    How some routines add depends on where their operands begin; so a run does not depend on its place in a stack.
+    """
+    runs, n = rows.shape
+    padded = rows.new_zeros(runs, -(-n // 16) * 16)
+    padded[:, :n] = rows
+    return padded[:, :n]
 
 
 def _keep_freed_memory() -> None:

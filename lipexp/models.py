@@ -75,14 +75,13 @@ def hidden_inputs(layers: Sequence[Layer], act: nn.Module, x: Tensor) -> tuple[T
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x W^T + b, (K, B, in) -> (K, B, out)."""
-    runs, n_out, n_in = weight.shape
-    if runs > 1 and n_out <= n_in:
+    if weight.shape[1] <= weight.shape[2]:
         return _Affine.apply(x, weight, bias)
     return torch.baddbmm(bias, x, weight.mT)
 
 
 class _Affine(torch.autograd.Function):
-    """x W^T + b, for a stack of runs and no more outputs than inputs.
+    """x W^T + b, for no more outputs than inputs.
 
     Backwards autograd takes x^T g and transposes it. g^T x is the gradient of W as W lies in memory, and for a
     single output ten times faster.
@@ -91,7 +90,7 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.baddbmm(bias, x, weight.mT)
+        return torch.baddbmm(*_as_of_several(bias, x, weight.mT))[: len(x)]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -100,9 +99,19 @@ class _Affine(torch.autograd.Function):
         wanted_x, wanted_weight, wanted_bias = ctx.needs_input_grad
         return (
             (gradient * weight if weight.shape[1] == 1 else gradient @ weight) if wanted_x else None,
-            gradient.mT @ x if wanted_weight else None,
+            torch.bmm(*_as_of_several(gradient.mT, x))[: len(x)] if wanted_weight else None,
             gradient.sum(dim=1, keepdim=True) if wanted_bias else None,
         )
+
+
+def _as_of_several(*operands: Tensor) -> Sequence[Tensor]:
+    """The operands of a product (K, m, n) (K, n, k); those of one run twice, where a matrix is a vector.
+
+    For such a product alone torch calls a routine that adds in another order. So a run has the same numbers by
+    itself as in a stack, to the last bit.
+    """
+    several = len(operands[-1]) > 1 or min(operands[-2].shape[1], operands[-1].shape[2]) > 1
+    return operands if several else [operand.expand(2, -1, -1) for operand in operands]
 
 
 def forward(layers: Sequence[Layer], act: nn.Module, x: Tensor) -> Tensor:
