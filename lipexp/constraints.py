@@ -160,13 +160,13 @@ class _DividedBySigma(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, v: Tensor) -> Tensor:
-        u = v @ weight.mT
-        u = u / _row_norm(u, 2)
-        towards = u @ weight
+        u = torch.bmm(v, weight.mT)
+        u = u.div_(_row_norm(u, 2))
+        towards = torch.bmm(u, weight)
         sigma = _row_norm(towards, 2)  # (K, 1, 1)
-        v.copy_(towards / sigma)
+        v.copy_(towards.div_(sigma))
         divided = weight / sigma
-        ctx.save_for_backward(divided, u, v.clone(), sigma)
+        ctx.save_for_backward(divided, u, towards, sigma)
         return divided
 
     @staticmethod

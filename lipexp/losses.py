@@ -22,9 +22,9 @@ class Loss(nn.Module):
     per_run: tuple[str, ...] = ()
 
 
-def _per_run(value: Any, like: Tensor) -> Tensor:
+def _per_run(value: Any, like: Tensor) -> Any:
     """A float or a (K,) tensor as something that broadcasts against `like` (K, B)."""
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(-1, 1)
+    return value.to(like).view(-1, 1) if isinstance(value, Tensor) else value
 
 
 class BCE(Loss):

@@ -98,7 +98,7 @@ class _Affine(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wanted_x, wanted_weight, wanted_bias = ctx.needs_input_grad
         return (
-            (gradient * weight if weight.shape[1] == 1 else gradient @ weight) if wanted_x else None,
+            (gradient * weight if weight.shape[1] == 1 else torch.bmm(gradient, weight)) if wanted_x else None,
             torch.bmm(*_as_of_several(gradient.mT, x))[: len(x)] if wanted_weight else None,
             gradient.sum(dim=1, keepdim=True) if wanted_bias else None,
         )

@@ -71,7 +71,8 @@ class Adam:
         self._v.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
         # sqrt(v / c) + eps = (sqrt(v) + eps sqrt(c)) / sqrt(c): the factor goes into the rate, a pass less over v
         root_c = math.sqrt(1 - b2**self._steps_done)
-        direction = torch.div(self._m, self._v.sqrt().add_(self.eps * root_c))
+        direction = self._v.sqrt().add_(self.eps * root_c)
+        torch.div(self._m, direction, out=direction)
         rate = SCHEDULES[self.schedule](progress) * root_c / (1 - b1**self._steps_done)
         parameters.addcmul_(direction, self._lr * -rate)
 
