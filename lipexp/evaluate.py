@@ -52,11 +52,11 @@ class Evaluator:
         self.y = _stacked([np.concatenate([data.train_y, data.test_y]) for data in stack.data])  # (K, N)
         self.has_classes = stack.task != "regression"
         self.metric = {"classification": "accuracy", "transport": "score"}.get(stack.task, "mse")
-        self._last: tuple[Checkpoint, Scan, list[MeasuredNetwork]] | None = None
+        self._last: tuple[Checkpoint, Scan] | None = None
 
     def history(self, checkpoint: Checkpoint) -> list[dict[str, float | None]]:
         """One line of history.csv a run; failed runs get an empty one."""
-        scanned, networks = self._seen(checkpoint)
+        scanned = self._scan(checkpoint)
         scores = self._scores(scanned.f)
         rows: list[dict[str, float | None]] = []
         for run in range(len(self.x)):
@@ -65,7 +65,8 @@ class Evaluator:
                 continue
             train, test = scores[run]
             certificate = self.certify(checkpoint, run)
-            steepest = largest(networks[run], self.x[run], scanned.gradient[run], certificate.q)
+            network = MeasuredNetwork(checkpoint.layers, checkpoint.act, run)
+            steepest = largest(network, self.x[run], scanned.gradient[run], certificate.q)
             rows.append(
                 {
                     "step": checkpoint.step,
@@ -81,7 +82,7 @@ class Evaluator:
     def final(self, checkpoint: Checkpoint) -> list[Record | None]:
         """The full record of each run, None for failed ones."""
         constraint, layers, act = self.stack.constraint, checkpoint.layers, checkpoint.act
-        scanned, _ = self._seen(checkpoint)
+        scanned = self._scan(checkpoint)
         generators = [generator(s.search) for s in self.stack.streams]
         sources = {"data": (self.x, scanned.gradient)}
         low, high = self.x.amin(dim=1), self.x.amax(dim=1)  # (K, D)
@@ -96,14 +97,12 @@ class Evaluator:
             for run in range(len(self.x))
         ]
 
-    def _seen(self, checkpoint: Checkpoint) -> tuple[Scan, list[MeasuredNetwork]]:
-        """f and its gradient at the data, and the networks: once, as the last checkpoint is reported twice."""
+    def _scan(self, checkpoint: Checkpoint) -> Scan:
+        """f and its gradients at the data. The last checkpoint is reported twice, and scanned once."""
         if self._last is None or self._last[0] is not checkpoint:
-            layers, act = checkpoint.layers, checkpoint.act
-            networks = [MeasuredNetwork(layers, act, run) for run in range(len(self.x))]
             hidden_q = dual(self.stack.constraint.hidden_p)
-            self._last = (checkpoint, scan(layers, act, self.x, hidden_q), networks)
-        return self._last[1:]
+            self._last = (checkpoint, scan(checkpoint.layers, checkpoint.act, self.x, hidden_q))
+        return self._last[1]
 
     def certify(self, checkpoint: Checkpoint, run: int) -> Certificate:
         return product_certificate(self.stack.constraint, self.stack.act, checkpoint.layers, run)
@@ -157,7 +156,7 @@ class Evaluator:
         scores: tuple[dict[str, float], dict[str, float]],
     ) -> Record:
         q = self.stack.constraint.q
-        network = self._seen(checkpoint)[1][run]
+        network = MeasuredNetwork(checkpoint.layers, checkpoint.act, run)
 
         def steepest(source: str, norm: float) -> Maximum | None:
             points, gradients = sources[source]

@@ -98,19 +98,11 @@ class MeasuredNetwork:
 
     def __init__(self, layers: Sequence[Layer], act: nn.Module, run: int) -> None:
         self.layers, self.act = run_layers(layers, run), act
-        self._gradients: dict[tuple[float, ...], tuple[ExactArray, int] | None] = {}
 
     @cached_property
     def exact(self) -> ExactNetwork:
         """The same in exact arithmetic; `act` must name its linear pieces."""
         return ExactNetwork(self.layers, cast(PiecewiseLinear, self.act), 0)
-
-    def gradient(self, point: Tensor) -> tuple[ExactArray, int] | None:
-        """The exact gradient at `point` (D,); one point is often the steepest for several norms."""
-        key = tuple(point.tolist())
-        if key not in self._gradients:
-            self._gradients[key] = self.exact.gradient(point.numpy())
-        return self._gradients[key]
 
     @cached_property
     def norm_product(self) -> float:
@@ -143,7 +135,7 @@ def largest(network: MeasuredNetwork, points: Tensor, gradients: Tensor, q: floa
     contradicted = False
     for i in candidates:
         for moved, point in enumerate(_nearby(points[i])):
-            gradient = network.gradient(point)
+            gradient = network.exact.gradient(point.numpy())
             if gradient is None:
                 continue
             value, scanned = _norm_below(*gradient, q), float(values[i])
