@@ -39,9 +39,7 @@ DRAWN = 4096  # mixtures, and points anywhere in the box, of which the steepest 
 POLISHED = 16  # ends of the climb that go on across kinks
 KINKS = 64  # the nearest ones, which a kink step tries
 KINK_ROUNDS = 20
-STEEPER = (
-    1 + 1e-12
-)  # by so much, which is more than rounding: a piece of another batch may be off in its last bits
+STEEPER = 1 + 1e-12  # by so much; a piece of another batch may be off in its last bits
 
 Box = tuple[Tensor, Tensor]  # low and high, (K, 1, D)
 
