@@ -128,10 +128,13 @@ class Sweep:
             stacks = [stack for stack in stacks if stack]
             if self.cluster is not None and stacks:
                 self._submit(self.cluster, stacks, new=not used)
-            for job, reason in plan.refused.items():
-                if self._missing(job):
-                    self.jobs[job].write_hydra_files()
-                    RunFolder(self.jobs[job].folder).write_failure(reason, step=0)
+            for number, reason in plan.refused.items():
+                if self._missing(number):
+                    job = self.jobs[number]
+                    self._begin([job])
+                    job.write_hydra_files()
+                    RunFolder(job.folder).write_failure(reason, step=0)
+                    self._finish([job])
             ends = self._train(plan, stacks)
         failures = self._failures(ends)
         if failures:

@@ -86,6 +86,13 @@ def test_a_callback_is_told_of_a_failure(sweep):
     assert all("no longer finite" in str(event[-1]) for event in ends)
 
 
+def test_a_callback_sees_a_job_that_its_constructors_refuse(sweep):
+    events = witnessed(sweep, "refused", "act=relu,maxmin", "model.width=5")  # MaxMin wants pairs
+    ends = [event for event in events if event[0] == "end"]
+    assert [event[4] for event in ends] == [True, False]
+    assert "model.width=5" in str(ends[1][-1])
+
+
 def test_jobs_train_in_the_environment_that_they_ask_for(sweep):
     """Jobs of another environment are another stack, and nothing of it stays."""
     asked = (
