@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from hydra._internal.callbacks import Callbacks
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobRuntime, JobStatus
+from hydra.core.utils import JobReturn, JobRuntime, JobStatus, env_override
 from hydra.experimental.callback import Callback
 from hydra.types import TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -55,8 +55,9 @@ class JobCallbacks:
 
     def start(self, jobs: Sequence[Job]) -> None:
         """These jobs are about to train."""
-        for config in map(self._as_hydra_knows_it, jobs if self._wanted else ()):
-            with _running(config):
+        for job in jobs if self._wanted else ():
+            config = self._as_hydra_knows_it(job)
+            with _running(config), env_override(job.env):
                 self.callbacks.on_job_start(config=config, task_function=self.task)
 
     def end(self, job: Job, result: object, failure: str | None) -> None:
@@ -67,7 +68,7 @@ class JobCallbacks:
         returned = job_return(job, result, failure)
         returned.cfg, returned.hydra_cfg = job.composed(), OmegaConf.create({"hydra": config.hydra})
         returned.task_name = JobRuntime.instance().get("name")
-        with _running(config):
+        with _running(config), env_override(job.env):
             self.callbacks.on_job_end(config=config, job_return=returned)
 
     def _as_hydra_knows_it(self, job: Job) -> DictConfig:

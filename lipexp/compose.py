@@ -69,9 +69,7 @@ class Composer:
     """
 
     def __init__(self, loader: ConfigLoaderImpl, master: DictConfig) -> None:
-        if master.hydra.job.chdir:
-            allowed = "is for hydra/launcher=basic: the jobs of a stack share one working folder"
-            raise ConfigError("hydra.job.chdir", "true", allowed)
+        _check_chdir(master.hydra.job.chdir)
         self.loader = loader
         self.master = master
         _ = master.hydra.sweep.dir  # resolved now, its time stamp is the same for all jobs
@@ -100,6 +98,7 @@ class Composer:
             _describe(config, index, tasks)
         content, resolved, folder, env = self._carry_out(config)
         record = content.pop("hydra")
+        _check_chdir(record["job"]["chdir"])  # an experiment may ask for it
         return Job(
             index=index,
             overrides=tuple(record["overrides"]["task"]),
@@ -153,6 +152,12 @@ class Composer:
         finally:
             running.cfg = before
         return content, resolved, folder, env
+
+
+def _check_chdir(wanted: object) -> None:
+    if wanted:
+        allowed = "is for hydra/launcher=basic: the jobs of a stack share one working folder"
+        raise ConfigError("hydra.job.chdir", "true", allowed)
 
 
 def _describe(config: DictConfig, index: int, overrides: Sequence[Override]) -> None:

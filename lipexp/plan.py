@@ -93,6 +93,6 @@ class Plan:
 
 
 def digest(jobs: Iterable[Job]) -> str:
-    """Equal for jobs of equal configurations."""
-    content = json.dumps([job.config for job in jobs], default=str)
+    """Equal for jobs of equal configurations and environments."""
+    content = json.dumps([[job.config, job.env] for job in jobs], default=str)
     return hashlib.sha256(content.encode()).hexdigest()

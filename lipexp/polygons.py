@@ -279,7 +279,8 @@ class Plane:
         """How many lines there are in all polygons; those that float64 cannot tell apart in one count once."""
         value = self.lines["value"][lines]
         largest = np.take_along_axis(value, np.abs(value).argmax(axis=1)[:, None], axis=1)
-        return len(np.unique(np.column_stack([where, value * np.sign(largest)]), axis=0))
+        # Copies of one line have any scale, and differ by their rounding errors.
+        return len(np.unique(np.column_stack([where, np.round(value / largest, 9)]), axis=0))
 
 
 def _side(part: Polygons, sign: Integers, following: Integers, new: Integers, line: Integers) -> Polygons:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import env_override
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, flag_override
 from rich.console import Console
@@ -280,7 +281,8 @@ def shared_axes(composer: Composer, space: Space) -> list[str]:
     def found(values: Mapping[str, str]) -> str | None:
         job = composer.job(0, space.probe(values))
         try:
-            return signature(build(job.resolved, job.choices, here=False))
+            with env_override(job.env):
+                return signature(build(job.resolved, job.choices, here=False))
         except ConfigError:  # these values do not suit each other
             return None
 
