@@ -6,6 +6,7 @@ callback keeps from on_multirun_start to on_multirun_end.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,8 @@ class JobFailed(Exception):
 
 class JobCallbacks:
     """Calls Hydra's callbacks for the jobs of one sweep.
+
+    The jobs of a stack train at the same time: all of them start before the first has ended.
 
     Args:
         callbacks: Hydra's own.
@@ -67,8 +70,9 @@ class JobCallbacks:
         config = self._as_hydra_knows_it(job)
         returned = job_return(job, result, failure)
         returned.cfg, returned.hydra_cfg = job.composed(), OmegaConf.create({"hydra": config.hydra})
+        returned.working_dir = os.getcwd()
         returned.task_name = JobRuntime.instance().get("name")
-        with _running(config), env_override(job.env):
+        with _running(config):
             self.callbacks.on_job_end(config=config, job_return=returned)
 
     def _as_hydra_knows_it(self, job: Job) -> DictConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ ALL_WAYS = [BASIC, ("hydra.launcher.executor=inline",), ("hydra.launcher.executo
 
 WITNESS = """
 import json
+import os
 from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
@@ -27,11 +29,13 @@ class Witness(Callback):
     def on_job_start(self, config, *, task_function, **kwargs):
         running = HydraConfig.get()
         assert callable(task_function)
+        self.environment = os.environ.get("LIPEXP_TEST")
         self.seen.append(["start", config.seed, config.hydra.job.num, running.job.num, running.runtime.output_dir])
     def on_job_end(self, config, job_return, **kwargs):
         have = (Path(config.hydra.runtime.output_dir) / "metrics.json").is_file()
         self.seen.append(["end", config.seed, job_return.cfg.seed, job_return.hydra_cfg.hydra.job.num, have,
-                          list(job_return.overrides), job_return.task_name, config.loss.margin])
+                          list(job_return.overrides), job_return.task_name, config.loss.margin,
+                          self.environment, os.environ.get("LIPEXP_TEST"), job_return.working_dir == os.getcwd()])
         self.status = job_return.status.name
         try:
             job_return.return_value
@@ -68,7 +72,7 @@ def test_callbacks_see_the_same_of_every_launcher(sweep, tmp_path, monkeypatch):
     for number, way in enumerate(ALL_WAYS):
         (tmp_path / str(number)).mkdir()
         monkeypatch.chdir(tmp_path / str(number))
-        arguments = ("act=relu,abs", "seed=3,4", "loss.margin=0.25")
+        arguments = ("act=relu,abs", "seed=3,4", "loss.margin=0.25", "+hydra.job.env_set.LIPEXP_TEST='7'")
         events = witnessed(sweep, "all", *arguments, *way)
         seen.append([[part for part in event if not str(part).startswith(str(tmp_path))] for event in events])
         assert len(events) == 8
@@ -112,7 +116,9 @@ def test_jobs_train_in_the_environment_that_they_ask_for(sweep):
     assert len(json.loads(Path("1/sweep.json").read_text())["stacks"]) == 2
 
 
-def test_a_users_class_reads_the_environment_while_it_trains(sweep):
+@pytest.fixture
+def moved():
+    """A loss of the user's, in the folder, that reads the environment when it is called."""
     Path("moved.py").write_text(
         "import os\n"
         "from lipexp.losses import Hinge\n"
@@ -120,10 +126,32 @@ def test_a_users_class_reads_the_environment_while_it_trains(sweep):
         "    def forward(self, f, y):\n"
         "        return super().forward(f, y) + float(os.environ['LIPEXP_TEST'])\n"
     )
-    own = ("loss._target_=moved.Moved", "+hydra.job.env_set.LIPEXP_TEST='${hydra:job.num}7'")
+    return "loss._target_=moved.Moved"
+
+
+def test_a_users_class_reads_the_environment_while_it_trains(sweep, moved):
+    own = (moved, "+hydra.job.env_set.LIPEXP_TEST='${hydra:job.num}7'")
     assert sweep("seed=0,7", "hydra.sweep.dir=s", *own).code == 0
     losses = [json.loads(Path(f"s/{job}/metrics.json").read_text())["train"]["loss"] for job in (0, 1)]
     assert 7 <= losses[0] < 9 < 17 <= losses[1]
+
+
+def test_a_sweep_is_not_continued_in_another_environment(sweep, moved):
+    common = ("seed=0,7", "hydra.sweep.dir=s", moved)
+    assert sweep(*common, "+hydra.job.env_set.LIPEXP_TEST='1'").code == 0
+    shutil.rmtree("s/1")
+    refused = sweep(*common, "+hydra.job.env_set.LIPEXP_TEST='2'", "resume=true")
+    assert refused.code == 2
+    assert not Path("s/1").exists()
+    assert sweep(*common, "+hydra.job.env_set.LIPEXP_TEST='1'", "resume=true").code == 0
+
+
+def test_a_search_trains_in_the_environment_that_it_asks_for(sweep, moved):
+    own = (moved, "+hydra.job.env_set.LIPEXP_TEST='7'", "hydra/sweeper=search", "hydra.sweeper.trials=2")
+    assert sweep("optim.lr=interval(0.01,0.02)", "hydra.sweep.dir=s", *own).code == 0
+    losses = [json.loads(path.read_text())["train"]["loss"] for path in Path("s").rglob("metrics.json")]
+    assert len(losses) == 2
+    assert min(losses) >= 7
 
 
 def test_multirun_yaml_is_that_of_hydras_sweeper(sweep):
@@ -147,4 +175,13 @@ def test_a_folder_for_each_job_to_work_in_is_refused(sweep, sweeper):
     assert refused.code == 2
     assert "hydra.job.chdir=true" in refused.err
     assert len(refused.err.splitlines()) == 1
+    assert not Path("s").exists()
+
+
+def test_an_experiment_that_wants_such_folders_is_refused(lipexp):
+    Path("own/experiment").mkdir(parents=True)
+    Path("own/experiment/moves.yaml").write_text("# @package _global_\nhydra:\n  job:\n    chdir: true\n")
+    refused = lipexp("train", "-m", "-cd", "own", "experiment=debug,moves", "hydra.sweep.dir=s")
+    assert refused.code == 2
+    assert "hydra.job.chdir=true" in refused.err
     assert not Path("s").exists()

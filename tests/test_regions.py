@@ -454,3 +454,16 @@ def test_what_cannot_be_enumerated_is_refused_with_a_reason():
     assert refusal(layers, torch.nn.Tanh()) == "Tanh does not name its linear pieces"
     assert refusal(layers, OwnForward()) == "OwnForward does not name its linear pieces"
     assert refusal(layers, Twisted()) == "Twisted does not name its kinks"
+
+
+def test_scaled_copies_of_a_line_count_once():
+    """A limit that the regions just reach is no reason to give up, however often a kink is met."""
+    layers = [
+        Layer(torch.tensor([[[1, 0.5], [3, 1.5]]]), torch.tensor([[[0.25, 0.75]]])),
+        Layer(torch.tensor([[[1.0, 1.0]]]), torch.zeros(1, 1, 1)),
+    ]
+    box = (np.array([-1.0, -1.0]), np.array([1.0, 1.0]))
+    regions = constants(layers, ReLU(), box, 2.0, 1000).regions
+    assert constants(layers, ReLU(), box, 2.0, regions).regions == regions
+    with pytest.raises(TooManyRegions):
+        constants(layers, ReLU(), box, 2.0, regions - 1)

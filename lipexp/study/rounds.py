@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from rich.console import Console
 
 from lipexp.callbacks import JobCallbacks
-from lipexp.compose import Composer
+from lipexp.compose import Composer, Job
 from lipexp.config import ConfigError, no_such, plain
 from lipexp.executors import prepare_workers
 from lipexp.options import Options as LauncherOptions
@@ -73,7 +73,7 @@ def search(
     space = Space.of([line for line in overrides if line.key_or_group != "resume"])
     composer = Composer(loader, master)
     probes = [composer.job(number, lines) for number, lines in enumerate(space.probes())]
-    metric, direction = _goal(chosen, composer, space, probes[0].resolved, probes[0].choices)
+    metric, direction = _goal(chosen, composer, space, probes[0])
     folder = Path(master.hydra.sweep.dir)
     definition = {
         "axes": [repr(axis) for axis in space.axes],
@@ -247,9 +247,7 @@ def _launcher(master: DictConfig) -> LauncherOptions:
     return options
 
 
-def _goal(
-    options: Options, composer: Composer, space: Space, config: Mapping[str, Any], choices: Mapping[str, str]
-) -> tuple[str, str]:
+def _goal(options: Options, composer: Composer, space: Space, probe: Job) -> tuple[str, str]:
     """The metric and its direction. A run of no steps, which is thrown away, shows whether there is such a metric.
 
     Raises:
@@ -258,11 +256,11 @@ def _goal(
     from lipexp.display import StackDisplay
     from lipexp.train import build, train_many
 
-    member = build(config, choices, here=False)
-    metric = options.metric_for(member.parts["dataset"].task)
-    lines = [*space.probes()[0], "steps=0", "device=cpu"]
-    member = build(composer.job(0, lines).resolved, choices)
-    with tempfile.TemporaryDirectory() as folder:
+    with env_override(probe.env), tempfile.TemporaryDirectory() as folder:
+        member = build(probe.resolved, probe.choices, here=False)
+        metric = options.metric_for(member.parts["dataset"].task)
+        lines = [*space.probes()[0], "steps=0", "device=cpu"]
+        member = build(composer.job(0, lines).resolved, probe.choices)
         quiet = StackDisplay(lambda *message: None, 0)
         (outcome,) = train_many([member], [RunFolder(Path(folder))], quiet, figures=False)
     if outcome.metrics is not None:
