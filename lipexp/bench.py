@@ -37,6 +37,7 @@ from lipexp.activations import GroupSort
 from lipexp.arguments import Parser
 from lipexp.config import ConfigError, Settings, conf_dir, no_such, whole
 from lipexp.loop import Stack, Trainer, batch_indices
+from lipexp.threads import cpu_threads
 from lipexp.train import build, stack
 
 WIDTH, DEPTH, BATCH = 128, 2, 256
@@ -90,17 +91,14 @@ def main(arguments: Sequence[str]) -> int:
         print(f"lipexp: {error}", file=sys.stderr)
         return 2
     console = Console(highlight=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        for section in dict.fromkeys(options.sections or DEFAULT):
-            SECTIONS[section](console, options.rounds)
+        with cpu_threads(1):
+            for section in dict.fromkeys(options.sections or DEFAULT):
+                SECTIONS[section](console, options.rounds)
     except subprocess.CalledProcessError as error:
         said = (error.stderr or "").strip().splitlines()
         print(f"lipexp: {' '.join(error.cmd)}: {said[-1] if said else error}", file=sys.stderr)
         return 1
-    finally:
-        torch.set_num_threads(threads)
     return 0
 
 

@@ -34,6 +34,7 @@ from lipexp.models import Layer
 from lipexp.robustness import Robustness, assess
 from lipexp.runs import RunFolder, find
 from lipexp.search import search
+from lipexp.threads import cpu_threads
 from lipexp.train import NEEDED
 
 CONTENTS = conf_dir() / "config.yaml"
@@ -91,7 +92,6 @@ def examine(run: LoadedRun, options: argparse.Namespace) -> Finding:
     Raises:
         ConfigError: it is not trusted, or fits neither its data nor the options.
     """
-    torch.set_num_threads(whole("threads", run.config.get("threads", 1), least=1))
     dataset, constraint = (_part(run, group, options.trust) for group in ("dataset", "constraint"))
     layers, act = run.layers(), run.network.act
     _check_network(run, layers, dataset.n_inputs)
@@ -266,7 +266,8 @@ def certify(folder: RunFolder, options: argparse.Namespace) -> int:
     try:
         run = load_run(folder.path, trust=options.trust)
         radii = radii_of(run.config) if options.radii is None else options.radii
-        finding = examine(run, options)
+        with cpu_threads(whole("threads", run.config.get("threads", 1), least=1)):
+            finding = examine(run, options)
         show(folder, finding, radii, options.attack)
         record(folder, finding, radii)
     except ConfigError as error:

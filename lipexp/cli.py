@@ -40,6 +40,10 @@ def main() -> int:
 
 def _run(verb: str, arguments: list[str]) -> int:
     try:
+        if verb == "train":
+            from lipexp.workers import prepare_if_asked_for
+
+            prepare_if_asked_for(arguments)
         return int(importlib.import_module(VERBS[verb][0]).main(arguments))
     except KeyboardInterrupt:  # also while a verb is still being imported
         print("lipexp: interrupted", file=sys.stderr)

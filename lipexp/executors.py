@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing import forkserver
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hydra.core.utils import env_override
@@ -21,24 +18,12 @@ from lipexp.compose import Job
 from lipexp.config import one_line
 from lipexp.display import StackDisplay, SweepDisplay
 from lipexp.runs import RunFolder
+from lipexp.workers import CONTEXT, prepare_workers
 
 if TYPE_CHECKING:
     from lipexp.slurm import Cluster
 
 Told: TypeAlias = Callable[[Sequence[Job]], None]
-
-# Workers are forked from a server process that has imported what they need, once for all of them. It has run no
-# torch operation, so that it has no threads that a fork would lose; this process may have.
-CONTEXT = multiprocessing.get_context("forkserver")
-PRELOAD = ["lipexp.train", "sklearn.datasets"]
-
-
-def prepare_workers() -> None:
-    """Start the imports of worker processes, which take seconds, while this process does something else."""
-    CONTEXT.set_forkserver_preload(PRELOAD)
-    with _no_interrupt():  # it and all workers keep this: Ctrl-C is left to their parent
-        forkserver.ensure_running()
-
 
 spent: list[float] = []  # CPU seconds of each stack that a worker has finished; no rusage counts forked workers
 
@@ -130,16 +115,6 @@ def _in_processes(stacks: Sequence[Sequence[Job]], workers: int, display: SweepD
             raise
     messages.put(None)
     listener.join()
-
-
-@contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Ctrl-C waits until the body is done; processes that the body starts never get one."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _listen(messages: Any, display: SweepDisplay) -> None:

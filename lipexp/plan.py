@@ -16,7 +16,7 @@ from lipexp.config import ConfigError
 from lipexp.runs import write_file
 
 RECORD = "sweep.json"  # the jobs and their split into stacks
-LARGEST_STACK = 128  # runs; larger stacks are no faster, and keep results back for longer
+LARGEST_STACK = 128  # runs; larger ones are no faster, and keep results back for longer
 
 
 def free_memory(cuda: bool = False) -> int:
@@ -34,14 +34,15 @@ def free_memory(cuda: bool = False) -> int:
 
 
 class Needs(NamedTuple):
-    """What a job can be stacked with, and the memory that it takes."""
+    """What a job can be stacked with, the memory it takes, and how many of its kind train fastest together."""
 
     signature: str
     run_bytes: int
+    best: int = LARGEST_STACK
 
 
 def split(jobs: Mapping[int, Needs], processes: int, memory: int) -> list[list[int]]:
-    """Jobs of equal signature as stacks, small enough for the memory, and enough of them for all processes.
+    """Jobs of equal signature as stacks, small enough for caches and memory, and enough of them for all processes.
 
     Args:
         jobs: job number -> what it needs.
@@ -52,10 +53,11 @@ def split(jobs: Mapping[int, Needs], processes: int, memory: int) -> list[list[i
         groups.setdefault(needs.signature, []).append(job)
     stacks: list[list[int]] = []
     for group in groups.values():
-        largest = max(1, min(LARGEST_STACK, memory // jobs[group[0]].run_bytes))
+        largest = max(1, min(LARGEST_STACK, jobs[group[0]].best, memory // jobs[group[0]].run_bytes))
         pieces = -(-len(group) // largest)
-        if len(groups) < processes:  # so that none stays idle
-            pieces = max(pieces, min(len(group), -(-processes // len(groups))))
+        if len(groups) < processes:  # so that none stays idle, at the end neither
+            at_once = -(-processes // len(groups))
+            pieces = min(len(group), at_once * -(-pieces // at_once))
         ends = [len(group) * piece // pieces for piece in range(pieces + 1)]
         stacks.extend(group[start:end] for start, end in pairwise(ends))
     return stacks

@@ -24,11 +24,12 @@ from lipexp.callbacks import JobCallbacks, job_return
 from lipexp.compose import Composer, Job
 from lipexp.config import ConfigError, one_line
 from lipexp.display import SweepDisplay, broken_bound
-from lipexp.executors import execute, prepare_workers
+from lipexp.executors import execute
 from lipexp.options import Options
-from lipexp.plan import RECORD, Needs, Plan, digest, free_memory, split
+from lipexp.plan import LARGEST_STACK, RECORD, Needs, Plan, digest, free_memory, split
 from lipexp.runs import RunFolder, SweepFailed, flat, write_csv, write_file
 from lipexp.slurm import Cluster, check_machine, refuse_second
+from lipexp.workers import prepare_workers
 
 MULTIRUN = "multirun.yaml"  # Hydra's own record: the configuration of the sweep
 LOCK = ".lock"
@@ -251,22 +252,25 @@ class Sweep:
         """A plan, written down before anything is trained. A job that its constructors refuse is in no stack."""
         import torch
 
-        from lipexp.train import build, run_bytes, signature
+        from lipexp.train import build, cached_runs, run_bytes, signature
 
-        needs, refused, devices = {}, {}, set()
+        needs, refused, cuda = {}, {}, False
+        here = self.options.executor != "slurm"
         for job in self.jobs.values():
             try:
                 with env_override(job.env):
-                    member = build(job.resolved, job.choices, here=self.options.executor != "slurm")
+                    member = build(job.resolved, job.choices, here=here)
                 # A stack trains in one environment.
                 together = f"{signature(member)} {sorted(job.env.items())}"
-                needs[job.index] = Needs(together, run_bytes(member))
-                devices.add(member.config.device)
+                on_gpu = here and member.config.device != "cpu" and torch.cuda.is_available()
+                # In SLURM each stack is a job, which should be worth its wait.
+                best = cached_runs(member) if here and not on_gpu else LARGEST_STACK
+                needs[job.index] = Needs(together, run_bytes(member), best)
+                cuda = cuda or on_gpu
             except ConfigError as error:
                 refused[job.index] = str(error)
             except Exception as error:  # a user's class may raise anything
                 refused[job.index] = one_line(error)
-        cuda = torch.cuda.is_available() and devices != {"cpu"} and self.options.executor != "slurm"
         memory = self.options.memory(free_memory(cuda))
         stacks = split(needs, self.options.processes, memory)
         largest = max((need.run_bytes for need in needs.values()), default=0)

@@ -37,6 +37,7 @@ from lipexp.loop import Checkpoint, Failure, Stack, Streams, fit
 from lipexp.losses import Loss
 from lipexp.models import run_layers, state_dict
 from lipexp.runs import RunFolder
+from lipexp.threads import cpu_threads
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
 
@@ -167,6 +168,17 @@ def run_bytes(member: Member) -> int:
     return 4 * (8 * member.config.batch_size * features + 12 * parameters) + 8 * points
 
 
+def cached_runs(member: Member) -> int:
+    """How many runs a stack should have on a CPU, so that the batches of features of a layer stay in its caches.
+
+    With 1 MiB of them, 16 runs of the default network, two stacks that train at the same time were 5 to 15 %
+    faster than with twice as much. Fewer than four runs would not share enough of what a step costs for itself.
+    """
+    model, dataset = member.parts["model"], member.parts["dataset"]
+    widest = max(n_out for n_out, _ in model.shapes(dataset.n_inputs))
+    return max(4, 2**20 // (4 * member.config.batch_size * widest))
+
+
 def stack(members: Sequence[Member]) -> Stack:
     """One stack of runs that share their signature.
 
@@ -229,11 +241,22 @@ def train_many(
         One outcome a run, in order. A run that fails does not disturb the others.
     """
     started = time.perf_counter()
+    runs = stack(members)  # before threads are counted: drawing data may load libraries that have some
+    with cpu_threads(members[0].config.threads):
+        return _train(runs, started, members, folders, display, figures)
+
+
+def _train(
+    runs: Stack,
+    started: float,
+    members: Sequence[Member],
+    folders: Sequence[RunFolder],
+    display: Progress,
+    figures: bool,
+) -> list[Outcome]:
     config = members[0].config
-    torch.set_num_threads(config.threads)
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
     device = "cpu" if device == "auto" else device
-    runs = stack(members)
     evaluator = Evaluator(runs)
     history: list[list[dict[str, float | None]]] = [[] for _ in members]
     evaluating = 0.0

@@ -29,6 +29,7 @@ from hypothesis import settings
 from omegaconf import DictConfig, OmegaConf
 
 from lipexp import cli, config, loop, train
+from lipexp.threads import cpu_threads
 
 settings.register_profile("lipexp", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("lipexp")
@@ -77,10 +78,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """Small networks gain nothing from threads, and a busy machine makes them slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with cpu_threads(1):
+        yield
 
 
 @functools.cache

@@ -382,6 +382,10 @@ def test_jobs_are_grouped_and_split():
     assert sizes(split(jobs, processes=1, memory=1)) == [1] * 20  # one run trains, whatever it takes
     assert sizes(split(jobs, processes=6, memory=10_000)) == [3, 3, 4, 3, 3, 4]  # none of them is idle
     assert sizes(split({0: Needs("a", 1), 1: Needs("a", 1)}, processes=8, memory=10)) == [1, 1]
+    # Stacks of the size that trains fastest; as many as keep both processes busy to the end.
+    assert sizes(split({job: Needs("a", 1, 16) for job in range(40)}, processes=1, memory=10**9)) == [13, 13, 14]
+    assert sizes(split({job: Needs("a", 1, 16) for job in range(40)}, processes=2, memory=10**9)) == [10] * 4
+    assert sizes(split({job: Needs("a", 1, 200) for job in range(200)}, processes=1, memory=10**9)) == [100, 100]
     many = split({job: Needs("a", 1) for job in range(3 * LARGEST_STACK - 1)}, processes=1, memory=10**9)
     assert max(sizes(many)) == LARGEST_STACK
     assert sorted(job for stack in many for job in stack) == list(range(3 * LARGEST_STACK - 1))

@@ -22,7 +22,6 @@ from rich.console import Console
 from lipexp.callbacks import JobCallbacks
 from lipexp.compose import Composer, Job
 from lipexp.config import ConfigError, no_such, plain
-from lipexp.executors import prepare_workers
 from lipexp.options import Options as LauncherOptions
 from lipexp.runs import RunFolder, SweepFailed, flat, write_csv
 from lipexp.slurm import check_machine
@@ -30,6 +29,7 @@ from lipexp.study.options import Options
 from lipexp.study.outcome import best_line, show, write_best, write_picture
 from lipexp.study.space import Space
 from lipexp.sweep import LOCK, MULTIRUN, End, Sweep, exclusive, write_record
+from lipexp.workers import prepare_workers
 
 if TYPE_CHECKING:
     from optuna import Study

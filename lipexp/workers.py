@@ -1,0 +1,39 @@
+"""The server that worker processes are forked from; it imports what they need, once for all of them.
+
+It has run no torch operation, so it has no threads that a fork would lose; the process of the command may have.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver
+
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOAD = ["lipexp.train", "sklearn.datasets"]
+ASKED_FOR = "hydra.launcher.executor=process"  # on a command line
+
+
+def prepare_workers() -> None:
+    """Start the imports of worker processes, which take seconds, while this process does something else."""
+    CONTEXT.set_forkserver_preload(PRELOAD)
+    with _no_interrupt():  # it and all workers keep this: Ctrl-C is left to their parent
+        forkserver.ensure_running()
+
+
+def prepare_if_asked_for(arguments: Sequence[str]) -> None:
+    """The same for a command whose arguments say so; others may find it in a file of conf/, later."""
+    if ASKED_FOR in arguments and {"-m", "--multirun"} & set(arguments):
+        prepare_workers()
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ctrl-C waits until the body is done; processes that the body starts never get one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
