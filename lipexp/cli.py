@@ -6,6 +6,8 @@ import importlib
 import os
 import sys
 
+from lipexp.imports import quick_imports
+
 # verb -> (module, what it does); each module has main(arguments) -> exit status
 VERBS = {
     "train": ("lipexp.hydra_app", "train a network, or sweep over configurations with -m"),
@@ -44,7 +46,9 @@ def _run(verb: str, arguments: list[str]) -> int:
             from lipexp.workers import prepare_if_asked_for
 
             prepare_if_asked_for(arguments)
-        return int(importlib.import_module(VERBS[verb][0]).main(arguments))
+        with quick_imports(keep=True):
+            module = importlib.import_module(VERBS[verb][0])
+        return int(module.main(arguments))
     except KeyboardInterrupt:  # also while a verb is still being imported
         print("lipexp: interrupted", file=sys.stderr)
         return 130

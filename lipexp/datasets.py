@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lipexp.config import ConfigError, norm_order, number, whole
+from lipexp.imports import quick_imports
 
 Array = npt.NDArray[np.float32]
 
@@ -73,7 +74,8 @@ class TwoMoons(Dataset):
         self.scale = number("scale", scale, above=0)
 
     def sample(self, n: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        from sklearn.datasets import make_moons  # a second of imports, only for those who want moons
+        with quick_imports():  # only for those who want moons
+            from sklearn.datasets import make_moons
 
         x, y = make_moons(n, noise=self.noise or None, random_state=int(rng.integers(2**32)))
         return self.scale * x, y
@@ -172,7 +174,8 @@ class DigitsParity(Dataset):
             raise ConfigError("n_train", n_train, f"{room} (n_test={n_test})")
 
     def draw(self, stream: np.random.SeedSequence) -> Data:
-        from sklearn.datasets import load_digits  # a second of imports
+        with quick_imports():
+            from sklearn.datasets import load_digits
 
         images, digits = load_digits(return_X_y=True)
         order = np.random.default_rng(stream).permutation(self.n_points)[: self.n_test + self.n_train]

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lipexp.config import GROUPS, ConfigError, Settings, conf_dir, no_such, one_line
 from lipexp.explain import explain
+from lipexp.imports import quick_imports
 from lipexp.runs import RunFolder, SweepFailed
 
 log = logging.getLogger(__name__)
@@ -84,8 +85,9 @@ def run_one(config: DictConfig) -> None:
     Raises:
         RunFailed: it ended without a result; failed.json is written.
     """
-    from lipexp.display import Display, broken_bound
-    from lipexp.train import build, train_many
+    with quick_imports():
+        from lipexp.display import Display, broken_bound
+        from lipexp.train import build, train_many
 
     running = HydraConfig.get()
     output = os.path.relpath(running.runtime.output_dir)
@@ -125,7 +127,8 @@ class RefuseEarly(Callback):
     claimed: ClassVar[list[Path]] = []  # folders made for this command
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        from lipexp.train import build
+        with quick_imports(keep=True):
+            from lipexp.train import build
 
         try:
             if config.get("resume"):  # a replayed configuration may lack it

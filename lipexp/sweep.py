@@ -25,6 +25,7 @@ from lipexp.compose import Composer, Job
 from lipexp.config import ConfigError, one_line
 from lipexp.display import SweepDisplay, broken_bound
 from lipexp.executors import execute
+from lipexp.imports import quick_imports
 from lipexp.options import Options
 from lipexp.plan import LARGEST_STACK, RECORD, Needs, Plan, digest, free_memory, split
 from lipexp.runs import RunFolder, SweepFailed, flat, write_csv, write_file
@@ -250,9 +251,10 @@ class Sweep:
 
     def _new_plan(self) -> Plan:
         """A plan, written down before anything is trained. A job that its constructors refuse is in no stack."""
-        import torch
+        with quick_imports(keep=True):
+            import torch
 
-        from lipexp.train import build, cached_runs, run_bytes, signature
+            from lipexp.train import build, cached_runs, run_bytes, signature
 
         needs, refused, cuda = {}, {}, False
         here = self.options.executor != "slurm"

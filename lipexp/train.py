@@ -33,6 +33,7 @@ from lipexp.config import (
 )
 from lipexp.constraints import in_usual_order
 from lipexp.evaluate import Evaluator, Record
+from lipexp.imports import quick_imports
 from lipexp.loop import Checkpoint, Failure, Stack, Streams, fit
 from lipexp.losses import Loss
 from lipexp.models import run_layers, state_dict
@@ -335,7 +336,8 @@ def _write(
         },
     }
     if figures:
-        from lipexp.figures.run import run_figure
+        with quick_imports():
+            from lipexp.figures.run import run_figure
 
         figure = run_figure(checkpoint.layers, checkpoint.act, run, record, member.names)
         if figure is not None:

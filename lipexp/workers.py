@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOAD = ["lipexp.train", "sklearn.datasets"]
+PRELOAD = ["lipexp.preload"]
 ASKED_FOR = "hydra.launcher.executor=process"  # on a command line
 
 

@@ -1,0 +1,29 @@
+"""Imports of torch and scikit-learn, which take most of the time of a short command."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quick_imports(keep: bool = False) -> Iterator[None]:
+    """The garbage collector rests while the body imports.
+
+    An import makes very many objects, all of which stay. Looking through them again and again took a sixth of
+    the time, and at the end of a command as much again.
+
+    Args:
+        keep: it never looks again at what is there after an import. For the process of a command.
+    """
+    working, known = gc.isenabled(), len(sys.modules)
+    gc.disable()
+    try:
+        yield
+        if keep and len(sys.modules) > known:
+            gc.freeze()
+    finally:
+        if working:
+            gc.enable()
