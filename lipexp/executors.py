@@ -10,19 +10,20 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from hydra.core.utils import env_override
 
 from lipexp.compose import Job
 from lipexp.config import one_line
 from lipexp.display import StackDisplay, SweepDisplay
-from lipexp.runs import RunFolder
+from lipexp.runs import RunFolder, SweepFailed
 from lipexp.workers import CONTEXT, prepare_workers
 
 if TYPE_CHECKING:
     from lipexp.slurm import Cluster
 
+Result = TypeVar("Result")
 Told: TypeAlias = Callable[[Sequence[Job]], None]
 
 spent: list[float] = []  # CPU seconds of each stack that a worker has finished; no rusage counts forked workers
@@ -94,6 +95,20 @@ def _train_stack(jobs: Sequence[Job], display: StackDisplay) -> None:
                 _train_stack([job], display)
 
 
+def in_worker(function: Callable[..., Result], *arguments: Any) -> Result:
+    """function(*arguments), in a worker process.
+
+    Raises:
+        SweepFailed: it died.
+    """
+    prepare_workers()
+    with ProcessPoolExecutor(1, CONTEXT, _end_with_parent) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise SweepFailed(["a worker process died, of too little memory perhaps"]) from None
+
+
 def _in_processes(stacks: Sequence[Sequence[Job]], workers: int, display: SweepDisplay) -> Iterator[Sequence[Job]]:
     """Yields the jobs of each stack when it has ended; of the others as well, once a worker has died."""
     prepare_workers()
@@ -127,9 +142,13 @@ _worker_messages: Any = None
 
 
 def _start_worker(messages: Any) -> None:
-    """A worker ends when its parent does, however that ended."""
     global _worker_messages
     _worker_messages = messages
+    _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    """This worker ends when its parent does, however that ended."""
 
     def watch() -> None:
         parent = multiprocessing.parent_process()

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from hydra.core.utils import env_override
+
 from lipexp.compose import Job
-from lipexp.config import ConfigError
+from lipexp.config import ConfigError, one_line
+from lipexp.imports import quick_imports
+from lipexp.options import Options
 from lipexp.runs import write_file
 
 RECORD = "sweep.json"  # the jobs and their split into stacks
@@ -92,6 +96,35 @@ class Plan:
     def write(self, folder: Path) -> None:
         content = json.dumps(asdict(self))
         write_file(folder / RECORD, lambda path: path.write_text(content))
+
+
+def make_plan(jobs: Sequence[Job], options: Options) -> Plan:
+    """Groups jobs by signature and splits the groups. A job that its constructors refuse is in no stack."""
+    with quick_imports(keep=True):
+        import torch
+
+        from lipexp.train import build, cached_runs, run_bytes, signature
+
+    needs, refused, cuda = {}, {}, False
+    here = options.executor != "slurm"
+    for job in jobs:
+        try:
+            with env_override(job.env):
+                member = build(job.resolved, job.choices, here=here)
+            # A stack trains in one environment.
+            together = f"{signature(member)} {sorted(job.env.items())}"
+            on_gpu = here and member.config.device != "cpu" and torch.cuda.is_available()
+            # In SLURM each stack is a job, which should be worth its wait.
+            best = cached_runs(member) if here and not on_gpu else LARGEST_STACK
+            needs[job.index] = Needs(together, run_bytes(member), best)
+            cuda = cuda or on_gpu
+        except ConfigError as error:
+            refused[job.index] = str(error)
+        except Exception as error:  # a user's class may raise anything
+            refused[job.index] = one_line(error)
+    stacks = split(needs, options.processes, options.memory(free_memory(cuda)))
+    largest = max((need.run_bytes for need in needs.values()), default=0)
+    return Plan([list(job.overrides) for job in jobs], digest(jobs), stacks, refused, largest)
 
 
 def digest(jobs: Iterable[Job]) -> str:

@@ -16,18 +16,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.utils import JobReturn, env_override
+from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from lipexp.callbacks import JobCallbacks, job_return
 from lipexp.compose import Composer, Job
-from lipexp.config import ConfigError, one_line
+from lipexp.config import ConfigError
 from lipexp.display import SweepDisplay, broken_bound
-from lipexp.executors import execute
-from lipexp.imports import quick_imports
+from lipexp.executors import execute, in_worker
 from lipexp.options import Options
-from lipexp.plan import LARGEST_STACK, RECORD, Needs, Plan, digest, free_memory, split
+from lipexp.plan import RECORD, Plan, digest, make_plan
 from lipexp.runs import RunFolder, SweepFailed, flat, write_csv, write_file
 from lipexp.slurm import Cluster, check_machine, refuse_second
 from lipexp.workers import prepare_workers
@@ -250,34 +249,10 @@ class Sweep:
         self.jobs |= {index: replace(job, folder=self.jobs[index].folder) for index, job in submitted.items()}
 
     def _new_plan(self) -> Plan:
-        """A plan, written down before anything is trained. A job that its constructors refuse is in no stack."""
-        with quick_imports(keep=True):
-            import torch
-
-            from lipexp.train import build, cached_runs, run_bytes, signature
-
-        needs, refused, cuda = {}, {}, False
-        here = self.options.executor != "slurm"
-        for job in self.jobs.values():
-            try:
-                with env_override(job.env):
-                    member = build(job.resolved, job.choices, here=here)
-                # A stack trains in one environment.
-                together = f"{signature(member)} {sorted(job.env.items())}"
-                on_gpu = here and member.config.device != "cpu" and torch.cuda.is_available()
-                # In SLURM each stack is a job, which should be worth its wait.
-                best = cached_runs(member) if here and not on_gpu else LARGEST_STACK
-                needs[job.index] = Needs(together, run_bytes(member), best)
-                cuda = cuda or on_gpu
-            except ConfigError as error:
-                refused[job.index] = str(error)
-            except Exception as error:  # a user's class may raise anything
-                refused[job.index] = one_line(error)
-        memory = self.options.memory(free_memory(cuda))
-        stacks = split(needs, self.options.processes, memory)
-        largest = max((need.run_bytes for need in needs.values()), default=0)
-        overrides = [list(job.overrides) for job in self.jobs.values()]
-        plan = Plan(overrides, digest(self.jobs.values()), stacks, refused, largest)
+        """A plan, written down before anything is trained."""
+        jobs = list(self.jobs.values())
+        in_process = self.options.executor == "process"  # which has imported torch, and this one need not
+        plan = in_worker(make_plan, jobs, self.options) if in_process else make_plan(jobs, self.options)
         plan.write(self.folder)
         return plan
 
