@@ -17,12 +17,6 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from rich.console import Console
-
-from lipexp.config import ConfigError
-from lipexp.display import SweepDisplay, sweep_table
-from lipexp.options import Options
-from lipexp.plan import LARGEST_STACK, Needs, split
 
 TINY = ("experiment=debug", "device=cpu", "dataset.n_train=64", "dataset.n_test=32", "batch_size=32")
 WORKER = ("hydra.launcher.executor=process", "hydra.launcher.workers=1")
@@ -371,36 +365,6 @@ def test_the_stack_is_also_handed_jobs_by_hydras_sweeper(sweep):
     assert [row["status"] for row in table(Path("s"))] == ["ok", "ok"]
 
 
-def sizes(stacks: list[list[int]]) -> list[int]:
-    return [len(stack) for stack in stacks]
-
-
-def test_jobs_are_grouped_and_split():
-    jobs = {job: Needs("ab"[job % 2], 100) for job in range(20)}
-    assert split(jobs, processes=1, memory=10_000) == [list(range(0, 20, 2)), list(range(1, 20, 2))]
-    assert sizes(split(jobs, processes=1, memory=499)) == [3, 3, 4, 3, 3, 4]
-    assert sizes(split(jobs, processes=1, memory=1)) == [1] * 20  # one run trains, whatever it takes
-    assert sizes(split(jobs, processes=6, memory=10_000)) == [3, 3, 4, 3, 3, 4]  # none of them is idle
-    assert sizes(split({0: Needs("a", 1), 1: Needs("a", 1)}, processes=8, memory=10)) == [1, 1]
-    # Stacks of the size that trains fastest; as many as keep both processes busy to the end.
-    assert sizes(split({job: Needs("a", 1, 16) for job in range(40)}, processes=1, memory=10**9)) == [13, 13, 14]
-    assert sizes(split({job: Needs("a", 1, 16) for job in range(40)}, processes=2, memory=10**9)) == [10] * 4
-    assert sizes(split({job: Needs("a", 1, 200) for job in range(200)}, processes=1, memory=10**9)) == [100, 100]
-    many = split({job: Needs("a", 1) for job in range(3 * LARGEST_STACK - 1)}, processes=1, memory=10**9)
-    assert max(sizes(many)) == LARGEST_STACK
-    assert sorted(job for stack in many for job in stack) == list(range(3 * LARGEST_STACK - 1))
-    assert split({}, processes=2, memory=10) == []
-
-
-def test_memory_is_shared_by_the_processes():
-    assert Options().memory(free=1000) == 250
-    assert Options(memory_gib=1).memory(free=10) == 2**30
-    assert Options("process", workers=4, memory_gib=1).memory(free=10) == 2**28
-    assert Options("inline", workers=4).processes == 1
-    with pytest.raises(ConfigError):
-        Options(memory_gib=0)
-
-
 def test_the_limit_splits_a_sweep_and_the_screen_says_so(sweep):
     assert sweep("steps=0", "hydra.sweep.dir=one").code == 0
     run_bytes = json.loads(Path("one/sweep.json").read_text())["run_bytes"]
@@ -412,46 +376,3 @@ def test_the_limit_splits_a_sweep_and_the_screen_says_so(sweep):
         == f"lipexp train -m  3 jobs, 2 stacks (1 of 2 runs, 1 of 1 run), about {run_bytes / 1e6:.2g} MB a run"
     )
     assert [line.partition(":")[0] for line in lines[:2]] == ["stack 1 of 2, 1 run", "stack 2 of 2, 2 runs"]
-
-
-def test_a_terminal_shows_a_bar_for_each_stack_that_trains(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    console = Console(force_terminal=True, width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    display = SweepDisplay(console)
-    display.header(5, 0, [3, 2], run_bytes=1_200_000)
-    with display.progress():
-        for number in (0, 1):
-            display.update(number, 0, 100, None)
-        display.update(0, 50, None, "test accuracy best 0.9, median 0.8")
-        assert display._bars is not None
-        assert [task.description for task in display._bars.tasks] == [
-            "stack 1 of 2, 3 runs",
-            "stack 2 of 2, 2 runs",
-        ]
-        assert [task.completed for task in display._bars.tasks] == [50, 0]
-        display.update(0, 100, None, None, True)
-        assert [task.description for task in display._bars.tasks] == ["stack 2 of 2, 2 runs"]
-    console.file.close()
-    assert "5 jobs, 2 stacks (1 of 3 runs, 1 of 2 runs), about 1.2 MB a run" in console.export_text()
-
-
-def test_the_table_has_the_best_first_and_the_failed_last():
-    metrics = {"schema": 1, "lipschitz.measured": 0.5, "lipschitz.certified": None, "lipschitz.verdict": "OPEN"}
-    rows = [
-        {"job": 0, "status": "failed", "reason": "no luck", "seed": "0"},
-        {"job": 1, "status": "ok", "reason": "", "seed": "1", **metrics, "test.accuracy": 0.7},
-        {"job": 2, "status": "missing", "reason": "", "seed": "2"},
-        *(
-            {"job": job, "status": "ok", "reason": "", "seed": "3", **metrics, "test.accuracy": 0.9}
-            for job in range(3, 60)
-        ),
-    ]
-    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(sweep_table(rows))
-    console.file.close()
-    lines = [line.split() for line in console.export_text().splitlines()]
-    assert lines[0] == ["job", "seed", "test", "accuracy", "measured", "certified"]
-    assert lines[1] == ["3", "3", "0.9", "0.5", "OPEN"]
-    assert lines[41] == ["0", "0", "no", "luck"]
-    assert lines[42] == ["2", "2", "missing"]
-    assert "42 of 60 jobs" in " ".join(lines[43])
