@@ -93,7 +93,9 @@ class Maps:
         scale = factor * 2.0**exponent
         rows = 3 * parent[:, None] + np.arange(3)  # (P', 3) of `value` as a matrix of H columns
         places_before = self.value.shape[2] * rows[:, :, None] + index[:, None, :]
-        value = self.value.reshape(-1).take(places_before) * scale[:, None, :]
+        value = self.value.reshape(-1).take(places_before)
+        if (scale != 1).any():  # sorting only moves features
+            value *= scale[:, None, :]
         most = np.abs(scale).max(axis=1, keepdims=True)
         underflow = TINY * ((self.size[parent] > 0) & (most > 0))
         error = SAFETY * most * (self.error[parent] + UNIT_ROUNDOFF * self.size[parent]) + underflow

@@ -9,4 +9,6 @@ from lipexp.imports import quick_imports
 with quick_imports(keep=True):
     import sklearn.datasets  # noqa: F401
 
+    import lipexp.executors
+    import lipexp.plan
     import lipexp.train  # noqa: F401

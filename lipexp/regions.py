@@ -26,8 +26,8 @@ from torch import nn
 from lipexp.activations import PiecewiseLinear, declared_kinks, is_piecewise_linear
 from lipexp.certificates import UNIT_ROUNDOFF
 from lipexp.domain import Domain
+from lipexp.exact import ExactArray, integers, untied
 from lipexp.maps import Maps
-from lipexp.measures import ExactArray, integers, untied
 from lipexp.models import Layer
 from lipexp.polygons import (
     SAFETY,
@@ -119,9 +119,7 @@ class Enumeration:
         # The number of the first region of a layer, when the regions of all layers are counted on.
         self.first_owner = [0]
         self._exact_maps: dict[tuple[int, int], tuple[ExactArray, int]] = {}
-        self._exact_layers = [
-            (integers(weight), integers(bias)) for weight, bias in zip(self.weights, self.biases, strict=True)
-        ]
+        self._exact_layers: dict[int, tuple[tuple[ExactArray, int], tuple[ExactArray, int]]] = {}
         self.exponent = 0  # of the activation's factors
         self.maps = Maps.identity(len(self.cells), self.dims)
         for layer in range(len(layers) - 1):
@@ -257,6 +255,8 @@ class Enumeration:
             index, factor = (part[region] for part in self.pieces[layer - 1])
             rows, exponent = self._exact_map(layer - 1, int(self.parents[layer - 1][region]))
             before, exponent = factor[:, None].astype(object) * rows[index], exponent + self.exponent
+        if layer not in self._exact_layers:  # integers are rarely asked for
+            self._exact_layers[layer] = integers(self.weights[layer]), integers(self.biases[layer])
         (weight, weight_exponent), (bias, bias_exponent) = self._exact_layers[layer]
         exponent += weight_exponent
         lowest = min(exponent, bias_exponent)

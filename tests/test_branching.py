@@ -13,7 +13,8 @@ import torch
 
 from lipexp.activations import Abs, GroupSort, LeakyReLU, PiecewiseLinear, ReLU
 from lipexp.branching import _bound, _combinations, _forward, _network, refusal, search
-from lipexp.measures import ExactNetwork, Maximum, norms, scan
+from lipexp.exact import ExactNetwork
+from lipexp.measures import Maximum, norms, scan
 from lipexp.models import Layer
 from lipexp.regions import constants
 

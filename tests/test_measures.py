@@ -9,132 +9,33 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from rational import (
+    PIECEWISE,
+    by_hand,
+    fraction_gradient,
+    fraction_layers,
+    generator,
+    greatest_power,
+    is_rounded_down,
+    network,
+    normal,
+    power,
+)
 
 from lipexp import measures
-from lipexp.activations import Activation, GroupSort, Piece, ReLU
+from lipexp.activations import Activation, Piece, ReLU
 from lipexp.certificates import product_bound
-from lipexp.measures import ExactNetwork, MeasuredNetwork, grid, largest, norms, scan
+from lipexp.measures import MeasuredNetwork, grid, largest, norms, scan
 from lipexp.models import Layer, Network, forward, state_dict
 
 NORMS = (1, 2, math.inf)
 EACH_LIPSCHITZ = ("lipschitz=0.01", "lipschitz=1", "lipschitz=3", "lipschitz=100")
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
-
-
-def network(*sizes: int, runs: int = 1, seed: int = 0) -> list[Layer]:
-    """Random float32 layers with these numbers of features, outputs of size 1."""
-    layers = []
-    for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
-        weight = normal(runs, n_out, n_in, seed=100 * seed + 2 * i) / math.sqrt(n_in)
-        layers.append(Layer(weight.float(), normal(runs, 1, n_out, seed=100 * seed + 2 * i + 1).float()))
-    return layers
-
-
-def by_hand(*layers: tuple[list[list[float]], list[float]]) -> list[Layer]:
-    """One network from nested lists."""
-    return [Layer(torch.tensor([weight]), torch.tensor([[bias]])) for weight, bias in layers]
-
-
 def measured(layers: list[Layer], act: torch.nn.Module, points: torch.Tensor, q: float, run: int = 0):
     """What `largest` makes of points (N, D)."""
     everywhere = points.expand(layers[0].weight.shape[0], *points.shape)
     return largest(MeasuredNetwork(layers, act, run), points, scan(layers, act, everywhere).gradient[run], q)
-
-
-# An independent network in rational arithmetic ------------------------------------------------------------------
-
-Matrix = list[list[Fraction]]
-
-
-def times(a: Matrix, b: Matrix) -> Matrix:
-    return [
-        [sum((x * y for x, y in zip(row, column, strict=True)), Fraction()) for column in zip(*b, strict=True)]
-        for row in a
-    ]
-
-
-def fraction_layers(layers: list[Layer], run: int = 0) -> list[tuple[Matrix, Matrix]]:
-    """(weight, bias as one column), exactly."""
-    exact = [
-        (layer.weight[run].double().tolist(), [[value] for value in layer.bias[run, 0].double().tolist()])
-        for layer in layers
-    ]
-    return [tuple([[Fraction(v) for v in row] for row in matrix] for matrix in pair) for pair in exact]
-
-
-def relu_piece(z: list[Fraction]) -> Matrix:
-    """The Jacobian of ReLU at z."""
-    assert all(z)
-    return [[Fraction(i == j and z[i] > 0) for j in range(len(z))] for i in range(len(z))]
-
-
-def maxmin_piece(z: list[Fraction]) -> Matrix:
-    """The Jacobian at z of sorting neighbours in pairs."""
-    source = list(range(len(z)))
-    for i in range(0, len(z), 2):
-        assert z[i] != z[i + 1]
-        if z[i] > z[i + 1]:
-            source[i], source[i + 1] = i + 1, i
-    return [[Fraction(source[i] == j) for j in range(len(z))] for i in range(len(z))]
-
-
-def fraction_gradient(layers: list[Layer], piece, point, run: int = 0) -> list[Fraction]:
-    x = [[Fraction(float(v))] for v in point]
-    jacobian: Matrix = [[Fraction(i == j) for j in range(len(x))] for i in range(len(x))]
-    for i, (weight, bias) in enumerate(fraction_layers(layers, run)):
-        if i > 0:
-            linear = piece([v for (v,) in x])
-            x, jacobian = times(linear, x), times(linear, jacobian)
-        x = [[a + b] for (a,), (b,) in zip(times(weight, x), bias, strict=True)]
-        jacobian = times(weight, jacobian)
-    return jacobian[0]
-
-
-def relu_patterns(width: int):
-    for signs in itertools.product((-1, 1), repeat=width):
-        yield relu_piece([Fraction(s) for s in signs])
-
-
-def maxmin_patterns(width: int):
-    for swaps in itertools.product((0, 1), repeat=width // 2):
-        yield maxmin_piece([Fraction(value) for swap in swaps for value in ((1, 0) if swap else (0, 1))])
-
-
-def greatest_power(layers: list[Layer], patterns, q: float) -> Fraction:
-    """The largest ||gradient||_q (q = 2: its square) over every pattern of pieces, reachable or not."""
-    (first, _), *rest = fraction_layers(layers)
-    jacobians = [first]
-    for weight, _ in rest:
-        pieces = list(patterns(len(jacobians[0])))
-        jacobians = [times(weight, times(piece, jacobian)) for piece in pieces for jacobian in jacobians]
-    return max(power(jacobian[0], q) for jacobian in jacobians)
-
-
-def power(vector: list[Fraction], q: float) -> Fraction:
-    """||vector||_q, for q = 2 its square."""
-    if q == 2:
-        return sum((v * v for v in vector), Fraction())
-    return sum(map(abs, vector), Fraction()) if q == 1 else max(map(abs, vector))
-
-
-def is_rounded_down(value: float, true_power: Fraction, q: float) -> bool:
-    """`value` is the largest float64 that is no more than the norm."""
-    exponent = 2 if q == 2 else 1
-    above = math.nextafter(value, math.inf)
-    return Fraction(value) ** exponent <= true_power < Fraction(above) ** exponent
-
-
-PIECEWISE = {
-    "relu": (ReLU(), relu_piece, relu_patterns),
-    "maxmin": (GroupSort(group_size=2, neighbours=True), maxmin_piece, maxmin_patterns),
-}
 
 
 # Scanning -------------------------------------------------------------------------------------------------------
@@ -203,102 +104,6 @@ def test_scanning_leaves_the_points_alone():
 def test_norms_are_numpys(q):
     x = normal(3, 5, 4)
     np.testing.assert_allclose(norms(x, q).numpy(), np.linalg.norm(x.numpy(), q, axis=-1), rtol=1e-15)
-
-
-# The exact network ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", PIECEWISE)
-def test_the_exact_gradient_is_the_one_of_rational_arithmetic(name):
-    act, piece, _ = PIECEWISE[name]
-    layers = network(2, 4, 4, 1, runs=2)
-    for run in range(2):
-        for point in normal(10, 2, seed=run).numpy():
-            integers, exponent = ExactNetwork(layers, act, run).gradient(point)
-            found = [int(value) * Fraction(2) ** exponent for value in integers]
-            assert found == fraction_gradient(layers, piece, point, run)
-
-
-def test_the_exact_gradient_is_the_scanned_one_in_more_digits(act_option, make):
-    act = make("act", f"act={act_option}").baked()
-    layers, x = network(2, 16, 16, 16, 1), normal(1, 20, 2)
-    scanned = scan(layers, act, x).gradient[0]
-    for point, expected in zip(x[0].numpy(), scanned.numpy(), strict=True):
-        integers, exponent = ExactNetwork(layers, act, 0).gradient(point)
-        found = [float(int(value) * Fraction(2) ** exponent) for value in integers]
-        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
-
-
-def test_the_exact_gradient_survives_zeros_and_all_magnitudes():
-    layers = by_hand(
-        ([[1e-30, 0.0], [0.0, 1e30], [1e-45, -1e-45], [0.0, 0.0]], [0.0, -1e30, 1e-40, 1.0]),
-        ([[1e20, -1e-20, 0.0, 3.0]], [0.0]),
-    )
-    for point in (np.array([1e-300, 2.0]), np.array([0.0, -5.0]), np.array([1e200, 0.25])):
-        if point[0] == 0:
-            assert ExactNetwork(layers, ReLU(), 0).gradient(point) is None
-            continue
-        integers, exponent = ExactNetwork(layers, ReLU(), 0).gradient(point)
-        found = [int(value) * Fraction(2) ** exponent for value in integers]
-        assert found == fraction_gradient(layers, relu_piece, point)
-
-
-def test_a_point_on_a_kink_has_no_gradient():
-    layers = by_hand(([[1.0, 0.0], [0.0, 1.0]], [0.0, -0.5]), ([[1.0, 1.0]], [0.0]))
-    assert ExactNetwork(layers, ReLU(), 0).gradient(np.array([0.0, 3.0])) is None
-    assert ExactNetwork(layers, ReLU(), 0).gradient(np.array([1.0, 0.5])) is None
-    assert ExactNetwork(layers, ReLU(), 0).gradient(np.array([1.0, 3.0])) is not None
-    maxmin = PIECEWISE["maxmin"][0]
-    assert ExactNetwork(layers, maxmin, 0).gradient(np.array([1.0, 1.5])) is None
-    assert ExactNetwork(layers, maxmin, 0).gradient(np.array([0.0, 1.5])) is not None
-
-
-def equals_and_zeros() -> list[Layer]:
-    """Of both hidden layers, the first two features are equal everywhere and the third is zero."""
-    layers = network(2, 4, 4, 1)
-    for weight, bias in layers[:2]:
-        weight[0, 1], bias[0, 0, 1] = weight[0, 0], bias[0, 0, 0]
-        weight[0, 2], bias[0, 0, 2] = 0, 0
-    layers[1].weight[0, 1, :2] = layers[1].weight[0, 0, [1, 0]]  # equal because its inputs are
-    return layers
-
-
-TIED_PIECES = {
-    "relu": lambda z: [[Fraction(i == j and z[i] > 0) for j in range(4)] for i in range(4)],
-    "maxmin": lambda z: maxmin_piece([value + Fraction(i, 10**9) for i, value in enumerate(z)]),
-}
-
-
-@pytest.mark.parametrize("name", PIECEWISE)
-def test_features_that_are_equal_everywhere_or_zero_make_no_kink(name):
-    act, layers = PIECEWISE[name][0], equals_and_zeros()
-    points = normal(10, 2)
-    for point in points.numpy():
-        integers, exponent = ExactNetwork(layers, act, 0).gradient(point)
-        found = [int(value) * Fraction(2) ** exponent for value in integers]
-        assert found == fraction_gradient(layers, TIED_PIECES[name], point)
-    assert measured(layers, act, points, 2).value > 0
-
-
-def test_features_that_cross_make_a_kink_beside_those_that_are_equal():
-    layers = equals_and_zeros()
-    layers[0].weight[0, 3], layers[0].bias[0, 0, 3] = torch.tensor([1.0, -1.0]), 0
-    assert ExactNetwork(layers, ReLU(), 0).gradient(np.array([0.5, 0.5])) is None  # where it meets 0 itself
-    assert ExactNetwork(layers, GroupSort(neighbours=True), 0).gradient(np.array([0.5, 0.5])) is None  # the third
-    assert ExactNetwork(layers, GroupSort(neighbours=True), 0).gradient(np.array([0.5, 0.25])) is not None
-
-
-def test_equal_features_of_an_activation_with_other_kinks_have_no_gradient():
-    """What is known of kinks where features meet says nothing of its own."""
-
-    class Twice(ReLU):
-        def forward(self, x):
-            return x
-
-        def piece(self, z):
-            return None
-
-    assert ExactNetwork(equals_and_zeros(), Twice(), 0).gradient(np.array([0.5, 0.25])) is None
 
 
 # The largest gradient -------------------------------------------------------------------------------------------
@@ -514,12 +319,6 @@ def test_gradients_that_are_not_finite_measure_nothing():
         assert largest(MeasuredNetwork(layers, act, 0), points, gradients, 2) is None
     gradients[5] = scan(layers, ReLU(), points.unsqueeze(0)).gradient[0, 5]
     assert largest(MeasuredNetwork(layers, ReLU(), 0), points, gradients, 2).point == tuple(points[5].tolist())
-
-
-def test_weights_that_are_not_finite_have_no_exact_gradient():
-    layers = by_hand(([[math.inf, 1.0]], [0.0]), ([[1.0]], [0.0]))
-    with pytest.raises(ArithmeticError):
-        ExactNetwork(layers, ReLU(), 0)
 
 
 # Points ---------------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from lipexp.activations import Abs, Elementwise, GroupSort, LeakyReLU, PiecewiseLinear, ReLU
+from lipexp.exact import ExactNetwork
 from lipexp.maps import TooLarge
-from lipexp.measures import ExactNetwork, norms, scan
+from lipexp.measures import norms, scan
 from lipexp.models import Layer
 from lipexp.polygons import Plane
 from lipexp.regions import Enumeration, TooManyRegions, constants, refusal
