@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from hydra.core.utils import env_override
@@ -101,35 +102,42 @@ def in_worker(function: Callable[..., Result], *arguments: Any) -> Result:
     Raises:
         SweepFailed: it died.
     """
-    prepare_workers()
-    with ProcessPoolExecutor(1, CONTEXT, _end_with_parent) as pool:
-        try:
+    try:
+        with _pool(1) as pool:
             return pool.submit(function, *arguments).result()
-        except BrokenProcessPool:
-            raise SweepFailed(["a worker process died, of too little memory perhaps"]) from None
+    except BrokenProcessPool:
+        raise SweepFailed(["a worker process died, of too little memory perhaps"]) from None
 
 
 def _in_processes(stacks: Sequence[Sequence[Job]], workers: int, display: SweepDisplay) -> Iterator[Sequence[Job]]:
     """Yields the jobs of each stack when it has ended; of the others as well, once a worker has died."""
-    prepare_workers()
     messages = CONTEXT.SimpleQueue()
     listener = threading.Thread(target=_listen, args=(messages, display), daemon=True)
     listener.start()
-    with ProcessPoolExecutor(workers, CONTEXT, _start_worker, (messages,)) as pool:
+    with _pool(workers, messages) as pool:
+        futures = {pool.submit(_work, number, list(jobs)): jobs for number, jobs in enumerate(stacks)}
         try:
-            futures = {pool.submit(_work, number, list(jobs)): jobs for number, jobs in enumerate(stacks)}
             for future in as_completed(list(futures)):
                 spent.append(future.result())
                 yield futures.pop(future)
         except BrokenProcessPool:  # the listener is left behind: the dead worker may hold its queue
             yield from futures.values()
             return
+    messages.put(None)
+    listener.join()
+
+
+@contextmanager
+def _pool(workers: int, messages: Any = None) -> Iterator[ProcessPoolExecutor]:
+    """So many worker processes, which end at once when the body is interrupted or fails."""
+    prepare_workers()
+    with ProcessPoolExecutor(workers, CONTEXT, _start_worker, (messages,)) as pool:
+        try:
+            yield pool
         except BaseException:
             for process in list((pool._processes or {}).values()):
                 process.terminate()
             raise
-    messages.put(None)
-    listener.join()
 
 
 def _listen(messages: Any, display: SweepDisplay) -> None:
@@ -142,13 +150,9 @@ _worker_messages: Any = None
 
 
 def _start_worker(messages: Any) -> None:
+    """This worker ends when its parent does, however that ended."""
     global _worker_messages
     _worker_messages = messages
-    _end_with_parent()
-
-
-def _end_with_parent() -> None:
-    """This worker ends when its parent does, however that ended."""
 
     def watch() -> None:
         parent = multiprocessing.parent_process()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -52,3 +55,26 @@ def test_the_process_of_a_sweep_needs_no_torch(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 False"
     assert len(list(tmp_path.glob("outputs/*/*/*/metrics.json"))) == 2
+
+
+def test_ctrl_c_while_jobs_are_checked_ends_at_once(tmp_path):
+    """A class of the user's that takes for ever to be made; it lies where the command is called."""
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\nclass Slow:\n    def __init__(self):\n"
+        "        pathlib.Path('begun').touch()\n        time.sleep(1000)\n"
+    )
+    (tmp_path / "act").mkdir()
+    (tmp_path / "act" / "slow.yaml").write_text("_target_: slow.Slow\n")
+    lipexp = str(Path(sys.executable).with_name("lipexp"))
+    command = [lipexp, "train", "-m", "-cd", ".", "act=slow", "seed=0,1", workers.ASKED_FOR, "hydra.sweep.dir=s"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as sweep:
+        end = time.monotonic() + 60
+        while not (tmp_path / "begun").exists():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        sweep.send_signal(signal.SIGINT)
+        out, err = sweep.communicate(timeout=60)
+    assert (sweep.returncode, out, err) == (130, "", "lipexp: interrupted\n")
+    assert not list(tmp_path.glob("s/sweep.json"))
