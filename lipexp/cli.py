@@ -17,6 +17,8 @@ VERBS = {
     "bench": ("lipexp.bench", "speed against other implementations, as ratios measured in one run"),
 }
 
+PROCESSES = "hydra.launcher.executor=process"  # a file of conf/ may say so too; that is seen later
+
 
 def main() -> int:
     """Run one verb; returns the exit status: 0, 1 a run failed, 2 bad input, 130 interrupted."""
@@ -42,10 +44,10 @@ def main() -> int:
 
 def _run(verb: str, arguments: list[str]) -> int:
     try:
-        if verb == "train":
-            from lipexp.workers import prepare_if_asked_for
+        if verb == "train" and PROCESSES in arguments and {"-m", "--multirun"} & set(arguments):
+            from lipexp.workers import prepare_workers
 
-            prepare_if_asked_for(arguments)
+            prepare_workers()  # their imports take longest, so they come first
         with quick_imports(keep=True):
             module = importlib.import_module(VERBS[verb][0])
         return int(module.main(arguments))

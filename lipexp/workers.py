@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = ["lipexp.preload"]
-ASKED_FOR = "hydra.launcher.executor=process"  # on a command line
 
 
 def prepare_workers() -> None:
@@ -21,12 +20,6 @@ def prepare_workers() -> None:
     CONTEXT.set_forkserver_preload(PRELOAD)
     with _no_interrupt():  # it and all workers keep this: Ctrl-C is left to their parent
         forkserver.ensure_running()
-
-
-def prepare_if_asked_for(arguments: Sequence[str]) -> None:
-    """The same for a command whose arguments say so; others may find it in a file of conf/, later."""
-    if ASKED_FOR in arguments and {"-m", "--multirun"} & set(arguments):
-        prepare_workers()
 
 
 @contextmanager

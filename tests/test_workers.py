@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lipexp import workers
+from lipexp import cli, hydra_app, workers
 from lipexp.executors import in_worker
 from lipexp.runs import SweepFailed
 
@@ -21,18 +21,20 @@ TINY = ("experiment=debug", "device=cpu", "steps=2", "dataset.n_train=64", "data
 @pytest.mark.parametrize(
     ("arguments", "asked_for"),
     [
-        (["-m", "seed=0,1", workers.ASKED_FOR], True),
-        ([workers.ASKED_FOR, "--multirun"], True),
-        (["seed=0", workers.ASKED_FOR], False),
+        (["-m", "seed=0,1", cli.PROCESSES], True),
+        ([cli.PROCESSES, "--multirun"], True),
+        (["seed=0", cli.PROCESSES], False),
         (["-m", "seed=0,1"], False),
         (["-m", "hydra.launcher.executor=inline"], False),
     ],
 )
 def test_the_server_starts_early_if_the_arguments_ask_for_it(arguments, asked_for, monkeypatch):
-    started = []
-    monkeypatch.setattr(workers, "prepare_workers", lambda: started.append(1))
-    workers.prepare_if_asked_for(arguments)
-    assert bool(started) == asked_for
+    order = []
+    monkeypatch.setattr(workers, "prepare_workers", lambda: order.append("server"))
+    monkeypatch.setattr(hydra_app, "main", lambda arguments: order.append("hydra") or 0)
+    monkeypatch.setattr(sys, "argv", ["lipexp", "train", *arguments])
+    assert cli.main() == 0
+    assert order == (["server"] * asked_for) + ["hydra"]
 
 
 def imported(*names: str) -> list[bool]:
@@ -51,7 +53,7 @@ def test_a_worker_that_dies_is_one_line():
 
 def test_the_process_of_a_sweep_needs_no_torch(tmp_path):
     code = "import sys; from lipexp import cli; print(cli.main(), 'torch' in sys.modules)"
-    command = [sys.executable, "-c", code, "train", "-m", "seed=0,1", workers.ASKED_FOR, *TINY]
+    command = [sys.executable, "-c", code, "train", "-m", "seed=0,1", cli.PROCESSES, *TINY]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 False"
     assert len(list(tmp_path.glob("outputs/*/*/*/metrics.json"))) == 2
@@ -66,7 +68,7 @@ def test_ctrl_c_while_jobs_are_checked_ends_at_once(tmp_path):
     (tmp_path / "act").mkdir()
     (tmp_path / "act" / "slow.yaml").write_text("_target_: slow.Slow\n")
     lipexp = str(Path(sys.executable).with_name("lipexp"))
-    command = [lipexp, "train", "-m", "-cd", ".", "act=slow", "seed=0,1", workers.ASKED_FOR, "hydra.sweep.dir=s"]
+    command = [lipexp, "train", "-m", "-cd", ".", "act=slow", "seed=0,1", cli.PROCESSES, "hydra.sweep.dir=s"]
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as sweep:
