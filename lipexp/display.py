@@ -106,6 +106,16 @@ class Display:
         self.console.print(what, soft_wrap=True)
 
 
+@contextmanager
+def composing(jobs: int, console: Console | None = None) -> Iterator[Callable[[], None]]:
+    """Shows on a terminal how many jobs of a sweep are composed; yields what is to be called after each."""
+    console = console or Console()
+    columns = (TextColumn("composing the jobs"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=jobs)
+        yield lambda: bar.advance(task)
+
+
 class SweepDisplay:
     """The screen of a sweep: a bar for each stack that trains, then one table.
 

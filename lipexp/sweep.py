@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from lipexp.callbacks import JobCallbacks, job_return
 from lipexp.compose import Composer, Job
 from lipexp.config import ConfigError
-from lipexp.display import SweepDisplay, broken_bound
+from lipexp.display import SweepDisplay, broken_bound, composing
 from lipexp.executors import execute, in_worker
 from lipexp.options import Options
 from lipexp.plan import RECORD, Plan, digest, make_plan
@@ -292,7 +292,11 @@ def launch(
     if any(line.startswith("resume=") for overrides in job_overrides for line in overrides):
         raise ConfigError("resume", None, "is read once, for the whole sweep: true or false")
     composer = Composer(cast(ConfigLoaderImpl, context.config_loader), master)
-    jobs = [composer.job(number, overrides) for number, overrides in enumerate(job_overrides)]
+    jobs = []
+    with composing(len(job_overrides)) as composed:
+        for number, overrides in enumerate(job_overrides):
+            jobs.append(composer.job(number, overrides))
+            composed()
     _check_folders(jobs)
     resume = bool(OmegaConf.select(master, "resume"))
     callbacks = JobCallbacks(context.callbacks, task, master)

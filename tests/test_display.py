@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from decimal import Decimal
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lipexp.display import SweepDisplay, above, below, interval_line, sweep_table
+from lipexp.display import SweepDisplay, above, below, composing, interval_line, sweep_table
 
 POSITIVE = st.floats(1e-30, 1e30, allow_nan=False)
 
@@ -96,6 +97,16 @@ def test_a_terminal_shows_a_bar_for_each_stack_that_trains(tmp_path, monkeypatch
         assert [task.description for task in display._bars.tasks] == ["stack 2 of 2, 2 runs"]
     console.file.close()
     assert "5 jobs, 2 stacks (1 of 3 runs, 1 of 2 runs), about 1.2 MB a run" in console.export_text()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_how_many_jobs_are_composed(terminal):
+    screen = io.StringIO()
+    with composing(3, Console(force_terminal=terminal, width=80, file=screen)) as composed:
+        composed()
+        composed()
+    assert ("composing the jobs" in screen.getvalue()) == terminal
+    assert ("2/3" in screen.getvalue()) == terminal
 
 
 def test_the_table_has_the_best_first_and_the_failed_last():
