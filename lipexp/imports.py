@@ -12,8 +12,8 @@ from contextlib import contextmanager
 def quick_imports(keep: bool = False) -> Iterator[None]:
     """The garbage collector rests while the body imports.
 
-    An import makes very many objects, all of which stay. Looking through them again and again took a sixth of
-    the time, and at the end of a command as much again.
+    An import makes very many objects, all of which stay. Looking through them again and again takes a good part of
+    the time, and so does looking through them once more at the end of a command.
 
     Args:
         keep: it never looks again at what is there after an import. For the process of a command.

@@ -55,9 +55,10 @@ def split(jobs: Mapping[int, Needs], processes: int, memory: int) -> list[list[i
     groups: dict[str, list[int]] = {}
     for job, needs in jobs.items():
         groups.setdefault(needs.signature, []).append(job)
+    share = -(-len(jobs) // processes)  # of each process: a larger stack would train on while others are idle
     stacks: list[list[int]] = []
     for group in groups.values():
-        largest = max(1, min(LARGEST_STACK, jobs[group[0]].best, memory // jobs[group[0]].run_bytes))
+        largest = max(1, min(LARGEST_STACK, share, jobs[group[0]].best, memory // jobs[group[0]].run_bytes))
         pieces = -(-len(group) // largest)
         if len(groups) < processes:  # so that none stays idle, at the end neither
             at_once = -(-processes // len(groups))

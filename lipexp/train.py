@@ -172,8 +172,8 @@ def run_bytes(member: Member) -> int:
 def cached_runs(member: Member) -> int:
     """How many runs a stack should have on a CPU, so that the batches of features of a layer stay in its caches.
 
-    With 1 MiB of them, 16 runs of the default network, two stacks that train at the same time were 5 to 15 %
-    faster than with twice as much. Fewer than four runs would not share enough of what a step costs for itself.
+    1 MiB of them, about the second-level cache of a core: what an operation leaves there the next one finds there.
+    Fewer than four runs would not share enough of what a step costs for itself.
     """
     model, dataset = member.parts["model"], member.parts["dataset"]
     widest = max(n_out for n_out, _ in model.shapes(dataset.n_inputs))

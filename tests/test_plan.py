@@ -30,6 +30,9 @@ def test_jobs_are_grouped_and_split():
     # Stacks of the size that trains fastest; as many as keep both processes busy to the end.
     assert sizes(split({job: Needs("a", 1, 16) for job in range(40)}, processes=1, memory=10**9)) == [13, 13, 14]
     assert sizes(split({job: Needs("a", 1, 16) for job in range(40)}, processes=2, memory=10**9)) == [10] * 4
+    uneven = {job: Needs("ab"[job >= 20], 1) for job in range(25)}
+    assert sizes(split(uneven, processes=2, memory=10**9)) == [10, 10, 5]
+    assert sizes(split(uneven, processes=1, memory=10**9)) == [20, 5]
     assert sizes(split({job: Needs("a", 1, 200) for job in range(200)}, processes=1, memory=10**9)) == [100, 100]
     many = split({job: Needs("a", 1) for job in range(3 * LARGEST_STACK - 1)}, processes=1, memory=10**9)
     assert max(sizes(many)) == LARGEST_STACK
