@@ -106,7 +106,7 @@ def in_worker(function: Callable[..., Result], *arguments: Any) -> Result:
         with _pool(1) as pool:
             return pool.submit(function, *arguments).result()
     except BrokenProcessPool:
-        raise SweepFailed(["a worker process died, of too little memory perhaps"]) from None
+        raise SweepFailed(["a worker process died before any job trained, of too little memory perhaps"]) from None
 
 
 def _in_processes(stacks: Sequence[Sequence[Job]], workers: int, display: SweepDisplay) -> Iterator[Sequence[Job]]:

@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = ["lipexp.preload"]
@@ -18,6 +18,7 @@ PRELOAD = ["lipexp.preload"]
 def prepare_workers() -> None:
     """Start the imports of worker processes, which take seconds, while this process does something else."""
     CONTEXT.set_forkserver_preload(PRELOAD)
+    resource_tracker.ensure_running()  # the server would start it, and let Ctrl-C in again
     with _no_interrupt():  # it and all workers keep this: Ctrl-C is left to their parent
         forkserver.ensure_running()
 

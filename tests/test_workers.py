@@ -48,7 +48,7 @@ def test_a_worker_has_its_imports_from_the_server():
 def test_a_worker_that_dies_is_one_line():
     with pytest.raises(SweepFailed) as failed:
         in_worker(os._exit, 3)
-    assert failed.value.failures == ["a worker process died, of too little memory perhaps"]
+    assert failed.value.failures == ["a worker process died before any job trained, of too little memory perhaps"]
 
 
 def test_the_process_of_a_sweep_needs_no_torch(tmp_path):
@@ -80,3 +80,26 @@ def test_ctrl_c_while_jobs_are_checked_ends_at_once(tmp_path):
         out, err = sweep.communicate(timeout=60)
     assert (sweep.returncode, out, err) == (130, "", "lipexp: interrupted\n")
     assert not list(tmp_path.glob("s/sweep.json"))
+
+
+def test_ctrl_c_on_a_terminal_while_workers_import_is_one_line(tmp_path):
+    """It goes to all processes: the server, which is about to import torch, must not answer."""
+    lipexp = str(Path(sys.executable).with_name("lipexp"))
+    command = [lipexp, "train", "-m", "seed=0,1", cli.PROCESSES, *TINY]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as sweep:
+        end = time.monotonic() + 60
+        while "forkserver" not in (running := commands_of_children(sweep.pid)):
+            assert time.monotonic() < end, running
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.killpg(sweep.pid, signal.SIGINT)
+        out, err = sweep.communicate(timeout=60)  # the end of its output: the server has ended as well
+    assert (sweep.returncode, out, err) == (130, "", "lipexp: interrupted\n")
+
+
+def commands_of_children(pid: int) -> str:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return " ".join(Path(f"/proc/{child}/cmdline").read_text() for child in children)
