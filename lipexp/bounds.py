@@ -123,6 +123,7 @@ class Problem(NamedTuple):
     gap: float = 1e-3  # upper / lower - 1, below which a method that searches may stop
     seconds: float | None = None  # after which it must
     report: Callable[[str], None] | None = None  # is told how a search goes
+    constants: regions.Constants | None = None  # where all linear regions have been found before
 
 
 def product(problem: Problem) -> Proof:
@@ -135,6 +136,8 @@ def exact(problem: Problem) -> Proof:
     reason = regions.refusal(problem.layers, problem.act)
     if reason is not None or problem.max_regions == 0:
         return Proof(None, reason or "max_regions=0")
+    if problem.constants is not None:
+        return Proof(problem.constants.everywhere.value, constants=problem.constants)
     act, (low, high) = cast(PiecewiseLinear, problem.act), (end.numpy() for end in problem.box)
     try:
         found = regions.constants(problem.layers, act, (low, high), problem.constraint.q, problem.max_regions)

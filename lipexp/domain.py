@@ -17,7 +17,7 @@ class Domain:
     cut is then the plane at one of its points.
 
     Args:
-        plane: to which the lines and corners are added; it must be new.
+        plane: to which the lines and corners are added.
         low, high: (D,), D = 1 or 2.
     """
 
@@ -25,7 +25,7 @@ class Domain:
         self.plane = plane
         self.dims = len(low)
         self.sides: list[list[float]] = np.stack([low, high], axis=1).tolist()
-        self.lines: list[ExactLine] = []  # in integers, by their numbers
+        self.lines: dict[int, ExactLine] = {}  # in integers, by their numbers
         self.cells, self.inside = self._cut_out(low, high)
 
     def _cut_out(self, low: Floats, high: Floats) -> tuple[Polygons, npt.NDArray[np.bool_]]:
@@ -65,9 +65,9 @@ class Domain:
 
     def _line(self, exact: ExactLine, value: float = 0.0, axis: int | None = None) -> int:
         line = [0.0, 0.0, 1.0] if axis is None else [float(axis == 0), float(axis == 1), -value]
-        self.lines.append(exact)
         nothing = np.array([-1])
         (number,) = self.plane.add_lines(np.array([line]), np.zeros((1, 3)), nothing, np.array([[-1, -1]]))
+        self.lines[int(number)] = exact
         return int(number)
 
     def _part(self, lines: list[list[int]], column: int, row: int, infinity: int) -> list[tuple[int, int]]:

@@ -8,19 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lipexp import regions
+from lipexp.activations import PiecewiseLinear
 from lipexp.bounds import Certificate, Problem, product_certificate, prove
 from lipexp.certificates import dual, norm_name
 from lipexp.loop import Checkpoint, Stack, generator
 from lipexp.losses import difference_of_means
 from lipexp.measures import Maximum, MeasuredNetwork, Scan, grid, largest, norms, scan
-from lipexp.models import run_layers
+from lipexp.models import Layer, run_layers
 from lipexp.robustness import Robustness, assess
 from lipexp.search import search, starts
 
@@ -91,11 +93,26 @@ class Evaluator:
             sources["grid"] = (points, scan(layers, act, points).gradient)
         found = search(layers, act, self.x, scanned.gradient, constraint.q, generators)
         sources["search"] = (found, scan(layers, act, found).gradient)
-        scores = self._scores(scanned.f)
+        scores, constants = self._scores(scanned.f), self._constants(checkpoint)
         return [
-            None if run in checkpoint.failures else self._record(checkpoint, run, scanned, sources, scores[run])
+            None
+            if run in checkpoint.failures
+            else self._record(checkpoint, run, scanned, sources, scores[run], constants.get(run))
             for run in range(len(self.x))
         ]
+
+    def _constants(self, checkpoint: Checkpoint) -> dict[int, regions.Constants | None]:
+        """The exact constants that are found together in less time than one after the other, by run."""
+        layers, act = checkpoint.layers, checkpoint.act
+        runs = [run for run in range(len(self.x)) if run not in checkpoint.failures]
+        if len(runs) < 2 or self.stack.max_regions == 0 or regions.refusal(layers, act) is not None:
+            return {}
+        boxes = [(low.numpy(), high.numpy()) for low, high in (_box(self.x[run]) for run in runs)]
+        chosen = [Layer(weight[runs], bias[runs]) for weight, bias in layers]
+        q, act = self.stack.constraint.q, cast(PiecewiseLinear, act)
+        return dict(
+            zip(runs, regions.constants_together(chosen, act, boxes, q, self.stack.max_regions), strict=True)
+        )
 
     def _scan(self, checkpoint: Checkpoint) -> Scan:
         """f and its gradients at the data. The last checkpoint is reported twice, and scanned once."""
@@ -107,12 +124,14 @@ class Evaluator:
     def certify(self, checkpoint: Checkpoint, run: int) -> Certificate:
         return product_certificate(self.stack.constraint, self.stack.act, checkpoint.layers, run)
 
-    def _prove(self, checkpoint: Checkpoint, run: int, measured: Maximum) -> Certificate:
+    def _prove(
+        self, checkpoint: Checkpoint, run: int, measured: Maximum, constants: regions.Constants | None = None
+    ) -> Certificate:
         """The best bound that is proven for the finished network.
 
         Baking answers for the product. Where that breaks L, no tighter bound hides it.
         """
-        x, constraint = self.x[run], self.stack.constraint
+        constraint = self.stack.constraint
         product = self.certify(checkpoint, run)
         if product.verdict(measured.value) == "FAIL":
             return product
@@ -122,9 +141,10 @@ class Evaluator:
                 checkpoint.act,
                 constraint,
                 product,
-                (x.amin(dim=0), x.amax(dim=0)),
+                _box(self.x[run]),
                 measured,
                 self.stack.max_regions,
+                constants=constants,
             )
         )
 
@@ -154,6 +174,7 @@ class Evaluator:
         scanned: Scan,
         sources: dict[str, tuple[Tensor, Tensor]],
         scores: tuple[dict[str, float], dict[str, float]],
+        constants: regions.Constants | None,
     ) -> Record:
         q = self.stack.constraint.q
         network = MeasuredNetwork(checkpoint.layers, checkpoint.act, run)
@@ -174,7 +195,7 @@ class Evaluator:
         }
         spread = sizes[q].quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
         x = self.x[run].numpy()
-        certificate = self._prove(checkpoint, run, measured)
+        certificate = self._prove(checkpoint, run, measured, constants)
         box = [[float(low), float(high)] for low, high in zip(x.min(axis=0), x.max(axis=0), strict=True)]
         return Record(
             train=scores[0],
@@ -236,6 +257,11 @@ class Evaluator:
                 }
             )
         return rows
+
+
+def _box(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest coordinates (D,) of points (N, D)."""
+    return x.amin(dim=0), x.amax(dim=0)
 
 
 def _accuracy(f: Tensor, y: Tensor) -> Tensor:

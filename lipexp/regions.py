@@ -27,20 +27,22 @@ from lipexp.activations import PiecewiseLinear, declared_kinks, is_piecewise_lin
 from lipexp.certificates import UNIT_ROUNDOFF
 from lipexp.domain import Domain
 from lipexp.exact import ExactArray, integers, untied
-from lipexp.maps import Maps
-from lipexp.models import Layer
+from lipexp.maps import Maps, TooLarge
+from lipexp.models import Layer, run_layers
 from lipexp.polygons import (
     SAFETY,
     TINY,
     ExactLine,
     Floats,
     Integers,
-    Plane,
     Polygons,
+    offsets,
 )
+from lipexp.sheet import Sheet
 
 _CHUNK = 2**18  # numbers in one temporary array
 _MOST_REMEMBERED = 1000  # exact maps
+_TOGETHER, _MOST_TOGETHER = 8, 40_000  # networks, and the regions of all of them
 
 
 class Steepest(NamedTuple):
@@ -96,11 +98,46 @@ def constants(
     return Enumeration(layers, act, box, max_regions).constants(q)
 
 
+def constants_together(
+    layers: Sequence[Layer],
+    act: PiecewiseLinear,
+    boxes: Sequence[tuple[Floats, Floats]],
+    q: float,
+    max_regions: int,
+) -> list[Constants | None]:
+    """`constants` of K networks with a box each, to the last bit, in less time.
+
+    Returns:
+        None for those that have to be tried alone: with so many regions that nothing is gained, or with numbers
+        that float64 does not hold.
+    """
+    found: list[Constants | None] = [None] * len(boxes)
+    for start in range(0, len(boxes), _TOGETHER):
+        runs = range(start, min(start + _TOGETHER, len(boxes)))
+        sheet = Sheet()
+        several = [Enumeration(run_layers(layers, run), act, boxes[run], 0, sheet) for run in runs]
+        try:
+            cut_together(several, min(max_regions, _MOST_TOGETHER))
+            found[runs.start : runs.stop] = [one.constants(q) for one in several]
+        except (TooManyRegions, TooLarge):
+            break  # others of their kind are no smaller
+    return found
+
+
 class Enumeration:
-    """The linear regions of one network."""
+    """The linear regions of one network.
+
+    Args:
+        sheet: where those of others are drawn as well; they are found together then, by `cut_together`.
+    """
 
     def __init__(
-        self, layers: Sequence[Layer], act: PiecewiseLinear, box: tuple[Floats, Floats], max_regions: int
+        self,
+        layers: Sequence[Layer],
+        act: PiecewiseLinear,
+        box: tuple[Floats, Floats],
+        max_regions: int,
+        sheet: Sheet | None = None,
     ) -> None:
         self.act = act
         self.dims = layers[0].weight.shape[2]
@@ -108,47 +145,48 @@ class Enumeration:
         self.biases = [layer.bias[0, 0].numpy() for layer in layers]
         if self.dims == 1:  # a plane on which f does not depend on y
             self.weights[0] = np.concatenate([self.weights[0], np.zeros_like(self.weights[0])], axis=1)
-        self.max_regions = max_regions
-        self.plane = Plane(self.exact_line)
+        self.plane = Sheet() if sheet is None else sheet
         low, high = (np.asarray(end, dtype=np.float64) for end in box)
         self.domain = Domain(self.plane, low, high)
+        self.plane.box_lines |= self.domain.lines
         self.cells, self.inside = self.domain.cells, self.domain.inside
         # Of each hidden layer: the region of the layer before in which a region lies, and the linear piece there.
         self.parents: list[Integers] = []
         self.pieces: list[tuple[Integers, npt.NDArray[np.int64]]] = []
-        # The number of the first region of a layer, when the regions of all layers are counted on.
-        self.first_owner = [0]
         self._exact_maps: dict[tuple[int, int], tuple[ExactArray, int]] = {}
         self._exact_layers: dict[int, tuple[tuple[ExactArray, int], tuple[ExactArray, int]]] = {}
         self.exponent = 0  # of the activation's factors
         self.maps = Maps.identity(len(self.cells), self.dims)
-        for layer in range(len(layers) - 1):
-            self._cut(layer)
+        if sheet is None:
+            cut_together([self], max_regions)
 
     # Layers ------------------------------------------------------------------------------------------------------
 
-    def _cut(self, layer: int) -> None:
-        """Replace the regions by their parts on which the activation behind `layer` is linear."""
-        maps = self.maps.affine(self.weights[layer], self.biases[layer])
-        pairs = self.act.kinks(maps.value.shape[2])
-        assert pairs is not None
+    def draw(self, layer: int) -> tuple[Polygons, Integers, Integers]:
+        """The regions so far, and the kinks behind `layer` that cut them: line lines[i] cuts region where[i]."""
+        self.maps = maps = self.maps.affine(self.weights[layer], self.biases[layer])
+        pairs = self._pairs()
         cells = Polygons(self.cells.start, self.cells.corner, self.cells.edge, np.arange(len(self.cells)))
         where, kinks = self._cutting(cells, maps, layer, pairs)
-        owner = self.first_owner[-1] + where
+        owner = self.plane.number(len(cells), self, layer) + where
         value, error = self._kink_lines(maps, layer, where, pairs[kinks])
-        lines = self.plane.add_lines(value, error, owner, pairs[kinks])
-        self.first_owner.append(self.first_owner[-1] + len(cells))
-        parts = self.plane.arrange(cells, (where, lines), self.max_regions)
-        if parts is None:
-            raise TooManyRegions
+        return cells, where, self.plane.add_lines(value, error, owner, pairs[kinks])
+
+    def replace(self, layer: int, parts: Polygons) -> None:
+        """Replace the regions by their parts on which the activation behind `layer` is linear."""
         self.inside = self.inside[parts.parent]
-        index, factor = self._pieces(parts, maps, layer, pairs)
+        index, factor = self._pieces(parts, self.maps, layer, self._pairs())
         self.parents.append(parts.parent)
         self.pieces.append((index, factor))
         self.cells = parts
         # Those behind the last hidden layer are wanted once, a few at a time.
-        last = layer == len(self.weights) - 2
-        self.maps = maps if last else maps.activated(parts.parent, index, factor, self.exponent)
+        if layer < len(self.weights) - 2:
+            self.maps = self.maps.activated(parts.parent, index, factor, self.exponent)
+
+    def _pairs(self) -> Integers:
+        pairs = self.act.kinks(self.maps.value.shape[2])
+        assert pairs is not None
+        return pairs
 
     # Kinks -------------------------------------------------------------------------------------------------------
 
@@ -177,7 +215,7 @@ class Enumeration:
         return where[order], kinks[order]
 
     def _exactly_cut(self, corners: Integers, layer: int, region: int, pair: Integers) -> bool:
-        line = self._exact_kink(layer, region, pair)
+        line = self.exact_kink(layer, region, pair)
         if not any(line):
             return False
         signs = [
@@ -231,15 +269,8 @@ class Enumeration:
 
     # Exact arithmetic --------------------------------------------------------------------------------------------
 
-    def exact_line(self, line: int) -> ExactLine:
-        """A line in integers, up to a positive factor."""
-        if line < len(self.domain.lines):
-            return self.domain.lines[line]
-        owner, pair = int(self.plane.lines["owner"][line]), self.plane.lines["pair"][line]
-        layer = int(np.searchsorted(self.first_owner, owner, side="right")) - 1
-        return self._exact_kink(layer, owner - self.first_owner[layer], pair)
-
-    def _exact_kink(self, layer: int, region: int, pair: Integers) -> ExactLine:
+    def exact_kink(self, layer: int, region: int, pair: Integers) -> ExactLine:
+        """The line z_i - z_j = 0 of a region in integers, up to a positive factor."""
         rows, _ = self._exact_map(layer, region)
         x, y, t = rows[pair[0]] if pair[1] < 0 else rows[pair[0]] - rows[pair[1]]
         return x, y, t
@@ -297,6 +328,32 @@ class Enumeration:
         corners = self.plane.corners["value"][self.cells.corner[slice(*self.cells.start[region : region + 2])]]
         x, y, t = corners.mean(axis=0)
         return Steepest(float(norm[region]), (x / t, y / t)[: self.dims])
+
+
+def cut_together(enumerations: Sequence[Enumeration], max_regions: int) -> None:
+    """Find the regions of networks of one shape, whose enumerations share a sheet.
+
+    Most of the time goes into starting operations on short arrays; those of all networks are as many, and longer.
+
+    Raises:
+        TooManyRegions: together they have more than `max_regions`.
+        TooLarge: float64 does not hold the numbers of one of them.
+    """
+    plane = enumerations[0].plane
+    for layer in range(len(enumerations[0].weights) - 1):
+        cells, where, lines = zip(*(enumeration.draw(layer) for enumeration in enumerations), strict=True)
+        first = offsets(np.array([len(part) for part in cells]))
+        everything = Polygons.join(cells)
+        everything.parent += np.repeat(first[:-1], np.diff(first))
+        everywhere = np.concatenate([part + start for part, start in zip(where, first, strict=False)])
+        parts = plane.arrange(everything, (everywhere, np.concatenate(lines)), max_regions)
+        if parts is None:
+            raise TooManyRegions
+        network = np.searchsorted(first, parts.parent, side="right") - 1
+        for number, enumeration in enumerate(enumerations):
+            own = parts.take(np.flatnonzero(network == number)) if len(enumerations) > 1 else parts
+            own.parent -= first[number]
+            enumeration.replace(layer, own)
 
 
 def _blocks(chosen: Integers, numbers: int) -> list[Integers]:
