@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from contextlib import suppress
 
 from lipexp.imports import quick_imports
 
@@ -43,11 +44,10 @@ def main() -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
+    processes = verb == "train" and PROCESSES in arguments and bool({"-m", "--multirun"} & set(arguments))
     try:
-        if verb == "train" and PROCESSES in arguments and {"-m", "--multirun"} & set(arguments):
-            from lipexp.workers import prepare_workers
-
-            prepare_workers()  # their imports take longest, so they come first
+        if processes:
+            _begin_imports_of_workers()
         with quick_imports(keep=True):
             module = importlib.import_module(VERBS[verb][0])
         return int(module.main(arguments))
@@ -57,6 +57,20 @@ def _run(verb: str, arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as in `lipexp report | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    finally:
+        if processes:
+            from lipexp.workers import stop_workers
+
+            stop_workers()
+
+
+def _begin_imports_of_workers() -> None:
+    """They take longest, so they come first."""
+    from lipexp.config import ConfigError
+    from lipexp.workers import prepare_workers
+
+    with suppress(ConfigError):  # it is said when workers are really wanted
+        prepare_workers()
 
 
 def _usage() -> str:

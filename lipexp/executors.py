@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from lipexp.compose import Job
 from lipexp.config import one_line
 from lipexp.display import StackDisplay, SweepDisplay
 from lipexp.runs import RunFolder, SweepFailed
-from lipexp.workers import CONTEXT, prepare_workers
+from lipexp.workers import CONTEXT, prepare_workers, stop_workers
 
 if TYPE_CHECKING:
     from lipexp.slurm import Cluster
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 Told: TypeAlias = Callable[[Sequence[Job]], None]
 
-spent: list[float] = []  # CPU seconds of each stack that a worker has finished; no rusage counts forked workers
+spent: list[float] = []  # CPU seconds of each task that a worker has finished; no rusage counts forked workers
 
 
 def execute(
@@ -104,9 +104,18 @@ def in_worker(function: Callable[..., Result], *arguments: Any) -> Result:
     """
     try:
         with _pool(1) as pool:
-            return pool.submit(function, *arguments).result()
+            result, seconds = pool.submit(_measured, function, *arguments).result()
     except BrokenProcessPool:
-        raise SweepFailed(["a worker process died before any job trained, of too little memory perhaps"]) from None
+        reason = "of too little memory perhaps, or by the hand of a class of yours"
+        raise SweepFailed([f"a worker process died before any job trained, {reason}"]) from None
+    spent.append(seconds)
+    return result
+
+
+def _measured(function: Callable[..., Result], *arguments: Any) -> tuple[Result, float]:
+    """The result, and the CPU seconds that it took."""
+    started = time.process_time()
+    return function(*arguments), time.process_time() - started
 
 
 def _in_processes(stacks: Sequence[Sequence[Job]], workers: int, display: SweepDisplay) -> Iterator[Sequence[Job]]:
@@ -131,12 +140,14 @@ def _in_processes(stacks: Sequence[Sequence[Job]], workers: int, display: SweepD
 def _pool(workers: int, messages: Any = None) -> Iterator[ProcessPoolExecutor]:
     """So many worker processes, which end at once when the body is interrupted or fails."""
     prepare_workers()
-    with ProcessPoolExecutor(workers, CONTEXT, _start_worker, (messages,)) as pool:
+    # The server may have started before this process got all of its environment.
+    with ProcessPoolExecutor(workers, CONTEXT, _start_worker, (messages, dict(os.environ))) as pool:
         try:
             yield pool
         except BaseException:
+            stop_workers()
             for process in list((pool._processes or {}).values()):
-                process.terminate()
+                process.kill()
             raise
 
 
@@ -149,10 +160,12 @@ def _listen(messages: Any, display: SweepDisplay) -> None:
 _worker_messages: Any = None
 
 
-def _start_worker(messages: Any) -> None:
-    """This worker ends when its parent does, however that ended."""
+def _start_worker(messages: Any, environment: Mapping[str, str]) -> None:
+    """This worker has the environment of its parent, and ends when that does, however it ended."""
     global _worker_messages
     _worker_messages = messages
+    os.environ.clear()
+    os.environ.update(environment)
 
     def watch() -> None:
         parent = multiprocessing.parent_process()

@@ -55,12 +55,12 @@ def split(jobs: Mapping[int, Needs], processes: int, memory: int) -> list[list[i
     groups: dict[str, list[int]] = {}
     for job, needs in jobs.items():
         groups.setdefault(needs.signature, []).append(job)
-    share = -(-len(jobs) // processes)  # of each process: a larger stack would train on while others are idle
+    share = -(-len(jobs) // processes)  # of each process, about
     stacks: list[list[int]] = []
     for group in groups.values():
         largest = max(1, min(LARGEST_STACK, share, jobs[group[0]].best, memory // jobs[group[0]].run_bytes))
         pieces = -(-len(group) // largest)
-        if len(groups) < processes:  # so that none stays idle, at the end neither
+        if len(groups) < processes:  # so that none stays idle
             at_once = -(-processes // len(groups))
             pieces = min(len(group), at_once * -(-pieces // at_once))
         ends = [len(group) * piece // pieces for piece in range(pieces + 1)]
@@ -121,7 +121,7 @@ def make_plan(jobs: Sequence[Job], options: Options) -> Plan:
             cuda = cuda or on_gpu
         except ConfigError as error:
             refused[job.index] = str(error)
-        except Exception as error:  # a user's class may raise anything
+        except (Exception, SystemExit) as error:  # a user's class may raise anything
             refused[job.index] = one_line(error)
     stacks = split(needs, options.processes, options.memory(free_memory(cuda)))
     largest = max((need.run_bytes for need in needs.values()), default=0)

@@ -6,21 +6,40 @@ It has run no torch operation, so it has no threads that a fork would lose; the 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
+from typing import Any
+
+from lipexp.config import ConfigError
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = ["lipexp.preload"]
 
 
 def prepare_workers() -> None:
-    """Start the imports of worker processes, which take seconds, while this process does something else."""
+    """Start the imports of worker processes, which take seconds, while this process does something else.
+
+    Raises:
+        ConfigError: this machine starts none.
+    """
     CONTEXT.set_forkserver_preload(PRELOAD)
-    resource_tracker.ensure_running()  # the server would start it, and let Ctrl-C in again
-    with _no_interrupt():  # it and all workers keep this: Ctrl-C is left to their parent
-        forkserver.ensure_running()
+    try:
+        resource_tracker.ensure_running()  # the server would start it, and let Ctrl-C in again
+        with _no_interrupt():  # it and all workers keep this: Ctrl-C is left to their parent
+            forkserver.ensure_running()
+    except OSError as error:  # of a socket in a folder with a long name, for one
+        raise ConfigError("hydra.launcher.executor", "process", f"cannot start a process here: {error}") from None
+
+
+def stop_workers() -> None:
+    """End the server at once, whatever it imports: it holds our output, and perhaps a worker half begun."""
+    server: Any = forkserver._forkserver
+    if server._forkserver_pid is not None:
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+        server._stop()
 
 
 @contextmanager

@@ -32,6 +32,16 @@ def test_integers_stand_for_the_numbers_themselves(values, single):
     assert [value * Fraction(2) ** exponent for value in found] == [Fraction(float(value)) for value in array]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_integers_of_64_bits_do_not_overflow(dtype):
+    """Full mantissas, so far apart that the larger one just fits 64 bits, or just does not."""
+    full = np.nextafter(dtype(2), dtype(1))
+    for spread in range(48):
+        array = np.array([full, -full * dtype(2) ** spread, 0], dtype=dtype)
+        found, exponent = integers(array)
+        assert [value * Fraction(2) ** exponent for value in found] == [Fraction(float(value)) for value in array]
+
+
 @pytest.mark.parametrize("name", PIECEWISE)
 def test_the_exact_gradient_is_the_one_of_rational_arithmetic(name):
     act, piece, _ = PIECEWISE[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -45,10 +46,22 @@ def test_a_worker_has_its_imports_from_the_server():
     assert in_worker(imported, "torch", "sklearn.datasets", "lipexp.train") == [True] * 3
 
 
+def test_a_worker_leaves_alone_what_the_server_has_made():
+    assert in_worker(gc.get_freeze_count) > 100_000
+
+
+def test_a_worker_has_the_environment_of_now(monkeypatch):
+    """Not that of the server, which may have started before a callback changed something."""
+    workers.prepare_workers()
+    monkeypatch.setenv("SET_LATER", "yes")
+    assert in_worker(os.getenv, "SET_LATER") == "yes"
+
+
 def test_a_worker_that_dies_is_one_line():
     with pytest.raises(SweepFailed) as failed:
         in_worker(os._exit, 3)
-    assert failed.value.failures == ["a worker process died before any job trained, of too little memory perhaps"]
+    (line,) = failed.value.failures
+    assert line.startswith("a worker process died before any job trained, ")
 
 
 def test_the_process_of_a_sweep_needs_no_torch(tmp_path):
@@ -82,10 +95,11 @@ def test_ctrl_c_while_jobs_are_checked_ends_at_once(tmp_path):
     assert not list(tmp_path.glob("s/sweep.json"))
 
 
-def test_ctrl_c_on_a_terminal_while_workers_import_is_one_line(tmp_path):
+@pytest.mark.parametrize("seconds", [0.3, 0.9, 1.3])
+def test_ctrl_c_on_a_terminal_while_workers_import_is_one_line(seconds, tmp_path):
     """It goes to all processes: the server, which is about to import torch, must not answer."""
     lipexp = str(Path(sys.executable).with_name("lipexp"))
-    command = [lipexp, "train", "-m", "seed=0,1", cli.PROCESSES, *TINY]
+    command = [lipexp, "train", "-m", "seed=0,1", cli.PROCESSES, *TINY, "steps=1000000"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, start_new_session=True
@@ -94,7 +108,7 @@ def test_ctrl_c_on_a_terminal_while_workers_import_is_one_line(tmp_path):
         while "forkserver" not in (running := commands_of_children(sweep.pid)):
             assert time.monotonic() < end, running
             time.sleep(0.01)
-        time.sleep(0.3)
+        time.sleep(seconds)
         os.killpg(sweep.pid, signal.SIGINT)
         out, err = sweep.communicate(timeout=60)  # the end of its output: the server has ended as well
     assert (sweep.returncode, out, err) == (130, "", "lipexp: interrupted\n")
