@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -106,3 +107,22 @@ def test_caches_count_on_a_cpu_of_this_machine(gpu, executor, device, stacks, jo
     jobs = [job(number, f"seed={number}", f"device={device}", "model.width=64") for number in range(33)]
     plan = make_plan(jobs, Options(executor, memory_gib=1))
     assert sizes(plan.stacks) == stacks
+
+
+class Needy(torch.nn.Module):
+    """A class of the user's that cannot be made without its environment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.needed = os.environ["NEEDED"]
+
+
+def test_a_job_is_checked_in_its_own_environment(job, monkeypatch):
+    monkeypatch.delenv("NEEDED", raising=False)
+    act = {"_target_": f"{__name__}.Needy"}
+    with_it, without = job(0, "constraint=none", env={"NEEDED": "1"}), job(1, "constraint=none")
+    for one in (with_it, without):
+        one.resolved["act"] = act
+    plan = make_plan([with_it, without], Options())
+    assert plan.stacks == [[0]]
+    assert "NEEDED" in plan.refused[1]
