@@ -44,10 +44,12 @@ def main() -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
-    processes = verb == "train" and PROCESSES in arguments and bool({"-m", "--multirun"} & set(arguments))
     try:
-        if processes:
-            _begin_imports_of_workers()
+        if verb == "train" and PROCESSES in arguments and {"-m", "--multirun"} & set(arguments):
+            from lipexp.workers import begin_workers
+
+            with suppress(OSError):  # said when they are certain to be wanted
+                begin_workers()  # their imports take longest
         with quick_imports(keep=True):
             module = importlib.import_module(VERBS[verb][0])
         return int(module.main(arguments))
@@ -58,19 +60,8 @@ def _run(verb: str, arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     finally:
-        if processes:
-            from lipexp.workers import stop_workers
-
-            stop_workers()
-
-
-def _begin_imports_of_workers() -> None:
-    """They take longest, so they come first."""
-    from lipexp.config import ConfigError
-    from lipexp.workers import prepare_workers
-
-    with suppress(ConfigError):  # it is said when workers are really wanted
-        prepare_workers()
+        if workers := sys.modules.get("lipexp.workers"):
+            workers.stop_workers()
 
 
 def _usage() -> str:

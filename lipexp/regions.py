@@ -95,7 +95,9 @@ def constants(
         TooManyRegions: there are more than `max_regions`.
         TooLarge: float64 does not hold the numbers of the network.
     """
-    return Enumeration(layers, act, box, max_regions).constants(q)
+    enumeration = Enumeration(layers, act, box, Sheet())
+    cut_together([enumeration], max_regions)
+    return enumeration.constants(q)
 
 
 def constants_together(
@@ -115,7 +117,7 @@ def constants_together(
     for start in range(0, len(boxes), _TOGETHER):
         runs = range(start, min(start + _TOGETHER, len(boxes)))
         sheet = Sheet()
-        several = [Enumeration(run_layers(layers, run), act, boxes[run], 0, sheet) for run in runs]
+        several = [Enumeration(run_layers(layers, run), act, boxes[run], sheet) for run in runs]
         try:
             cut_together(several, min(max_regions, _MOST_TOGETHER))
             found[runs.start : runs.stop] = [one.constants(q) for one in several]
@@ -125,19 +127,14 @@ def constants_together(
 
 
 class Enumeration:
-    """The linear regions of one network.
+    """The linear regions of one network, which `cut_together` finds.
 
     Args:
-        sheet: where those of others are drawn as well; they are found together then, by `cut_together`.
+        sheet: where they are drawn, perhaps beside those of others.
     """
 
     def __init__(
-        self,
-        layers: Sequence[Layer],
-        act: PiecewiseLinear,
-        box: tuple[Floats, Floats],
-        max_regions: int,
-        sheet: Sheet | None = None,
+        self, layers: Sequence[Layer], act: PiecewiseLinear, box: tuple[Floats, Floats], sheet: Sheet
     ) -> None:
         self.act = act
         self.dims = layers[0].weight.shape[2]
@@ -145,7 +142,7 @@ class Enumeration:
         self.biases = [layer.bias[0, 0].numpy() for layer in layers]
         if self.dims == 1:  # a plane on which f does not depend on y
             self.weights[0] = np.concatenate([self.weights[0], np.zeros_like(self.weights[0])], axis=1)
-        self.plane = Sheet() if sheet is None else sheet
+        self.plane = sheet
         low, high = (np.asarray(end, dtype=np.float64) for end in box)
         self.domain = Domain(self.plane, low, high)
         self.plane.box_lines |= self.domain.lines
@@ -157,8 +154,6 @@ class Enumeration:
         self._exact_layers: dict[int, tuple[tuple[ExactArray, int], tuple[ExactArray, int]]] = {}
         self.exponent = 0  # of the activation's factors
         self.maps = Maps.identity(len(self.cells), self.dims)
-        if sheet is None:
-            cut_together([self], max_regions)
 
     # Layers ------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ class Sheet(Plane):
     def __init__(self) -> None:
         super().__init__(self._line)
         self.box_lines: dict[int, ExactLine] = {}
-        # The first number of the regions of a layer, when all regions before which kinks are drawn are counted on.
+        # Regions are counted on through all layers of all networks; each such block begins with one of these.
         self._first_owners: list[int] = []
         self._owners: list[tuple[Drawer, int]] = []
         self._n_owners = 0

@@ -13,24 +13,33 @@ from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
-from lipexp.config import ConfigError
-
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = ["lipexp.preload"]
 
 
-def prepare_workers() -> None:
+def begin_workers() -> None:
     """Start the imports of worker processes, which take seconds, while this process does something else.
+
+    Raises:
+        OSError: this machine starts none.
+    """
+    CONTEXT.set_forkserver_preload(PRELOAD)
+    resource_tracker.ensure_running()  # the server would start it, and let Ctrl-C in again
+    with _no_interrupt():  # it and all workers keep this: Ctrl-C is left to their parent
+        forkserver.ensure_running()
+
+
+def prepare_workers() -> None:
+    """`begin_workers`, once workers are certain to be wanted.
 
     Raises:
         ConfigError: this machine starts none.
     """
-    CONTEXT.set_forkserver_preload(PRELOAD)
     try:
-        resource_tracker.ensure_running()  # the server would start it, and let Ctrl-C in again
-        with _no_interrupt():  # it and all workers keep this: Ctrl-C is left to their parent
-            forkserver.ensure_running()
+        begin_workers()
     except OSError as error:  # of a socket in a folder with a long name, for one
+        from lipexp.config import ConfigError  # which takes longer to import than all of this module
+
         raise ConfigError("hydra.launcher.executor", "process", f"cannot start a process here: {error}") from None
 
 

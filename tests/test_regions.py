@@ -16,7 +16,8 @@ from lipexp.maps import TooLarge
 from lipexp.measures import norms, scan
 from lipexp.models import Layer
 from lipexp.polygons import Plane
-from lipexp.regions import Enumeration, TooManyRegions, constants, refusal
+from lipexp.regions import Enumeration, TooManyRegions, constants, cut_together, refusal
+from lipexp.sheet import Sheet
 
 BOX = (np.array([-4.0, -3.0]), np.array([4.0, 5.0]))
 ACTS = {
@@ -55,6 +56,12 @@ def norm_at(layers: list[Layer], act: PiecewiseLinear, point: tuple[float, ...],
     found = ExactNetwork(layers, act, 0).gradient(np.array(point))
     assert found is not None
     return float(np.linalg.norm([float(Fraction(int(v)) * Fraction(2) ** found[1]) for v in found[0]], q))
+
+
+def enumerated(layers: list[Layer], act: PiecewiseLinear) -> Enumeration:
+    enumeration = Enumeration(layers, act, BOX, Sheet())
+    cut_together([enumeration], 10**6)
+    return enumeration
 
 
 def corners(enumeration: Enumeration, region: int) -> np.ndarray:
@@ -176,7 +183,7 @@ def test_all_patterns_in_rational_arithmetic_give_the_same_constants(name, seed,
 @pytest.mark.parametrize("name", ["relu", "groups of 3"])
 def test_the_regions_have_all_gradients_that_rational_arithmetic_finds(name):
     act, layers = ACTS[name], network(2, 6, 6, 1, seed=7)
-    enumeration = Enumeration(layers, act, BOX, 10**6)
+    enumeration = enumerated(layers, act)
     found = enumeration._gradients(np.arange(len(enumeration.cells))).value[:, :2, 0]
     expected = np.array([[float(v) for v in g] for g in gradients_by_hand(layers, act, None)])
     distance = np.abs(found[:, None] - expected).max(axis=2)
@@ -223,7 +230,7 @@ def test_the_regions_tile_the_box_and_have_the_gradients_of_backpropagation(name
     act = ACTS[name]
     shape = feasible(shape, name)
     layers = network(*shape, seed=3)
-    enumeration = Enumeration(layers, act, BOX, 10**6)
+    enumeration = enumerated(layers, act)
     inside = np.flatnonzero(enumeration.inside)
     areas = np.array([area(corners(enumeration, region)) for region in inside])
     assert (areas > -1e-12).all()  # anticlockwise, all of them
@@ -254,7 +261,7 @@ def test_the_constants_hold_after_training(trained, act_option):
 @pytest.mark.parametrize("name", ACTS)
 def test_the_maps_are_off_by_no_more_than_they_say(name, grain):
     layers = network(2, 6, 6, 6, 6, 1, grain=grain)
-    enumeration = Enumeration(layers, ACTS[name], BOX, 10**6)
+    enumeration = enumerated(layers, ACTS[name])
     maps, last = enumeration.maps, len(layers) - 2
     for region in range(0, len(maps.value), 7):
         rows, exponent = enumeration._exact_map(last, region)

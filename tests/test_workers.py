@@ -31,7 +31,7 @@ TINY = ("experiment=debug", "device=cpu", "steps=2", "dataset.n_train=64", "data
 )
 def test_the_server_starts_early_if_the_arguments_ask_for_it(arguments, asked_for, monkeypatch):
     order = []
-    monkeypatch.setattr(workers, "prepare_workers", lambda: order.append("server"))
+    monkeypatch.setattr(workers, "begin_workers", lambda: order.append("server"))
     monkeypatch.setattr(hydra_app, "main", lambda arguments: order.append("hydra") or 0)
     monkeypatch.setattr(sys, "argv", ["lipexp", "train", *arguments])
     assert cli.main() == 0
@@ -117,3 +117,15 @@ def test_ctrl_c_on_a_terminal_while_workers_import_is_one_line(seconds, tmp_path
 def commands_of_children(pid: int) -> str:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return " ".join(Path(f"/proc/{child}/cmdline").read_text() for child in children)
+
+
+def test_a_machine_that_starts_no_workers_is_one_line(tmp_path):
+    """A socket's name holds some hundred characters, that of the folder included."""
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    lipexp = str(Path(sys.executable).with_name("lipexp"))
+    command = [lipexp, "train", "-m", "seed=0,1", cli.PROCESSES, *TINY]
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert done.stderr.startswith("lipexp: hydra.launcher.executor=process: cannot start a process here: ")
