@@ -194,8 +194,7 @@ class GroupSort(PiecewiseLinear):
     def order(self, width: int) -> Tensor | None:
         if self.neighbours:
             return None
-        size = self.size(width)
-        return torch.arange(width).view(size, width // size).T.reshape(-1)
+        return torch.from_numpy(self.members(width).ravel())
 
     def baked(self) -> nn.Module:
         return GroupSort(self.n_groups, self.group_size, neighbours=True)
@@ -232,9 +231,8 @@ class GroupSort(PiecewiseLinear):
 
     def members(self, width: int) -> np.ndarray[Any, Any]:
         """(groups, size) the features of each group."""
-        order = self.order(width)
-        place = np.arange(width) if order is None else order.numpy()
-        return place.reshape(-1, self.size(width))
+        features, size = np.arange(width), self.size(width)
+        return features.reshape(-1, size) if self.neighbours else features.reshape(size, -1).T
 
     def extra_repr(self) -> str:
         return f"n_groups={self.n_groups}, group_size={self.group_size}, neighbours={self.neighbours}"

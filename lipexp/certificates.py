@@ -187,6 +187,7 @@ def product_bound(norms: Iterable[float]) -> float:
     return round_up(product)
 
 
+@functools.cache
 def even_split(lipschitz: float, n_layers: int) -> float:
     """b = L^(1/n), the norm that each of n layers may have: lowered until b^n <= L holds exactly."""
     bound = lipschitz ** (1 / n_layers)

@@ -117,7 +117,8 @@ class Evaluator:
     def _scan(self, checkpoint: Checkpoint) -> Scan:
         """f and its gradients at the data. The last checkpoint is reported twice, and scanned once."""
         if self._last is None or self._last[0] is not checkpoint:
-            hidden_q = dual(self.stack.constraint.hidden_p)
+            is_last = checkpoint.step == self.stack.steps  # only then somebody asks for the hidden gradients
+            hidden_q = dual(self.stack.constraint.hidden_p) if is_last else None
             self._last = (checkpoint, scan(checkpoint.layers, checkpoint.act, self.x, hidden_q))
         return self._last[1]
 

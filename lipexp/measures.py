@@ -71,8 +71,11 @@ def _scan_part(layers: Sequence[Layer], act: nn.Module, x: Tensor, hidden_q: flo
 
 
 def norms(gradients: Tensor, q: float) -> Tensor:
-    """||.||_q along the last axis."""
-    return torch.linalg.vector_norm(gradients, ord=q, dim=-1)
+    """||.||_q along the last axis; torch's own vector_norm is slow for q = 1 and inf."""
+    if q == 2:
+        return torch.linalg.vector_norm(gradients, dim=-1)
+    sizes = gradients.abs()
+    return sizes.sum(dim=-1) if q == 1 else sizes.amax(dim=-1)
 
 
 def grid(low: Tensor, high: Tensor, generators: Sequence[torch.Generator]) -> Tensor | None:
