@@ -26,7 +26,6 @@ from lipexp.attack import RECORDED, Attack, attack
 from lipexp.bounds import METHODS, Certificate, Problem, Proof, product_certificate, prove
 from lipexp.config import ConfigError, conf_dir, number, one_line, whole
 from lipexp.constraints import Constraint
-from lipexp.display import above, broken_bound, interval_line, robustness_line
 from lipexp.loading import LoadedRun, load_run, part_of
 from lipexp.loop import Streams, generator
 from lipexp.measures import Maximum, MeasuredNetwork, grid, largest, scan
@@ -36,6 +35,7 @@ from lipexp.runs import RunFolder, find
 from lipexp.search import search
 from lipexp.threads import cpu_threads
 from lipexp.train import NEEDED
+from lipexp.wording import above, broken_bound, interval_line, robustness_line
 
 CONTENTS = conf_dir() / "config.yaml"
 EFFORT = 8  # of the search in more than two dimensions; training takes 1

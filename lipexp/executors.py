@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from hydra.core.utils import env_override
@@ -18,7 +20,7 @@ from hydra.core.utils import env_override
 from lipexp.compose import Job
 from lipexp.config import one_line
 from lipexp.display import StackDisplay, SweepDisplay
-from lipexp.runs import RunFolder, SweepFailed
+from lipexp.runs import RunFolder
 from lipexp.workers import CONTEXT, prepare_workers, stop_workers
 
 if TYPE_CHECKING:
@@ -96,72 +98,126 @@ def _train_stack(jobs: Sequence[Job], display: StackDisplay) -> None:
                 _train_stack([job], display)
 
 
+class WorkerDied(Exception):
+    """A worker process ended before its task: by the hand of a class of the user's, or of the system."""
+
+
+class Worker:
+    """A worker process, which does one task after the other; the death of another one does not concern it.
+
+    Args:
+        update: called here with each message that the tasks send.
+    """
+
+    def __init__(self, update: Callable[..., None] = lambda *message: None) -> None:
+        prepare_workers()
+        self._messages = CONTEXT.SimpleQueue()
+        self._listener = threading.Thread(target=_listen, args=(self._messages, update), daemon=True)
+        self._listener.start()
+        # The server may have started before this process got all of its environment.
+        self._pool = ProcessPoolExecutor(1, CONTEXT, _start_worker, (self._messages, dict(os.environ)))
+
+    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[tuple[Result, float]]:
+        """Its result, and the CPU seconds that it took; BrokenProcessPool if the process dies."""
+        return self._pool.submit(_measured, function, *arguments)
+
+    def end(self) -> None:
+        """Waits until it has shown all that its tasks sent."""
+        self._pool.shutdown()
+        self._messages.put(None)
+        self._listener.join()
+
+    def kill(self) -> None:
+        for process in list((self._pool._processes or {}).values()):
+            process.kill()
+        self._pool.shutdown()
+
+
+@contextmanager
+def _crew() -> Iterator[list[Worker]]:
+    """The workers that the body adds to a list. They end with it; at once, if it is interrupted or fails."""
+    crew: list[Worker] = []
+    try:
+        yield crew
+    except BaseException:
+        stop_workers()
+        for worker in crew:
+            worker.kill()
+        raise
+    for worker in crew:
+        worker.end()
+
+
 def in_worker(function: Callable[..., Result], *arguments: Any) -> Result:
     """function(*arguments), in a worker process.
 
     Raises:
-        SweepFailed: it died.
+        WorkerDied: it did not come back.
     """
-    try:
-        with _pool(1) as pool:
-            result, seconds = pool.submit(_measured, function, *arguments).result()
-    except BrokenProcessPool:
-        reason = "of too little memory perhaps, or by the hand of a class of yours"
-        raise SweepFailed([f"a worker process died before any job trained, {reason}"]) from None
-    spent.append(seconds)
-    return result
+    with _crew() as crew:
+        crew.append(Worker())
+        with suppress(BrokenProcessPool):
+            result, seconds = crew[0].submit(function, *arguments).result()
+            spent.append(seconds)
+            return result
+        crew.clear()
+    raise WorkerDied
 
 
 def _measured(function: Callable[..., Result], *arguments: Any) -> tuple[Result, float]:
-    """The result, and the CPU seconds that it took."""
+    """The result, and the CPU seconds that it took, the imports of this worker not included."""
     started = time.process_time()
     return function(*arguments), time.process_time() - started
 
 
 def _in_processes(stacks: Sequence[Sequence[Job]], workers: int, display: SweepDisplay) -> Iterator[Sequence[Job]]:
-    """Yields the jobs of each stack when it has ended; of the others as well, once a worker has died."""
-    messages = CONTEXT.SimpleQueue()
-    listener = threading.Thread(target=_listen, args=(messages, display), daemon=True)
-    listener.start()
-    with _pool(workers, messages) as pool:
-        futures = {pool.submit(_work, number, list(jobs)): jobs for number, jobs in enumerate(stacks)}
-        try:
-            for future in as_completed(list(futures)):
-                spent.append(future.result())
-                yield futures.pop(future)
-        except BrokenProcessPool:  # the listener is left behind: the dead worker may hold its queue
-            yield from futures.values()
-            return
-    messages.put(None)
-    listener.join()
+    """Yields the jobs of each stack when it has ended, or its worker has died."""
+    # The largest first: so the processes end at about the same time.
+    waiting = deque(sorted(range(len(stacks)), key=lambda number: -len(stacks[number])))
+    running: dict[Future[Any], tuple[int, Worker]] = {}
+    with _crew() as crew:
+
+        def go_on(worker: Worker | None) -> None:
+            if not waiting:
+                return
+            if worker is None:
+                crew.append(worker := Worker(display.update))
+            number = waiting.popleft()
+            running[worker.submit(_work, number, list(stacks[number]))] = number, worker
+
+        for _ in range(workers):
+            go_on(None)
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                number, worker = running.pop(future)
+                try:
+                    _, seconds = future.result()
+                    spent.append(seconds)
+                    go_on(worker)
+                except BrokenProcessPool:
+                    display.died(number)
+                    crew.remove(worker)  # and leave it: it may have taken a lock with it
+                    go_on(None)
+                yield stacks[number]
 
 
-@contextmanager
-def _pool(workers: int, messages: Any = None) -> Iterator[ProcessPoolExecutor]:
-    """So many worker processes, which end at once when the body is interrupted or fails."""
-    prepare_workers()
-    # The server may have started before this process got all of its environment.
-    with ProcessPoolExecutor(workers, CONTEXT, _start_worker, (messages, dict(os.environ))) as pool:
-        try:
-            yield pool
-        except BaseException:
-            stop_workers()
-            for process in list((pool._processes or {}).values()):
-                process.kill()
-            raise
-
-
-def _listen(messages: Any, display: SweepDisplay) -> None:
-    """Shows what the workers send, until None."""
+def _listen(messages: Any, update: Callable[..., None]) -> None:
+    """Hands on what a worker sends, until None."""
     while (message := messages.get()) is not None:
-        display.update(*message)
+        update(*message)
 
 
 _worker_messages: Any = None
 
 
 def _start_worker(messages: Any, environment: Mapping[str, str]) -> None:
-    """This worker has the environment of its parent, and ends when that does, however it ended."""
+    """This worker has the environment of its parent, and ends when that does, however it ended.
+
+    Ctrl-C is left to the parent. But it is not blocked here, and not ignored: what a class of the user's starts
+    would inherit that, and go on for ever.
+    """
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     global _worker_messages
     _worker_messages = messages
     os.environ.clear()
@@ -176,10 +232,8 @@ def _start_worker(messages: Any, environment: Mapping[str, str]) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(number: int, jobs: Sequence[Job]) -> float:
-    """Train one stack; returns the CPU seconds of this worker for it, its imports not included."""
-    started = time.process_time()
+def _work(number: int, jobs: Sequence[Job]) -> None:
+    """Train one stack."""
     display = StackDisplay(lambda *message: _worker_messages.put(message), number)
     train_stack(jobs, display)
     display.done()
-    return time.process_time() - started

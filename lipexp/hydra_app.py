@@ -86,8 +86,9 @@ def run_one(config: DictConfig) -> None:
         RunFailed: it ended without a result; failed.json is written.
     """
     with quick_imports():
-        from lipexp.display import Display, broken_bound
+        from lipexp.display import Display
         from lipexp.train import build, train_many
+        from lipexp.wording import broken_bound
 
     running = HydraConfig.get()
     output = os.path.relpath(running.runtime.output_dir)

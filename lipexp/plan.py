@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -15,11 +16,13 @@ from hydra.core.utils import env_override
 
 from lipexp.compose import Job
 from lipexp.config import ConfigError, one_line
+from lipexp.executors import WorkerDied, in_worker
 from lipexp.imports import quick_imports
 from lipexp.options import Options
 from lipexp.runs import write_file
 
 RECORD = "sweep.json"  # the jobs and their split into stacks
+DIED = "its worker process died while its classes were made, of too little memory perhaps"
 LARGEST_STACK = 128  # runs; larger ones are no faster, and keep results back for longer
 
 
@@ -99,8 +102,37 @@ class Plan:
         write_file(folder / RECORD, lambda path: path.write_text(content))
 
 
+class Checked(NamedTuple):
+    """What jobs need, or why they cannot be trained."""
+
+    needs: dict[int, Needs]  # job number -> what it needs
+    refused: dict[int, str]
+    free: int  # bytes for all stacks that train at a time
+
+
 def make_plan(jobs: Sequence[Job], options: Options) -> Plan:
     """Groups jobs by signature and splits the groups. A job that its constructors refuse is in no stack."""
+    # A worker has imported torch, and this process need not.
+    checked = _check_in_worker(jobs, options) if options.executor == "process" else check(jobs, options)
+    stacks = split(checked.needs, options.processes, options.memory(checked.free))
+    largest = max((need.run_bytes for need in checked.needs.values()), default=0)
+    return Plan([list(job.overrides) for job in jobs], digest(jobs), stacks, checked.refused, largest)
+
+
+def _check_in_worker(jobs: Sequence[Job], options: Options) -> Checked:
+    """`check`, in a worker process. A job whose classes end their process is refused as well."""
+    try:
+        return in_worker(check, jobs, options)
+    except WorkerDied:
+        if len(jobs) == 1:
+            return Checked({}, {jobs[0].index: DIED}, sys.maxsize)
+        half = len(jobs) // 2
+        one, two = (_check_in_worker(part, options) for part in (jobs[:half], jobs[half:]))
+        return Checked(one.needs | two.needs, one.refused | two.refused, min(one.free, two.free))
+
+
+def check(jobs: Sequence[Job], options: Options) -> Checked:
+    """Builds each job, in its own environment."""
     with quick_imports(keep=True):
         import torch
 
@@ -123,9 +155,7 @@ def make_plan(jobs: Sequence[Job], options: Options) -> Plan:
             refused[job.index] = str(error)
         except (Exception, SystemExit) as error:  # a user's class may raise anything
             refused[job.index] = one_line(error)
-    stacks = split(needs, options.processes, options.memory(free_memory(cuda)))
-    largest = max((need.run_bytes for need in needs.values()), default=0)
-    return Plan([list(job.overrides) for job in jobs], digest(jobs), stacks, refused, largest)
+    return Checked(needs, refused, free_memory(cuda))
 
 
 def digest(jobs: Iterable[Job]) -> str:

@@ -27,9 +27,9 @@ from rich.text import Text
 
 from lipexp.arguments import Parser
 from lipexp.config import ConfigError, no_such
-from lipexp.display import above, below
 from lipexp.runs import METRICS as KINDS
 from lipexp.runs import RunFolder, find, flat
+from lipexp.wording import above, below
 
 MEASURED, CERTIFIED = "lipschitz.measured", "lipschitz.certified"
 TARGET, Q, VERDICT = "lipschitz.target", "lipschitz.q", "lipschitz.verdict"

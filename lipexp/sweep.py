@@ -23,12 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 from lipexp.callbacks import JobCallbacks, job_return
 from lipexp.compose import Composer, Job
 from lipexp.config import ConfigError
-from lipexp.display import SweepDisplay, broken_bound, composing
-from lipexp.executors import execute, in_worker
+from lipexp.display import SweepDisplay, composing
+from lipexp.executors import execute
 from lipexp.options import Options
 from lipexp.plan import RECORD, Plan, digest, make_plan
 from lipexp.runs import RunFolder, SweepFailed, flat, write_csv, write_file
 from lipexp.slurm import Cluster, check_machine, refuse_second
+from lipexp.wording import broken_bound
 from lipexp.workers import prepare_workers
 
 MULTIRUN = "multirun.yaml"  # Hydra's own record: the configuration of the sweep
@@ -250,9 +251,7 @@ class Sweep:
 
     def _new_plan(self) -> Plan:
         """A plan, written down before anything is trained."""
-        jobs = list(self.jobs.values())
-        in_process = self.options.executor == "process"  # which has imported torch, and this one need not
-        plan = in_worker(make_plan, jobs, self.options) if in_process else make_plan(jobs, self.options)
+        plan = make_plan(list(self.jobs.values()), self.options)
         plan.write(self.folder)
         return plan
 

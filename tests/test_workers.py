@@ -10,11 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from lipexp import cli, hydra_app, workers
-from lipexp.executors import in_worker
-from lipexp.runs import SweepFailed
+from lipexp.executors import WorkerDied, in_worker
 
 TINY = ("experiment=debug", "device=cpu", "steps=2", "dataset.n_train=64", "dataset.n_test=32", "batch_size=32")
 
@@ -57,11 +57,9 @@ def test_a_worker_has_the_environment_of_now(monkeypatch):
     assert in_worker(os.getenv, "SET_LATER") == "yes"
 
 
-def test_a_worker_that_dies_is_one_line():
-    with pytest.raises(SweepFailed) as failed:
+def test_the_death_of_a_worker_is_told():
+    with pytest.raises(WorkerDied):
         in_worker(os._exit, 3)
-    (line,) = failed.value.failures
-    assert line.startswith("a worker process died before any job trained, ")
 
 
 def test_the_process_of_a_sweep_needs_no_torch(tmp_path):
@@ -72,14 +70,53 @@ def test_the_process_of_a_sweep_needs_no_torch(tmp_path):
     assert len(list(tmp_path.glob("outputs/*/*/*/metrics.json"))) == 2
 
 
+def run(tmp_path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """A sweep in processes, with the classes and the options that lie in `tmp_path`."""
+    lipexp = str(Path(sys.executable).with_name("lipexp"))
+    command = [lipexp, "train", "-m", "-cd", ".", cli.PROCESSES, *TINY, "hydra.sweep.dir=s", *overrides]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+
+def activation(tmp_path: Path, name: str, code: str) -> None:
+    """The option act=NAME of a class of the user's."""
+    (tmp_path / f"{name}.py").write_text(code)
+    (tmp_path / "act").mkdir()
+    (tmp_path / "act" / f"{name}.yaml").write_text(f"_target_: {name}.{name.title()}\n")
+
+
+def statuses(tmp_path: Path) -> list[str]:
+    return pd.read_csv(tmp_path / "s" / "sweep.csv")["status"].tolist()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_death_of_a_worker_leaves_the_other_stacks_alone(workers, tmp_path):
+    code = "import os, torch\nclass Dying(torch.nn.Module):\n    def forward(self, x):\n        os._exit(3)\n"
+    activation(tmp_path, "dying", code)
+    acts = "act=dying,relu,abs"
+    done = run(tmp_path, acts, "constraint=none", "seed=0,1", f"hydra.launcher.workers={workers}")
+    assert done.returncode == 1
+    assert "stack 1 of 3, 2 runs: its worker process died" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("lipexp: 2 jobs are missing: a worker process died")
+    assert statuses(tmp_path) == ["missing"] * 2 + ["ok"] * 4
+
+
+def test_a_job_whose_constructor_ends_the_process_fails_alone(tmp_path):
+    code = "import os, torch\nclass Exiting(torch.nn.ReLU):\n    def __init__(self, at):\n"
+    code += "        super().__init__()\n        if at == 3:\n            os._exit(3)\n"
+    activation(tmp_path, "exiting", code)
+    done = run(tmp_path, "act=exiting", "constraint=none", "+act.at=range(6)", "hydra.launcher.workers=2")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "its worker process died while its classes were made" in line
+    assert line.endswith("s/3)")
+    assert statuses(tmp_path) == ["ok"] * 3 + ["failed"] + ["ok"] * 2
+
+
 def test_ctrl_c_while_jobs_are_checked_ends_at_once(tmp_path):
     """A class of the user's that takes for ever to be made; it lies where the command is called."""
-    (tmp_path / "slow.py").write_text(
-        "import pathlib, time\nclass Slow:\n    def __init__(self):\n"
-        "        pathlib.Path('begun').touch()\n        time.sleep(1000)\n"
-    )
-    (tmp_path / "act").mkdir()
-    (tmp_path / "act" / "slow.yaml").write_text("_target_: slow.Slow\n")
+    code = "import pathlib, time\nclass Slow:\n    def __init__(self):\n        pathlib.Path('begun').touch()\n"
+    activation(tmp_path, "slow", code + "        time.sleep(1000)\n")
     lipexp = str(Path(sys.executable).with_name("lipexp"))
     command = [lipexp, "train", "-m", "-cd", ".", "act=slow", "seed=0,1", cli.PROCESSES, "hydra.sweep.dir=s"]
     with subprocess.Popen(
@@ -93,6 +130,28 @@ def test_ctrl_c_while_jobs_are_checked_ends_at_once(tmp_path):
         out, err = sweep.communicate(timeout=60)
     assert (sweep.returncode, out, err) == (130, "", "lipexp: interrupted\n")
     assert not list(tmp_path.glob("s/sweep.json"))
+
+
+def test_ctrl_c_ends_what_a_class_of_the_users_has_started(tmp_path):
+    """On a terminal it goes to all of them; who blocks or ignores it hands that down to what it starts."""
+    code = "import pathlib, subprocess, time\nclass Parent:\n    def __init__(self):\n"
+    code += "        child = subprocess.Popen(['sleep', '1000'])\n"
+    activation(
+        tmp_path, "parent", code + "        pathlib.Path('begun').write_text('.')\n        time.sleep(1000)\n"
+    )
+    lipexp = str(Path(sys.executable).with_name("lipexp"))
+    command = [lipexp, "train", "-m", "-cd", ".", "act=parent", "seed=0,1", cli.PROCESSES]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as sweep:
+        end = time.monotonic() + 60
+        while not (tmp_path / "begun").exists():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        os.killpg(sweep.pid, signal.SIGINT)
+        out, err = sweep.communicate(timeout=60)  # the end of its output, which all of them hold
+    assert (sweep.returncode, out, err) == (130, "", "lipexp: interrupted\n")
 
 
 @pytest.mark.parametrize("seconds", [0.3, 0.9, 1.3])

@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from lipexp.certificates import norm_name
-from lipexp.display import SUBSCRIPT, above, below
 from lipexp.evaluate import Record
 from lipexp.figures.style import BLACK, BLUE, GREY, Mesh, contours, look, panels
 from lipexp.measures import scan
 from lipexp.models import Layer, run_layers
+from lipexp.wording import SUBSCRIPT, above, below
 
 CURVE_POINTS = 2001
 

@@ -10,11 +10,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lipexp.display import SUBSCRIPT, above, below
 from lipexp.figures.claims import Verdict, verdict
 from lipexp.figures.experiments import evaluated, table
 from lipexp.figures.story import Runs, Story
 from lipexp.figures.style import LOSS_NAME, PAGE, Mesh, contours, panels
+from lipexp.wording import SUBSCRIPT, above, below
 
 EXPERIMENT = "two_moons"
 SHOWN = "spectral"  # of the constraints, with seed 0

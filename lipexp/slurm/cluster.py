@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from lipexp.compose import Job
 from lipexp.config import ConfigError, no_such
-from lipexp.display import SweepDisplay, count
+from lipexp.display import SweepDisplay
 from lipexp.slurm.options import EXECUTOR, NODE, SlurmOptions
 from lipexp.slurm.record import Record, State, Task, complaint
 from lipexp.slurm.task import REPORT_SECONDS, WARNING_SECONDS, Progress, StackTask, missing
+from lipexp.wording import count
 
 if TYPE_CHECKING:
     from submitit.core.utils import JobPaths

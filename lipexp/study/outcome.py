@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from lipexp.display import shown_path
 from lipexp.runs import write_file
 from lipexp.study.space import Axis, Space
+from lipexp.wording import shown_path
 
 if TYPE_CHECKING:
     from optuna import Study
