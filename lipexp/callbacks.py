@@ -20,6 +20,7 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from lipexp.compose import Job
+from lipexp.interrupts import hold_interrupts
 from lipexp.runs import SweepFailed
 
 
@@ -69,7 +70,8 @@ class JobCallbacks:
             return
         config = self._as_hydra_knows_it(job)
         returned = job_return(job, result, failure)
-        returned.cfg, returned.hydra_cfg = job.composed(), OmegaConf.create({"hydra": config.hydra})
+        with hold_interrupts():
+            returned.cfg, returned.hydra_cfg = job.composed(), OmegaConf.create({"hydra": config.hydra})
         returned.working_dir = os.getcwd()
         returned.task_name = JobRuntime.instance().get("name")
         with _running(config):
@@ -77,9 +79,10 @@ class JobCallbacks:
 
     def _as_hydra_knows_it(self, job: Job) -> DictConfig:
         """The configuration of a job together with Hydra's own node."""
-        config = OmegaConf.create({**job.config, **yaml.load(job.hydra, Loader=yaml.CSafeLoader)})
-        OmegaConf.copy_cache(from_config=self.master, to_config=config)
-        OmegaConf.set_struct(config, True)
+        with hold_interrupts():
+            config = OmegaConf.create({**job.config, **yaml.load(job.hydra, Loader=yaml.CSafeLoader)})
+            OmegaConf.copy_cache(from_config=self.master, to_config=config)
+            OmegaConf.set_struct(config, True)
         return config
 
 

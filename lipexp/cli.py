@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 
 from lipexp.imports import quick_imports
+from lipexp.interrupts import INTERRUPTED, orderly_interrupts
 
 # verb -> (module, what it does); each module has main(arguments) -> exit status
 VERBS = {
@@ -45,17 +46,18 @@ def main() -> int:
 
 def _run(verb: str, arguments: list[str]) -> int:
     try:
-        if verb == "train" and PROCESSES in arguments and {"-m", "--multirun"} & set(arguments):
-            from lipexp.workers import begin_workers
+        with orderly_interrupts():
+            if verb == "train" and PROCESSES in arguments and {"-m", "--multirun"} & set(arguments):
+                from lipexp.workers import begin_workers
 
-            with suppress(OSError):  # said when they are certain to be wanted
-                begin_workers()  # their imports take longest
-        with quick_imports(keep=True):
-            module = importlib.import_module(VERBS[verb][0])
-        return int(module.main(arguments))
+                with suppress(OSError):  # said when they are certain to be wanted
+                    begin_workers()  # their imports take longest
+            with quick_imports(keep=True):
+                module = importlib.import_module(VERBS[verb][0])
+            return int(module.main(arguments))
     except KeyboardInterrupt:  # also while a verb is still being imported
         print("lipexp: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as in `lipexp report | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

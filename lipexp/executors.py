@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from hydra.core.utils import env_override
@@ -20,6 +21,7 @@ from hydra.core.utils import env_override
 from lipexp.compose import Job
 from lipexp.config import one_line
 from lipexp.display import StackDisplay, SweepDisplay
+from lipexp.interrupts import find_lost_interrupts
 from lipexp.runs import RunFolder
 from lipexp.workers import CONTEXT, prepare_workers, stop_workers
 
@@ -86,8 +88,9 @@ def _train_stack(jobs: Sequence[Job], display: StackDisplay) -> None:
     for job in jobs:
         job.write_hydra_files()
     try:
-        members = [build(job.resolved, job.choices) for job in jobs]
-        train_many(members, folders, display, figures=False)
+        with find_lost_interrupts():
+            members = [build(job.resolved, job.choices) for job in jobs]
+            train_many(members, folders, display, figures=False)
     except Exception as error:  # a user's class may raise anything
         if len(jobs) == 1:
             (folders[0].path / "train.log").write_text(traceback.format_exc())
@@ -111,26 +114,30 @@ class Worker:
 
     def __init__(self, update: Callable[..., None] = lambda *message: None) -> None:
         prepare_workers()
-        self._messages = CONTEXT.SimpleQueue()
-        self._listener = threading.Thread(target=_listen, args=(self._messages, update), daemon=True)
+        messages, self._sender = CONTEXT.Pipe(duplex=False)
+        self._listener = threading.Thread(target=_listen, args=(messages, update), daemon=True)
         self._listener.start()
         # The server may have started before this process got all of its environment.
-        self._pool = ProcessPoolExecutor(1, CONTEXT, _start_worker, (self._messages, dict(os.environ)))
+        self._pool = ProcessPoolExecutor(1, CONTEXT, _start_worker, (self._sender, dict(os.environ)))
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[tuple[Result, float]]:
         """Its result, and the CPU seconds that it took; BrokenProcessPool if the process dies."""
-        return self._pool.submit(_measured, function, *arguments)
+        future = self._pool.submit(_measured, function, *arguments)
+        self._sender.close()  # the process has begun, and holds the only other one: its death ends the listener
+        return future
 
     def end(self) -> None:
-        """Waits until it has shown all that its tasks sent."""
+        """Waits until all messages have arrived."""
+        with suppress(BrokenProcessPool):
+            self._pool.submit(_send, None)
         self._pool.shutdown()
-        self._messages.put(None)
         self._listener.join()
 
     def kill(self) -> None:
         for process in list((self._pool._processes or {}).values()):
             process.kill()
         self._pool.shutdown()
+        self._listener.join(timeout=1)  # what a class of the user's has forked may hold a sender, too
 
 
 @contextmanager
@@ -177,40 +184,44 @@ def _in_processes(stacks: Sequence[Sequence[Job]], workers: int, display: SweepD
     running: dict[Future[Any], tuple[int, Worker]] = {}
     with _crew() as crew:
 
-        def go_on(worker: Worker | None) -> None:
-            if not waiting:
-                return
+        def begin(worker: Worker | None) -> None:
             if worker is None:
                 crew.append(worker := Worker(display.update))
             number = waiting.popleft()
             running[worker.submit(_work, number, list(stacks[number]))] = number, worker
 
         for _ in range(workers):
-            go_on(None)
+            begin(None)
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 number, worker = running.pop(future)
-                try:
+                died = isinstance(future.exception(), BrokenProcessPool)
+                if died:
+                    display.died(number)
+                    crew.remove(worker)
+                else:
                     _, seconds = future.result()
                     spent.append(seconds)
-                    go_on(worker)
-                except BrokenProcessPool:
-                    display.died(number)
-                    crew.remove(worker)  # and leave it: it may have taken a lock with it
-                    go_on(None)
+                if waiting:
+                    begin(None if died else worker)
                 yield stacks[number]
 
 
-def _listen(messages: Any, update: Callable[..., None]) -> None:
-    """Hands on what a worker sends, until None."""
-    while (message := messages.get()) is not None:
-        update(*message)
+def _listen(messages: Connection, update: Callable[..., None]) -> None:
+    """Hands on what a worker sends, until None, or its death."""
+    with suppress(EOFError):
+        while (message := messages.recv()) is not None:
+            update(*message)
 
 
-_worker_messages: Any = None
+_sender: Any = None  # of the messages of this worker
 
 
-def _start_worker(messages: Any, environment: Mapping[str, str]) -> None:
+def _send(message: tuple[Any, ...] | None) -> None:
+    _sender.send(message)
+
+
+def _start_worker(sender: Connection, environment: Mapping[str, str]) -> None:
     """This worker has the environment of its parent, and ends when that does, however it ended.
 
     Ctrl-C is left to the parent. But it is not blocked here, and not ignored: what a class of the user's starts
@@ -218,8 +229,8 @@ def _start_worker(messages: Any, environment: Mapping[str, str]) -> None:
     """
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    global _worker_messages
-    _worker_messages = messages
+    global _sender
+    _sender = sender
     os.environ.clear()
     os.environ.update(environment)
 
@@ -234,6 +245,6 @@ def _start_worker(messages: Any, environment: Mapping[str, str]) -> None:
 
 def _work(number: int, jobs: Sequence[Job]) -> None:
     """Train one stack."""
-    display = StackDisplay(lambda *message: _worker_messages.put(message), number)
+    display = StackDisplay(lambda *message: _send(message), number)
     train_stack(jobs, display)
     display.done()

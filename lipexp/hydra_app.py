@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lipexp.config import GROUPS, ConfigError, Settings, conf_dir, no_such, one_line
 from lipexp.explain import explain
 from lipexp.imports import quick_imports
+from lipexp.interrupts import INTERRUPTED, admit_interrupts, find_lost_interrupts, hold_interrupts
 from lipexp.runs import RunFolder, SweepFailed
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str]) -> int:
     def task(config: DictConfig) -> None:
         # Not raised: Hydra would print a page, and of a sweep only the first failure.
         try:
-            run_one(config)
+            with admit_interrupts():
+                run_one(config)
         except RunFailed as error:
             failures.append(error)
 
@@ -60,7 +62,8 @@ def main(arguments: Sequence[str]) -> int:
     ConfigStore.instance().store(name="lipexp_schema", node=Settings)
     try:
         sys.argv[1:] = flags_first(arguments)
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
+        with hold_interrupts():
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
     except ConfigError as error:
         RefuseEarly.release()
         complain(error)
@@ -73,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         complain("interrupted")
-        return 130
+        return INTERRUPTED
     for failure in failures:
         complain(failure)
     return 1 if failures else 0
@@ -102,9 +105,11 @@ def run_one(config: DictConfig) -> None:
     display = Display(brief=sweeping)
     display.header(member.names, config)
     try:
-        (outcome,) = train_many([member], [folder], display, figures=not sweeping)
+        with find_lost_interrupts():
+            (outcome,) = train_many([member], [folder], display, figures=not sweeping)
     except KeyboardInterrupt:
-        folder.write_failure("interrupted", display.step)
+        if not folder.complete:
+            folder.write_failure("interrupted", display.step)
         raise
     except Exception as error:  # a user's class may raise anything: the run fails, with its traceback in the log
         reason = one_line(error)
@@ -134,10 +139,9 @@ class RefuseEarly(Callback):
         try:
             if config.get("resume"):  # a replayed configuration may lack it
                 raise ConfigError("resume", "true", "continues a sweep, which needs -m")
-            build(
-                OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]),
-                config.hydra.runtime.choices,
-            )
+            own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+            with admit_interrupts():
+                build(own, config.hydra.runtime.choices)
             self.claim("hydra.run.dir", Path(config.hydra.run.dir))
         except ConfigError as error:
             complain(error)

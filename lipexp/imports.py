@@ -7,10 +7,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lipexp.interrupts import hold_interrupts
+
 
 @contextmanager
 def quick_imports(keep: bool = False) -> Iterator[None]:
-    """The garbage collector rests while the body imports.
+    """The garbage collector rests while the body imports, and Ctrl-C waits.
 
     An import makes very many objects, all of which stay. Looking through them again and again takes a good part of
     the time, and so does looking through them once more at the end of a command.
@@ -21,7 +23,8 @@ def quick_imports(keep: bool = False) -> Iterator[None]:
     working, known = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
-        yield
+        with hold_interrupts():
+            yield
         if keep and len(sys.modules) > known:
             gc.freeze()
     finally:

@@ -18,6 +18,7 @@ from lipexp.compose import Job
 from lipexp.config import ConfigError, one_line
 from lipexp.executors import WorkerDied, in_worker
 from lipexp.imports import quick_imports
+from lipexp.interrupts import find_lost_interrupts
 from lipexp.options import Options
 from lipexp.runs import write_file
 
@@ -142,7 +143,7 @@ def check(jobs: Sequence[Job], options: Options) -> Checked:
     here = options.executor != "slurm"
     for job in jobs:
         try:
-            with env_override(job.env):
+            with find_lost_interrupts(), env_override(job.env):
                 member = build(job.resolved, job.choices, here=here)
             # A stack trains in one environment.
             together = f"{signature(member)} {sorted(job.env.items())}"

@@ -25,6 +25,7 @@ from lipexp.compose import Composer, Job
 from lipexp.config import ConfigError
 from lipexp.display import SweepDisplay, composing
 from lipexp.executors import execute
+from lipexp.interrupts import admit_interrupts
 from lipexp.options import Options
 from lipexp.plan import RECORD, Plan, digest, make_plan
 from lipexp.runs import RunFolder, SweepFailed, flat, write_csv, write_file
@@ -117,7 +118,7 @@ class Sweep:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / LOCK).exists():
             self._check_use()  # before the lock is made: what is not ours stays as it is
-        with exclusive(self.folder):
+        with exclusive(self.folder), admit_interrupts():
             used = self._check_use()
             if self.options.executor == "slurm":
                 self.cluster = Cluster(self.folder, self.options.slurm, self.options.workers)
@@ -296,6 +297,8 @@ def launch(
         for number, overrides in enumerate(job_overrides):
             jobs.append(composer.job(number, overrides))
             composed()
+            with admit_interrupts():  # of those that came meanwhile
+                pass
     _check_folders(jobs)
     resume = bool(OmegaConf.select(master, "resume"))
     callbacks = JobCallbacks(context.callbacks, task, master)

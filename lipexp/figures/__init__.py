@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from lipexp.arguments import Parser
 from lipexp.config import ConfigError, no_such
+from lipexp.interrupts import INTERRUPTED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,6 +81,8 @@ def draw_all(names: Sequence[str], fresh: bool) -> int:
                 from lipexp.figures.experiments import train
 
                 status = train(experiment, OUTPUT / "runs" / experiment, fresh)
+                if status == INTERRUPTED:
+                    return status  # as has been said
                 if status:
                     print(f"lipexp: {name}: not drawn, experiment={experiment} has not finished", file=sys.stderr)
                     return status
