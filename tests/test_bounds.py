@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from rational import network
 
 from lipexp import bounds
 from lipexp.activations import ReLU
 from lipexp.bounds import Certificate, Problem, Proof, product_certificate, prove
 from lipexp.config import ConfigError
-from lipexp.constraints import Unconstrained
+from lipexp.constraints import LInf, Spectral, Unconstrained
 from lipexp.evaluate import Evaluator
 from lipexp.measures import Maximum
 from lipexp.models import Layer
+from lipexp.semidefinite import eclipse, lipsdp
 
 METHODS = {
     "loose": lambda problem: Proof(5.0),
@@ -94,3 +97,67 @@ def test_without_a_product_another_method_gives_the_bound(problem):
     assert (certificate.value, certificate.reason, certificate.method) == (3.0, None, "tight")
     certificate = prove(problem(None, "no bound"), "product")
     assert (certificate.value, certificate.reason, certificate.method) == (None, "no bound", "product")
+
+
+# The methods themselves ------------------------------------------------------------------------------------------
+
+
+CONSTRAINTS = {
+    "none": Unconstrained(),
+    "spectral": Spectral(1.0),
+    "linf": LInf(lipschitz=1.0, p=2),
+    "linf,p=inf": LInf(lipschitz=1.0, p=math.inf),
+}
+
+
+def of_network(layers, act, constraint, measured: float) -> Problem:
+    certificate = product_certificate(constraint, act, layers, 0)
+    box = torch.zeros(3).double(), torch.ones(3).double()
+    return Problem(layers, act, constraint, certificate, box, Maximum(measured, ()), 0)
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_the_best_bound_is_taken_where_it_holds(name):
+    layers, constraint = network(3, 16, 16, 1), CONSTRAINTS[name]
+    found = prove(of_network(layers, ReLU(), constraint, measured=0.01))
+    if constraint.q == 2:
+        assert found.method == "lipsdp"
+        assert found.value == found.proofs["lipsdp"].value < found.proofs["eclipse"].value
+    else:
+        assert found.proofs["lipsdp"].value is found.proofs["eclipse"].value is None
+        assert found.method in ("product", "rows")
+
+
+def test_the_descent_is_for_a_gap_above_a_tenth():
+    layers = network(3, 16, 16, 1)
+    closed = eclipse(layers)
+    near = prove(of_network(layers, ReLU(), Unconstrained(), measured=closed / 1.09))
+    assert (near.method, near.proofs["lipsdp"].reason) == ("eclipse", "the gap is below 10 %")
+    asked = prove(of_network(layers, ReLU(), Unconstrained(), measured=0.0), "lipsdp")
+    assert asked.method == "lipsdp"
+    assert asked.value < closed
+
+
+def test_a_large_network_is_left_to_those_who_ask(monkeypatch):
+    monkeypatch.setattr("lipexp.bounds.LARGEST", 34)
+    layers = network(3, 16, 16, 1)
+    found = prove(of_network(layers, ReLU(), Unconstrained(), measured=0.01))
+    assert (found.method, found.proofs["lipsdp"].reason[:23]) == ("eclipse", "35 inputs and features,")
+    assert prove(of_network(layers, ReLU(), Unconstrained(), measured=0.01), "lipsdp").method == "lipsdp"
+
+
+class Softer(torch.nn.Module):
+    """One that declares its slopes."""
+
+    slopes = (0, 0.5)
+
+    def forward(self, x):
+        return 0.5 * torch.relu(x)
+
+
+def test_a_class_that_declares_its_slopes_gains_from_them():
+    layers = network(3, 8, 8, 1)
+    found = prove(of_network(layers, Softer(), Unconstrained(), measured=0.01))
+    assert found.method == "lipsdp"
+    # Its patterns have 0.5 where those of ReLU have 1, in two layers.
+    assert found.value == pytest.approx(lipsdp(layers, (0.0, 1.0)) / 4, rel=1e-3)

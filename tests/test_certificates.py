@@ -18,6 +18,7 @@ from lipexp.certificates import (
     cholesky_shift,
     dual,
     even_split,
+    is_semidefinite,
     product_bound,
     round_down,
     round_up,
@@ -303,3 +304,60 @@ def test_layers_at_their_bound_multiply_to_no_more_than_the_budget(lipschitz, n_
 def test_the_dual_exponent_satisfies_its_equation(p):
     assert 1 / p + 1 / dual(p) == 1
     assert dual(dual(p)) == p
+
+
+# Semidefinite matrices -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_is_proven_semidefinite_is_so_in_rational_arithmetic(exact, seed):
+    """Singular matrices of integers, lifted or lowered a little: near the border, and on both sides of it."""
+    draws = np.random.default_rng(seed)
+    half = draws.integers(-9, 10, (6, 4)).astype(float)
+    lift = float(draws.choice([-1e-9, -1e-13, 0.0, 1e-13, 1e-9]))
+    tried = half @ half.T + lift * np.diag(np.diagonal(half @ half.T))
+    proven = is_semidefinite(tried)
+    assert not proven or exact.semidefinite(exact.fractions(tried))
+    if abs(lift) == 1e-9:
+        assert proven == (lift > 0)
+
+
+def test_scaled_rows_and_columns_do_not_matter():
+    half = np.random.default_rng(0).standard_normal((6, 6))
+    tried = half @ half.T + 0.1 * np.eye(6)
+    scale = np.diag(2.0 ** np.array([-300, 0, 7, 100, -40, 300]))
+    assert is_semidefinite(tried)
+    assert is_semidefinite(scale @ tried @ scale)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0, 0.0])
+def test_a_diagonal_that_is_not_positive_proves_nothing(bad):
+    tried = np.eye(3)
+    tried[1, 1] = bad
+    assert not is_semidefinite(tried)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+@pytest.mark.parametrize("seed", range(10))
+def test_an_error_is_allowed_for_in_its_worst_form(exact, seed, size):
+    """Off by `error` with the signs that an eigenvector of the smallest eigenvalue likes least."""
+    draws = np.random.default_rng(seed)
+    half = draws.integers(-9, 10, (5, 5)).astype(float)
+    tried = size * (half @ half.T + np.eye(5))
+    vector = np.linalg.eigh(tried)[1][:, 0]
+    signs = np.sign(np.outer(vector, vector))
+    seen = set()
+    for share in (1e-3, 1e-2, 0.1, 1.0, 10.0):
+        error = np.full((5, 5), share * size)
+        proven = is_semidefinite(tried, error)
+        assert not proven or exact.semidefinite(exact.fractions(tried - signs * error))
+        seen.add(proven)
+    assert seen == {True, False}
+
+
+def test_a_matrix_that_overflows_where_it_is_scaled_proves_nothing():
+    """LAPACK does not stop at an infinite entry in the last row."""
+    tried = np.eye(3)
+    tried[0, 0] = 2.0**-1000
+    tried[2, 0] = tried[0, 2] = 2.0**600
+    assert not is_semidefinite(tried)
