@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 
 from lipexp.imports import quick_imports
-from lipexp.interrupts import INTERRUPTED, orderly_interrupts
+from lipexp.interrupts import INTERRUPTED, ScreenClosed, orderly_interrupts
 
 # verb -> (module, what it does); each module has main(arguments) -> exit status
 VERBS = {
@@ -58,7 +58,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:  # also while a verb is still being imported
         print("lipexp: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as in `lipexp report | head`
+    except (BrokenPipeError, ScreenClosed):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     finally:

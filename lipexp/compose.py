@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf._utils import get_omega_conf_dumper
 
 from lipexp.config import ConfigError
+from lipexp.interrupts import hold_interrupts
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Composer:
         ConfigError: it asks for what a stack cannot do.
     """
 
+    @hold_interrupts()
     def __init__(self, loader: ConfigLoaderImpl, master: DictConfig) -> None:
         _check_chdir(master.hydra.job.chdir)
         self.loader = loader
@@ -81,6 +83,7 @@ class Composer:
         self._parsed: dict[str, Override] = {}
         self._bases: dict[tuple[str, ...], DictConfig] = {}
 
+    @hold_interrupts()
     def job(self, index: int, overrides: Sequence[str]) -> Job:
         """The job number `index` of the sweep.
 

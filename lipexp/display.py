@@ -6,7 +6,7 @@ On a terminal a live bar; otherwise plain lines, one for each checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,8 +16,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from lipexp.interrupts import ScreenClosed
 from lipexp.runs import METRICS
 from lipexp.wording import above, below, count, gradient_line, interval_line, robustness_line, rounded, shown_path
+
+
+class Screen(Console):
+    """rich's console; when its reader goes it raises ScreenClosed, and is silent from then on."""
+
+    def on_broken_pipe(self) -> None:
+        with suppress(SystemExit):
+            super().on_broken_pipe()
+        raise ScreenClosed
 
 
 class Display:
@@ -28,7 +38,7 @@ class Display:
     """
 
     def __init__(self, brief: bool = False, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or Screen(highlight=False)
         self.brief = brief
         self.step = 0
         self._bar: Progress | None = None
@@ -106,7 +116,7 @@ class Display:
 @contextmanager
 def composing(jobs: int, console: Console | None = None) -> Iterator[Callable[[], None]]:
     """Shows on a terminal how many jobs of a sweep are composed; yields what is to be called after each."""
-    console = console or Console()
+    console = console or Screen()
     columns = (TextColumn("composing the jobs"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=jobs)
@@ -120,7 +130,7 @@ class SweepDisplay:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or Screen(highlight=False)
         self._bars: Progress | None = None
         self._tasks: dict[int, TaskID] = {}
         self._runs: Sequence[int] = []

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from hydra.core.utils import env_override
 
@@ -23,7 +15,7 @@ from lipexp.config import one_line
 from lipexp.display import StackDisplay, SweepDisplay
 from lipexp.interrupts import find_lost_interrupts
 from lipexp.runs import RunFolder
-from lipexp.workers import CONTEXT, prepare_workers, stop_workers
+from lipexp.workers import Done, Worker, WorkerDied, crew, tell, wait_for
 
 if TYPE_CHECKING:
     from lipexp.slurm import Cluster
@@ -67,8 +59,9 @@ def execute(
             for jobs in stacks:
                 finish(jobs)
         elif workers is not None:
-            for jobs in _in_processes(stacks, min(workers, len(stacks)), display):
-                finish(jobs)
+            with closing(_in_processes(stacks, min(workers, len(stacks)), display)) as ended:
+                for jobs in ended:
+                    finish(jobs)
 
 
 def train_stack(jobs: Sequence[Job], display: StackDisplay) -> None:
@@ -91,7 +84,7 @@ def _train_stack(jobs: Sequence[Job], display: StackDisplay) -> None:
         with find_lost_interrupts():
             members = [build(job.resolved, job.choices) for job in jobs]
             train_many(members, folders, display, figures=False)
-    except Exception as error:  # a user's class may raise anything
+    except (Exception, SystemExit) as error:  # a user's class may raise anything
         if len(jobs) == 1:
             (folders[0].path / "train.log").write_text(traceback.format_exc())
             folders[0].write_failure(one_line(error), display.step)
@@ -101,150 +94,64 @@ def _train_stack(jobs: Sequence[Job], display: StackDisplay) -> None:
                 _train_stack([job], display)
 
 
-class WorkerDied(Exception):
-    """A worker process ended before its task: by the hand of a class of the user's, or of the system."""
-
-
-class Worker:
-    """A worker process, which does one task after the other; the death of another one does not concern it.
-
-    Args:
-        update: called here with each message that the tasks send.
-    """
-
-    def __init__(self, update: Callable[..., None] = lambda *message: None) -> None:
-        prepare_workers()
-        messages, self._sender = CONTEXT.Pipe(duplex=False)
-        self._listener = threading.Thread(target=_listen, args=(messages, update), daemon=True)
-        self._listener.start()
-        # The server may have started before this process got all of its environment.
-        self._pool = ProcessPoolExecutor(1, CONTEXT, _start_worker, (self._sender, dict(os.environ)))
-
-    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[tuple[Result, float]]:
-        """Its result, and the CPU seconds that it took; BrokenProcessPool if the process dies."""
-        future = self._pool.submit(_measured, function, *arguments)
-        self._sender.close()  # the process has begun, and holds the only other one: its death ends the listener
-        return future
-
-    def end(self) -> None:
-        """Waits until all messages have arrived."""
-        with suppress(BrokenProcessPool):
-            self._pool.submit(_send, None)
-        self._pool.shutdown()
-        self._listener.join()
-
-    def kill(self) -> None:
-        for process in list((self._pool._processes or {}).values()):
-            process.kill()
-        self._pool.shutdown()
-        self._listener.join(timeout=1)  # what a class of the user's has forked may hold a sender, too
-
-
-@contextmanager
-def _crew() -> Iterator[list[Worker]]:
-    """The workers that the body adds to a list. They end with it; at once, if it is interrupted or fails."""
-    crew: list[Worker] = []
-    try:
-        yield crew
-    except BaseException:
-        stop_workers()
-        for worker in crew:
-            worker.kill()
-        raise
-    for worker in crew:
-        worker.end()
-
-
 def in_worker(function: Callable[..., Result], *arguments: Any) -> Result:
     """function(*arguments), in a worker process.
 
     Raises:
         WorkerDied: it did not come back.
     """
-    with _crew() as crew:
-        crew.append(Worker())
-        with suppress(BrokenProcessPool):
-            result, seconds = crew[0].submit(function, *arguments).result()
-            spent.append(seconds)
-            return result
-        crew.clear()
-    raise WorkerDied
+    with crew() as workers:
+        workers.append(worker := Worker())
+        worker.begin(function, *arguments)
+        while True:
+            wait_for([worker])
+            answer = worker.answer()
+            if isinstance(answer, Done):
+                spent.append(answer.seconds)
+                return cast(Result, answer.result)
 
 
-def _measured(function: Callable[..., Result], *arguments: Any) -> tuple[Result, float]:
-    """The result, and the CPU seconds that it took, the imports of this worker not included."""
-    started = time.process_time()
-    return function(*arguments), time.process_time() - started
-
-
-def _in_processes(stacks: Sequence[Sequence[Job]], workers: int, display: SweepDisplay) -> Iterator[Sequence[Job]]:
+def _in_processes(
+    stacks: Sequence[Sequence[Job]], processes: int, display: SweepDisplay
+) -> Generator[Sequence[Job]]:
     """Yields the jobs of each stack when it has ended, or its worker has died."""
     # The largest first: so the processes end at about the same time.
     waiting = deque(sorted(range(len(stacks)), key=lambda number: -len(stacks[number])))
-    running: dict[Future[Any], tuple[int, Worker]] = {}
-    with _crew() as crew:
+    busy: dict[Worker, int] = {}  # with which stack
+    with crew() as workers:
 
-        def begin(worker: Worker | None) -> None:
-            if worker is None:
-                crew.append(worker := Worker(display.update))
-            number = waiting.popleft()
-            running[worker.submit(_work, number, list(stacks[number]))] = number, worker
+        def begin(worker: Worker) -> None:
+            busy[worker] = number = waiting.popleft()
+            worker.begin(_work, number, list(stacks[number]))
 
-        for _ in range(workers):
-            begin(None)
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                number, worker = running.pop(future)
-                died = isinstance(future.exception(), BrokenProcessPool)
-                if died:
+        for _ in range(processes):
+            workers.append(Worker())
+            begin(workers[-1])
+        while busy:
+            for worker in wait_for(list(busy)):
+                try:
+                    answer = worker.answer()
+                except WorkerDied:
+                    workers.remove(worker)
+                    number = busy.pop(worker)
                     display.died(number)
-                    crew.remove(worker)
-                else:
-                    _, seconds = future.result()
-                    spent.append(seconds)
+                    if waiting:
+                        workers.append(Worker())
+                        begin(workers[-1])
+                    yield stacks[number]
+                    continue
+                if not isinstance(answer, Done):
+                    display.update(*answer)
+                    continue
+                spent.append(answer.seconds)
+                number = busy.pop(worker)
                 if waiting:
-                    begin(None if died else worker)
+                    begin(worker)
                 yield stacks[number]
 
 
-def _listen(messages: Connection, update: Callable[..., None]) -> None:
-    """Hands on what a worker sends, until None, or its death."""
-    with suppress(EOFError):
-        while (message := messages.recv()) is not None:
-            update(*message)
-
-
-_sender: Any = None  # of the messages of this worker
-
-
-def _send(message: tuple[Any, ...] | None) -> None:
-    _sender.send(message)
-
-
-def _start_worker(sender: Connection, environment: Mapping[str, str]) -> None:
-    """This worker has the environment of its parent, and ends when that does, however it ended.
-
-    Ctrl-C is left to the parent. But it is not blocked here, and not ignored: what a class of the user's starts
-    would inherit that, and go on for ever.
-    """
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    global _sender
-    _sender = sender
-    os.environ.clear()
-    os.environ.update(environment)
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def _work(number: int, jobs: Sequence[Job]) -> None:
-    """Train one stack."""
-    display = StackDisplay(lambda *message: _send(message), number)
+    """Train one stack, in a worker."""
+    display = StackDisplay(lambda *message: tell(message), number)
     train_stack(jobs, display)
     display.done()

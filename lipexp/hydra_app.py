@@ -52,8 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     def task(config: DictConfig) -> None:
         # Not raised: Hydra would print a page, and of a sweep only the first failure.
         try:
-            with admit_interrupts():
-                run_one(config)
+            run_one(config)
         except RunFailed as error:
             failures.append(error)
 
@@ -75,6 +74,7 @@ def main(arguments: Sequence[str]) -> int:
         complain(explain(error))
         return 2
     except KeyboardInterrupt:
+        RefuseEarly.release()
         complain("interrupted")
         return INTERRUPTED
     for failure in failures:
@@ -88,16 +88,27 @@ def run_one(config: DictConfig) -> None:
     Raises:
         RunFailed: it ended without a result; failed.json is written.
     """
+    running = HydraConfig.get()
+    output = os.path.relpath(running.runtime.output_dir)
+    folder = RunFolder(Path(running.runtime.output_dir if output.startswith("..") else output))
+    try:
+        with admit_interrupts(), find_lost_interrupts():
+            _train(config, running, folder)
+    except KeyboardInterrupt:
+        if not folder.ended:
+            folder.write_failure("interrupted", step=0)
+        raise
+
+
+def _train(config: DictConfig, running: Any, folder: RunFolder) -> None:
     with quick_imports():
         from lipexp.display import Display
         from lipexp.train import build, train_many
         from lipexp.wording import broken_bound
 
-    running = HydraConfig.get()
-    output = os.path.relpath(running.runtime.output_dir)
-    folder = RunFolder(Path(running.runtime.output_dir if output.startswith("..") else output))
     try:
-        member = build(config, running.runtime.choices)
+        with find_lost_interrupts():
+            member = build(config, running.runtime.choices)
     except ConfigError as error:  # a job of a sweep; a single run was refused before it had a folder
         folder.write_failure(str(error), step=0)
         raise RunFailed(f"{error} ({folder.path})") from None
@@ -111,7 +122,7 @@ def run_one(config: DictConfig) -> None:
         if not folder.complete:
             folder.write_failure("interrupted", display.step)
         raise
-    except Exception as error:  # a user's class may raise anything: the run fails, with its traceback in the log
+    except (Exception, SystemExit) as error:  # a user's class may raise anything
         reason = one_line(error)
         log.exception("the run ended with an error")
         folder.write_failure(reason, display.step)
@@ -140,7 +151,7 @@ class RefuseEarly(Callback):
             if config.get("resume"):  # a replayed configuration may lack it
                 raise ConfigError("resume", "true", "continues a sweep, which needs -m")
             own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-            with admit_interrupts():
+            with admit_interrupts(), find_lost_interrupts():
                 build(own, config.hydra.runtime.choices)
             self.claim("hydra.run.dir", Path(config.hydra.run.dir))
         except ConfigError as error:

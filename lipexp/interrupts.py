@@ -18,13 +18,18 @@ INTERRUPTED = 130  # the exit status
 _holding = 0  # how many `hold_interrupts` there are around this place
 _waiting = False  # one has come meanwhile
 _raised = False  # one has been raised
+_ignoring = 0  # how many `ignore_interrupts` there are around this place
+
+
+class ScreenClosed(BaseException):
+    """The reader of our output has gone, as in `lipexp train | head`. No error of a run, and so no Exception."""
 
 
 @contextmanager
 def orderly_interrupts() -> Iterator[None]:
     """Ctrl-C heeds the other functions of this module while the body runs."""
-    global _holding, _waiting, _raised
-    _holding, _waiting, _raised = 0, False, False
+    global _holding, _waiting, _raised, _ignoring
+    _holding, _waiting, _raised, _ignoring = 0, False, False, 0
     mine = threading.current_thread() is threading.main_thread()
     if not (mine and signal.getsignal(signal.SIGINT) is signal.default_int_handler):  # it is ignored, say
         yield
@@ -33,7 +38,8 @@ def orderly_interrupts() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # After one, another ends what is still alive, without a word.
+        signal.signal(signal.SIGINT, signal.SIG_DFL if _raised else signal.default_int_handler)
 
 
 @contextmanager
@@ -62,6 +68,17 @@ def admit_interrupts() -> Iterator[None]:
 
 
 @contextmanager
+def ignore_interrupts() -> Iterator[None]:
+    """Ctrl-C does nothing in the body: for the work of a moment that must not be done by halves."""
+    global _ignoring
+    _ignoring += 1
+    try:
+        yield
+    finally:
+        _ignoring -= 1
+
+
+@contextmanager
 def find_lost_interrupts() -> Iterator[None]:
     """An interrupt that became another error on its way through the body, or was swallowed there, is one again."""
     try:
@@ -76,6 +93,8 @@ def find_lost_interrupts() -> Iterator[None]:
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
     global _waiting, _raised
+    if _ignoring:
+        return
     if _holding and not _waiting:
         _waiting = True
         return

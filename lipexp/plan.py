@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,11 +17,12 @@ from hydra.core.utils import env_override
 
 from lipexp.compose import Job
 from lipexp.config import ConfigError, one_line
-from lipexp.executors import WorkerDied, in_worker
+from lipexp.executors import in_worker
 from lipexp.imports import quick_imports
 from lipexp.interrupts import find_lost_interrupts
 from lipexp.options import Options
 from lipexp.runs import write_file
+from lipexp.workers import WorkerDied
 
 RECORD = "sweep.json"  # the jobs and their split into stacks
 DIED = "its worker process died while its classes were made, of too little memory perhaps"
@@ -121,15 +123,16 @@ def make_plan(jobs: Sequence[Job], options: Options) -> Plan:
 
 
 def _check_in_worker(jobs: Sequence[Job], options: Options) -> Checked:
-    """`check`, in a worker process. A job whose classes end their process is refused as well."""
-    try:
+    """`check`, in a worker process. A job whose classes end their process, twice, is refused as well."""
+    with suppress(WorkerDied):
         return in_worker(check, jobs, options)
-    except WorkerDied:
-        if len(jobs) == 1:
-            return Checked({}, {jobs[0].index: DIED}, sys.maxsize)
-        half = len(jobs) // 2
-        one, two = (_check_in_worker(part, options) for part in (jobs[:half], jobs[half:]))
-        return Checked(one.needs | two.needs, one.refused | two.refused, min(one.free, two.free))
+    if len(jobs) == 1:
+        with suppress(WorkerDied):
+            return in_worker(check, jobs, options)
+        return Checked({}, {jobs[0].index: DIED}, sys.maxsize)
+    half = len(jobs) // 2
+    one, two = (_check_in_worker(part, options) for part in (jobs[:half], jobs[half:]))
+    return Checked(one.needs | two.needs, one.refused | two.refused, min(one.free, two.free))
 
 
 def check(jobs: Sequence[Job], options: Options) -> Checked:

@@ -25,7 +25,7 @@ from lipexp.compose import Composer, Job
 from lipexp.config import ConfigError
 from lipexp.display import SweepDisplay, composing
 from lipexp.executors import execute
-from lipexp.interrupts import admit_interrupts
+from lipexp.interrupts import admit_interrupts, find_lost_interrupts, hold_interrupts
 from lipexp.options import Options
 from lipexp.plan import RECORD, Plan, digest, make_plan
 from lipexp.runs import RunFolder, SweepFailed, flat, write_csv, write_file
@@ -52,6 +52,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
+@hold_interrupts()
 def write_record(folder: Path, master: DictConfig) -> None:
     """multirun.yaml, the configuration of a sweep as Hydra's own sweeper writes it; the first call's stays."""
     if not (folder / MULTIRUN).exists():
@@ -92,6 +93,7 @@ class Sweep:
     Args:
         callbacks: Hydra's, told of the jobs.
         master: the configuration of the sweep itself, to be written down.
+        resumed_in: the hydra.sweep.dir with which the command continues it; None: its own folder.
     """
 
     def __init__(
@@ -102,10 +104,12 @@ class Sweep:
         resume: bool,
         callbacks: JobCallbacks | None = None,
         master: DictConfig | None = None,
+        resumed_in: Path | None = None,
     ) -> None:
         self.jobs = {job.index: job for job in jobs}
         self.folder, self.options, self.resume = folder, options, resume
         self.callbacks, self.master = callbacks, master
+        self.resumed_in = resumed_in or folder
         self.cluster: Cluster | None = None
 
     def run(self) -> list[End]:
@@ -118,7 +122,7 @@ class Sweep:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / LOCK).exists():
             self._check_use()  # before the lock is made: what is not ours stays as it is
-        with exclusive(self.folder), admit_interrupts():
+        with exclusive(self.folder):
             used = self._check_use()
             if self.options.executor == "slurm":
                 self.cluster = Cluster(self.folder, self.options.slurm, self.options.workers)
@@ -211,7 +215,7 @@ class Sweep:
         if missing and self.cluster is None:
             lines.append(
                 f"{missing} jobs are missing: a worker process died, of too little memory perhaps; "
-                f"hydra.sweep.dir={self.folder} resume=true trains them"
+                f"hydra.sweep.dir={self.resumed_in} resume=true trains them"
             )
         return lines
 
@@ -257,6 +261,8 @@ class Sweep:
         return plan
 
 
+@admit_interrupts()
+@find_lost_interrupts()
 def launch(
     context: HydraContext,
     task: TaskFunction,
@@ -297,8 +303,6 @@ def launch(
         for number, overrides in enumerate(job_overrides):
             jobs.append(composer.job(number, overrides))
             composed()
-            with admit_interrupts():  # of those that came meanwhile
-                pass
     _check_folders(jobs)
     resume = bool(OmegaConf.select(master, "resume"))
     callbacks = JobCallbacks(context.callbacks, task, master)

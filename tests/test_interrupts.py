@@ -14,7 +14,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lipexp.interrupts import admit_interrupts, find_lost_interrupts, hold_interrupts, orderly_interrupts
+from lipexp.interrupts import (
+    admit_interrupts,
+    find_lost_interrupts,
+    hold_interrupts,
+    ignore_interrupts,
+    orderly_interrupts,
+)
 
 
 def interrupt() -> None:
@@ -27,7 +33,7 @@ def orderly() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with orderly_interrupts():
         yield
-    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.SIG_DFL  # the next one ends what is still alive
 
 
 @pytest.mark.usefixtures("orderly")
@@ -94,10 +100,20 @@ def test_a_lost_interrupt_is_found(lose):
         lose()
 
 
-@pytest.mark.usefixtures("orderly")
 def test_other_errors_stay_what_they_are():
-    with pytest.raises(ValueError, match="mine"), find_lost_interrupts():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with orderly_interrupts(), pytest.raises(ValueError, match="mine"), find_lost_interrupts():
         raise ValueError("mine")
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("orderly")
+def test_an_interrupt_is_ignored_where_nothing_may_be_done_by_halves():
+    with ignore_interrupts():
+        interrupt()
+        interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
 
 
 def test_elsewhere_an_interrupt_is_pythons_own():

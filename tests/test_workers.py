@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 
 from lipexp import cli, hydra_app, workers
-from lipexp.executors import WorkerDied, in_worker
+from lipexp.executors import in_worker
+from lipexp.workers import WorkerDied
 
 TINY = ("experiment=debug", "device=cpu", "steps=2", "dataset.n_train=64", "dataset.n_test=32", "batch_size=32")
 
@@ -101,6 +102,57 @@ def test_the_death_of_a_worker_leaves_the_other_stacks_alone(workers, tmp_path):
     assert statuses(tmp_path) == ["missing"] * 2 + ["ok"] * 4
 
 
+@pytest.mark.parametrize("executor", ["inline", "process"])
+def test_sys_exit_while_a_job_trains_fails_that_job(executor, tmp_path):
+    code = "import sys, torch\nclass Leaving(torch.nn.Module):\n    def forward(self, x):\n        sys.exit(0)\n"
+    activation(tmp_path, "leaving", code)
+    done = run(tmp_path, "act=leaving,relu", "constraint=none", "seed=0", f"hydra.launcher.executor={executor}")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("lipexp: SystemExit: 0 (traceback in ")
+    assert statuses(tmp_path) == ["failed", "ok"]
+
+
+@pytest.mark.parametrize("executor", ["inline", "process"])
+def test_output_that_nobody_reads_fails_no_job(executor, tmp_path):
+    lipexp = str(Path(sys.executable).with_name("lipexp"))
+    command = [lipexp, "train", "-m", *TINY, "act=relu,abs,maxmin", f"hydra.launcher.executor={executor}"]
+    reader, writer = os.pipe()
+    with subprocess.Popen(
+        [*command, "hydra.launcher.workers=1", "hydra.sweep.dir=s"],
+        cwd=tmp_path,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as sweep:
+        os.close(writer)
+        os.read(reader, 1)
+        os.close(reader)
+        _, err = sweep.communicate(timeout=60)
+    assert (sweep.returncode, err) == (1, "")
+    assert "failed" not in statuses(tmp_path)
+
+
+def test_what_a_class_of_the_users_leaves_behind_does_not_hold_up_the_end(tmp_path):
+    """A thread that goes on, and a process that has inherited all connections."""
+    code = "import os, pathlib, threading, time, torch\nclass Leaving(torch.nn.ReLU):\n    def __init__(self):\n"
+    code += "        super().__init__()\n        threading.Thread(target=time.sleep, args=(1000,)).start()\n"
+    code += "        if os.fork() == 0:\n            pathlib.Path(f'{os.getpid()}.left').touch()\n"
+    code += "            time.sleep(1000)\n            os._exit(0)\n"
+    activation(tmp_path, "leaving", code)
+    try:
+        with (tmp_path / "out").open("w") as out:
+            lipexp = str(Path(sys.executable).with_name("lipexp"))
+            command = [lipexp, "train", "-m", "-cd", ".", cli.PROCESSES, *TINY, "hydra.sweep.dir=s", "act=leaving"]
+            command += ["constraint=none", "seed=0,1"]
+            done = subprocess.run(command, cwd=tmp_path, stdout=out, stderr=out, timeout=200, check=False)
+    finally:
+        for left in tmp_path.glob("*.left"):
+            os.kill(int(left.stem), signal.SIGKILL)
+    assert done.returncode == 0
+    assert statuses(tmp_path) == ["ok", "ok"]
+
+
 def test_a_job_whose_constructor_ends_the_process_fails_alone(tmp_path):
     code = "import os, torch\nclass Exiting(torch.nn.ReLU):\n    def __init__(self, at):\n"
     code += "        super().__init__()\n        if at == 3:\n            os._exit(3)\n"
@@ -132,10 +184,39 @@ def test_ctrl_c_while_jobs_are_checked_ends_at_once(tmp_path):
     assert not list(tmp_path.glob("s/sweep.json"))
 
 
+def test_the_death_of_the_server_is_made_good():
+    from multiprocessing import forkserver
+
+    workers.prepare_workers()
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+    assert in_worker(imported, "torch") == [True]
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.05, 0.2])
+def test_ctrl_c_twice_is_no_traceback(pause, tmp_path):
+    lipexp = str(Path(sys.executable).with_name("lipexp"))
+    command = [lipexp, "train", "-m", "seed=0,1", cli.PROCESSES, *TINY, "steps=1000000", "hydra.sweep.dir=s"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as sweep:
+        end = time.monotonic() + 60
+        while not list(tmp_path.glob("s/*/.hydra")):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        for _ in range(2):
+            os.killpg(sweep.pid, signal.SIGINT)
+            time.sleep(pause)
+        _, err = sweep.communicate(timeout=60)
+    assert sweep.returncode in (130, -signal.SIGINT)
+    assert err in ("lipexp: interrupted\n", "")
+
+
 def test_ctrl_c_ends_what_a_class_of_the_users_has_started(tmp_path):
     """On a terminal it goes to all of them; who blocks or ignores it hands that down to what it starts."""
-    code = "import pathlib, subprocess, time\nclass Parent:\n    def __init__(self):\n"
+    code = "import os, pathlib, subprocess, time\nclass Parent:\n    def __init__(self):\n"
     code += "        child = subprocess.Popen(['sleep', '1000'])\n"
+    code += "        if os.fork() == 0:\n            time.sleep(1000)\n            os._exit(0)\n"
     activation(
         tmp_path, "parent", code + "        pathlib.Path('begun').write_text('.')\n        time.sleep(1000)\n"
     )

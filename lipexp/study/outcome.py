@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from lipexp.imports import quick_imports
 from lipexp.runs import write_file
 from lipexp.study.space import Axis, Space
 from lipexp.wording import shown_path
@@ -44,8 +45,9 @@ def importances(study: Study) -> dict[str, float]:
 
     Reference: Hutter, Hoos and Leyton-Brown 2014, "An efficient approach for assessing hyperparameter importance".
     """
-    from optuna.exceptions import ExperimentalWarning
-    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+    with quick_imports():
+        from optuna.exceptions import ExperimentalWarning
+        from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     values = {trial.value for trial in study.trials if trial.value is not None}
     if len(values) < 2:
@@ -113,9 +115,10 @@ def write_best(folder: Path, study: Study, space: Space, metric: str, is_group: 
 
 def write_picture(folder: Path, study: Study, space: Space, metric: str) -> Path:
     """search.png: the values in the order of the trials, and along each axis; returns the file."""
-    from optuna.study import StudyDirection
+    with quick_imports():
+        from optuna.study import StudyDirection
 
-    from lipexp.figures.style import BLUE, GREY, ORANGE, look, panels
+        from lipexp.figures.style import BLUE, GREY, ORANGE, look, panels
 
     trials = [trial for trial in study.trials if trial.value is not None]
     values = np.array([float(trial.value or 0) for trial in trials])

@@ -17,11 +17,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import env_override
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, flag_override
-from rich.console import Console
 
 from lipexp.callbacks import JobCallbacks
 from lipexp.compose import Composer, Job
 from lipexp.config import ConfigError, no_such, plain
+from lipexp.display import Screen
+from lipexp.imports import quick_imports
+from lipexp.interrupts import admit_interrupts, find_lost_interrupts, hold_interrupts
 from lipexp.options import Options as LauncherOptions
 from lipexp.runs import RunFolder, SweepFailed, flat, write_csv
 from lipexp.slurm import check_machine
@@ -41,6 +43,8 @@ NAME = "lipexp"  # of the study in the database
 ROUNDS, DEFINITION, REASONS = "rounds", "definition", "reasons"  # what the database is told besides
 
 
+@admit_interrupts()
+@find_lost_interrupts()
 def search(
     context: HydraContext,
     task: TaskFunction,
@@ -119,7 +123,7 @@ class Search:
         self.callbacks = callbacks
         self.loader, self.master, self.space, self.options = loader, master, space, options
         self.metric, self.shared, self.launcher, self.folder, self.study = metric, shared, launcher, folder, study
-        self.console = Console(highlight=False)
+        self.console = Screen(highlight=False)
         self.rows: list[dict[str, Any]] = []
         self.ends: list[End] = []
 
@@ -170,7 +174,8 @@ class Search:
         composer = Composer(self.loader, _in_folder(self.master, folder))
         lines = [job for trial in trials for job in self.space.jobs(trial.params)]
         jobs = [composer.job(index, overrides) for index, overrides in enumerate(lines)]
-        sweep = Sweep(jobs, folder, replace(self.launcher, table=False), resume=True, callbacks=self.callbacks)
+        launcher = replace(self.launcher, table=False)
+        sweep = Sweep(jobs, folder, launcher, True, self.callbacks, resumed_in=self.folder)
         try:
             ends = sweep.run()
         except SweepFailed:  # such trials are ordinary; what is missing is not
@@ -221,7 +226,8 @@ def _completed(study: Study) -> list[FrozenTrial]:
 
 def _check_optuna() -> None:
     try:
-        import optuna
+        with quick_imports():
+            import optuna
     except ImportError:
         allowed = "needs optuna: pip install 'lipexp[search]'"
         raise ConfigError("hydra/sweeper", "search", allowed) from None
@@ -253,8 +259,9 @@ def _goal(options: Options, composer: Composer, space: Space, probe: Job) -> tup
     Raises:
         ConfigError: there is none, or the direction is not known.
     """
-    from lipexp.display import StackDisplay
-    from lipexp.train import build, train_many
+    with quick_imports():
+        from lipexp.display import StackDisplay
+        from lipexp.train import build, train_many
 
     with env_override(probe.env), tempfile.TemporaryDirectory() as folder:
         member = build(probe.resolved, probe.choices, here=False)
@@ -274,7 +281,8 @@ def _goal(options: Options, composer: Composer, space: Space, probe: Job) -> tup
 
 def shared_axes(composer: Composer, space: Space) -> list[str]:
     """The axes along which the signature of a run changes: trials that differ there cannot share a stack."""
-    from lipexp.train import build, signature
+    with quick_imports():
+        from lipexp.train import build, signature
 
     def found(values: Mapping[str, str]) -> str | None:
         job = composer.job(0, space.probe(values))
@@ -344,6 +352,7 @@ def _sampler(options: Options, number: int, fixed: Mapping[str, Any]) -> BaseSam
         return PartialFixedSampler(dict(fixed), free) if fixed else free
 
 
+@hold_interrupts()
 def _in_folder(master: DictConfig, folder: Path) -> DictConfig:
     """The configuration of a search as that of a sweep in `folder`."""
     own = copy.deepcopy(master)
