@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing import connection, forkserver, resource_tracker
 from typing import Any, NamedTuple
 
-from lipexp.interrupts import ignore_interrupts
+from lipexp.interrupts import hold_interrupts, ignore_interrupts
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = ["lipexp.preload"]
@@ -33,7 +33,7 @@ def begin_workers() -> None:
     """
     CONTEXT.set_forkserver_preload(PRELOAD)
     resource_tracker.ensure_running()  # the server would start it, and let Ctrl-C in again
-    with _no_interrupt():  # it and all workers keep this: Ctrl-C is left to their parent
+    with hold_interrupts(), _no_interrupt():  # it and all workers keep this: Ctrl-C is left to their parent
         forkserver.ensure_running()
 
 
@@ -46,9 +46,13 @@ def prepare_workers() -> None:
     try:
         begin_workers()
     except OSError as error:  # of a socket in a folder with a long name, for one
-        from lipexp.config import ConfigError  # which takes longer to import than all of this module
+        raise _no_process(error) from None
 
-        raise ConfigError("hydra.launcher.executor", "process", f"cannot start a process here: {error}") from None
+
+def _no_process(error: Exception) -> Exception:
+    from lipexp.config import ConfigError  # which takes longer to import than all of this module
+
+    return ConfigError("hydra.launcher.executor", "process", f"cannot start a process here: {error}")
 
 
 def stop_workers() -> None:
@@ -95,7 +99,6 @@ class Worker:
     """A process that does one task after the other; the death of another one does not concern it.
 
     Raises:
-        WorkerDied: it does not begin.
         ConfigError: this machine starts none.
     """
 
@@ -106,8 +109,8 @@ class Worker:
             stop_workers()
             try:
                 self._start()
-            except (OSError, EOFError):
-                raise WorkerDied from None
+            except (OSError, EOFError) as error:
+                raise _no_process(error) from None
 
     def _start(self) -> None:
         prepare_workers()
@@ -147,10 +150,10 @@ class Worker:
     def end(self, seconds: float = 0.0) -> None:
         """Wait for its end so long, then kill it."""
         self._process.join(seconds)
-        # What multiprocessing knows of it may be wrong, if the server has died.
-        if self._process.exitcode is None or self._process.exitcode == NOT_KNOWN:
+        if self._process.exitcode in (None, NOT_KNOWN):
+            assert self._process.pid is not None
             with suppress(ProcessLookupError):
-                os.kill(self._process.pid or 0, signal.SIGKILL)
+                os.kill(self._process.pid, signal.SIGKILL)
             self._process.join(GRACE)
         self._answers.close()
 
@@ -209,17 +212,26 @@ def _serve(tasks: Any, environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    while (task := tasks.recv()) is not None:
-        function, arguments = task
-        started = time.process_time()
-        try:
-            answer: Done | Failed = Done(function(*arguments), time.process_time() - started)
-        except BaseException as error:
-            answer = Failed(error)
-        try:
-            tasks.send(answer)
-        except (pickle.PicklingError, TypeError, AttributeError):
-            tasks.send(Failed(RuntimeError(repr(answer))))
+    with suppress(EOFError, OSError):  # of a parent that has gone
+        while (task := tasks.recv()) is not None:
+            tasks.send(_answer(*task))
+
+
+def _answer(function: Callable[..., Any], arguments: Sequence[Any]) -> Done | Failed:
+    started = time.process_time()
+    try:
+        return Done(function(*arguments), time.process_time() - started)
+    except BaseException as error:
+        return Failed(error if _can_be_sent(error) else RuntimeError(repr(error)))
+
+
+def _can_be_sent(error: BaseException) -> bool:
+    """Errors with arguments of their own often cannot be made again from what they were sent as."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
 
 
 def _end_with_parent() -> None:

@@ -58,6 +58,23 @@ def test_a_worker_has_the_environment_of_now(monkeypatch):
     assert in_worker(os.getenv, "SET_LATER") == "yes"
 
 
+class Unsendable(Exception):
+    def __init__(self, one, two):
+        super().__init__("both")
+
+
+def raising(error):
+    raise Unsendable(1, 2) if error == "unsendable" else error
+
+
+def test_what_a_task_raises_is_raised_here():
+    with pytest.raises(OSError, match="full") as raised:
+        in_worker(raising, OSError(28, "full"))
+    assert raised.value.errno == 28
+    with pytest.raises(RuntimeError, match=r"Unsendable\('both'\)"):
+        in_worker(raising, "unsendable")
+
+
 def test_the_death_of_a_worker_is_told():
     with pytest.raises(WorkerDied):
         in_worker(os._exit, 3)
@@ -216,10 +233,8 @@ def test_ctrl_c_ends_what_a_class_of_the_users_has_started(tmp_path):
     """On a terminal it goes to all of them; who blocks or ignores it hands that down to what it starts."""
     code = "import os, pathlib, subprocess, time\nclass Parent:\n    def __init__(self):\n"
     code += "        child = subprocess.Popen(['sleep', '1000'])\n"
-    code += "        if os.fork() == 0:\n            time.sleep(1000)\n            os._exit(0)\n"
-    activation(
-        tmp_path, "parent", code + "        pathlib.Path('begun').write_text('.')\n        time.sleep(1000)\n"
-    )
+    code += "        if os.fork() == 0:\n            pathlib.Path('begun').touch()\n"
+    activation(tmp_path, "parent", code + "        time.sleep(1000)\n")
     lipexp = str(Path(sys.executable).with_name("lipexp"))
     command = [lipexp, "train", "-m", "-cd", ".", "act=parent", "seed=0,1", cli.PROCESSES]
     pipe = subprocess.PIPE
