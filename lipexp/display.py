@@ -136,7 +136,6 @@ class SweepDisplay:
         self._runs: Sequence[int] = []
         self._steps: dict[int, int] = {}
         self._live: dict[int, str] = {}
-        self._dead: set[int] = set()
 
     def header(
         self, jobs: int, done: int, stacks: Sequence[int], run_bytes: int = 0, processes: int | None = None
@@ -177,8 +176,6 @@ class SweepDisplay:
 
     def update(self, number: int, step: int, total: int | None, live: str | None, done: bool = False) -> None:
         """Stack `number` has finished `step` steps; `done`: and written all its results."""
-        if number in self._dead:  # the message took longer than the end of its process
-            return
         self._steps[number] = step
         if live is not None:
             self._live[number] = live
@@ -198,7 +195,6 @@ class SweepDisplay:
 
     def died(self, number: int) -> None:
         """The process that trained stack `number` has died."""
-        self._dead.add(number)
         if self._bars is not None and number in self._tasks:
             self._bars.remove_task(self._tasks.pop(number))
         self.say("its worker process died, of too little memory perhaps", number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from hydra.core.utils import env_override
@@ -103,17 +103,19 @@ def in_worker(function: Callable[..., Result], *arguments: Any) -> Result:
     with crew() as workers:
         workers.append(worker := Worker())
         worker.begin(function, *arguments)
-        while True:
-            wait_for([worker])
-            answer = worker.answer()
-            if isinstance(answer, Done):
-                spent.append(answer.seconds)
-                return cast(Result, answer.result)
+        with suppress(WorkerDied):
+            while True:
+                wait_for([worker])
+                answer = worker.answer()
+                if isinstance(answer, Done):
+                    spent.append(answer.seconds)
+                    return cast(Result, answer.result)
+    raise WorkerDied
 
 
 def _in_processes(
     stacks: Sequence[Sequence[Job]], processes: int, display: SweepDisplay
-) -> Generator[Sequence[Job]]:
+) -> Generator[Sequence[Job], None, None]:
     """Yields the jobs of each stack when it has ended, or its worker has died."""
     # The largest first: so the processes end at about the same time.
     waiting = deque(sorted(range(len(stacks)), key=lambda number: -len(stacks[number])))
@@ -132,6 +134,7 @@ def _in_processes(
                 try:
                     answer = worker.answer()
                 except WorkerDied:
+                    worker.end()  # if it was its server that died
                     workers.remove(worker)
                     number = busy.pop(worker)
                     display.died(number)

@@ -29,7 +29,6 @@ def test_a_terminal_shows_a_bar_for_each_stack_that_trains(tmp_path, monkeypatch
         display.update(0, 100, None, None, True)
         assert [task.description for task in display._bars.tasks] == ["stack 2 of 2, 2 runs"]
         display.died(1)
-        display.update(1, 50, None, None)  # on its way when its process died
         assert not display._bars.tasks
     console.file.close()
     text = console.export_text()
