@@ -98,10 +98,13 @@ class StackTask:
         self.rest = missing(self.jobs)
         self.reporter = Reporter(Progress.file(self.folder, environment.job_id))
         _let_nothing_catch(signal.Signals[f"SIG{environment.USR_SIG}"])
-        if self.rest:
-            display = StackDisplay(self.reporter.update, 0)
-            train_stack(self.rest, display)
-            display.done()
+        try:
+            if self.rest:
+                display = StackDisplay(self.reporter.update, 0)
+                train_stack(self.rest, display)
+                display.done()
+        except _TaskEnds as end:
+            sys.exit(end.args[0])
 
     def checkpoint(self) -> DelayedSubmission:
         """What SLURM is to start again; submitit asks when SLURM warns that it is about to end the job.
@@ -123,14 +126,20 @@ class StackTask:
         sys.exit(reason)
 
 
+class _TaskEnds(BaseException):
+    """By order of SLURM, with this exit status or reason: not an error of a run, as even SystemExit can be."""
+
+
 def _let_nothing_catch(number: signal.Signals) -> None:
-    """What the handler of this signal raises ends the process, also where a user's class may raise anything."""
+    """What the handler of this signal raises ends the task, also where a user's class may raise anything."""
     handler: Any = signal.getsignal(number)
 
     def handle(*received: Any) -> None:
         try:
             handler(*received)
+        except SystemExit as error:
+            raise _TaskEnds(error.code) from None
         except Exception as error:
-            sys.exit(str(error))
+            raise _TaskEnds(str(error)) from error
 
     signal.signal(number, handle)
