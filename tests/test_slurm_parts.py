@@ -122,15 +122,22 @@ def test_a_stack_is_not_restarted_without_end(called, monkeypatch):
         called(seconds=61).checkpoint()
 
 
-def test_no_class_of_a_user_catches_the_end(monkeypatch):
+@pytest.mark.parametrize(
+    ("raised", "status"), [(RuntimeError("not requeued"), "not requeued"), (SystemExit(-1), -1)]
+)
+def test_the_end_is_not_taken_for_an_error_of_a_users_class(raised, status):
+    """Which may be any Exception, or SystemExit."""
+
     def warn(*received: object) -> None:
-        raise RuntimeError("not requeued")
+        raise raised
 
     before = signal.signal(signal.SIGUSR2, warn)
     try:
         slurm_task._let_nothing_catch(signal.SIGUSR2)
-        with pytest.raises(SystemExit, match="not requeued"):
+        with pytest.raises(slurm_task._TaskEnds) as end:
             signal.raise_signal(signal.SIGUSR2)
+        assert not isinstance(end.value, Exception | SystemExit)
+        assert end.value.args == (status,)
     finally:
         signal.signal(signal.SIGUSR2, before)
 
