@@ -95,7 +95,7 @@ def _train_stack(jobs: Sequence[Job], display: StackDisplay) -> None:
 
 
 def in_worker(function: Callable[..., Result], *arguments: Any) -> Result:
-    """function(*arguments), in a worker process.
+    """function(*arguments), which tells nothing meanwhile, in a worker process.
 
     Raises:
         WorkerDied: it did not come back.
@@ -103,13 +103,11 @@ def in_worker(function: Callable[..., Result], *arguments: Any) -> Result:
     with crew() as workers:
         workers.append(worker := Worker())
         worker.begin(function, *arguments)
-        with suppress(WorkerDied):
-            while True:
-                wait_for([worker])
-                answer = worker.answer()
-                if isinstance(answer, Done):
-                    spent.append(answer.seconds)
-                    return cast(Result, answer.result)
+        wait_for([worker])
+        with suppress(WorkerDied):  # within, where it does not concern the server
+            result, seconds = worker.answer()
+            spent.append(seconds)
+            return cast(Result, result)
     raise WorkerDied
 
 
@@ -122,35 +120,32 @@ def _in_processes(
     busy: dict[Worker, int] = {}  # with which stack
     with crew() as workers:
 
-        def begin(worker: Worker) -> None:
+        def begin(worker: Worker | None) -> None:
+            if worker is None:
+                workers.append(worker := Worker())
             busy[worker] = number = waiting.popleft()
             worker.begin(_work, number, list(stacks[number]))
 
         for _ in range(processes):
-            workers.append(Worker())
-            begin(workers[-1])
+            begin(None)
         while busy:
             for worker in wait_for(list(busy)):
+                idle: Worker | None = worker
                 try:
                     answer = worker.answer()
+                    if not isinstance(answer, Done):
+                        display.update(*answer)
+                        continue
+                    spent.append(answer.seconds)
                 except WorkerDied:
+                    display.died(busy[worker])
                     worker.end()  # if it was its server that died
                     workers.remove(worker)
-                    number = busy.pop(worker)
-                    display.died(number)
-                    if waiting:
-                        workers.append(Worker())
-                        begin(workers[-1])
-                    yield stacks[number]
-                    continue
-                if not isinstance(answer, Done):
-                    display.update(*answer)
-                    continue
-                spent.append(answer.seconds)
-                number = busy.pop(worker)
+                    idle = None
+                ended = busy.pop(worker)
                 if waiting:
-                    begin(worker)
-                yield stacks[number]
+                    begin(idle)
+                yield stacks[ended]
 
 
 def _work(number: int, jobs: Sequence[Job]) -> None:

@@ -92,7 +92,7 @@ def run_one(config: DictConfig) -> None:
     output = os.path.relpath(running.runtime.output_dir)
     folder = RunFolder(Path(running.runtime.output_dir if output.startswith("..") else output))
     try:
-        with admit_interrupts(), find_lost_interrupts():
+        with admit_interrupts():
             _train(config, running, folder)
     except KeyboardInterrupt:
         if not folder.ended:
@@ -101,6 +101,7 @@ def run_one(config: DictConfig) -> None:
 
 
 def _train(config: DictConfig, running: Any, folder: RunFolder) -> None:
+    """`run_one` in a folder of Hydra's."""
     with quick_imports():
         from lipexp.display import Display
         from lipexp.train import build, train_many

@@ -124,11 +124,10 @@ def make_plan(jobs: Sequence[Job], options: Options) -> Plan:
 
 def _check_in_worker(jobs: Sequence[Job], options: Options) -> Checked:
     """`check`, in a worker process. A job whose classes end their process, twice, is refused as well."""
-    with suppress(WorkerDied):
-        return in_worker(check, jobs, options)
-    if len(jobs) == 1:
+    for _ in range(2 if len(jobs) == 1 else 1):
         with suppress(WorkerDied):
             return in_worker(check, jobs, options)
+    if len(jobs) == 1:
         return Checked({}, {jobs[0].index: DIED}, sys.maxsize)
     half = len(jobs) // 2
     one, two = (_check_in_worker(part, options) for part in (jobs[:half], jobs[half:]))

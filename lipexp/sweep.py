@@ -30,7 +30,7 @@ from lipexp.options import Options
 from lipexp.plan import RECORD, Plan, digest, make_plan
 from lipexp.runs import RunFolder, SweepFailed, flat, write_csv, write_file
 from lipexp.slurm import Cluster, check_machine, refuse_second
-from lipexp.wording import broken_bound
+from lipexp.wording import broken_bound, count
 from lipexp.workers import prepare_workers
 
 MULTIRUN = "multirun.yaml"  # Hydra's own record: the configuration of the sweep
@@ -214,8 +214,8 @@ class Sweep:
         missing = sum(end.status == "missing" for end in ends)
         if missing and self.cluster is None:
             lines.append(
-                f"{missing} jobs are missing: a worker process died, of too little memory perhaps; "
-                f"hydra.sweep.dir={self.resumed_in} resume=true trains them"
+                f"{count(missing, 'job')} {'is' if missing == 1 else 'are'} missing: a worker process died, "
+                f"of too little memory perhaps; hydra.sweep.dir={self.resumed_in} resume=true trains the rest"
             )
         return lines
 

@@ -33,7 +33,7 @@ def begin_workers() -> None:
     """
     CONTEXT.set_forkserver_preload(PRELOAD)
     resource_tracker.ensure_running()  # the server would start it, and let Ctrl-C in again
-    with hold_interrupts(), _no_interrupt():  # it and all workers keep this: Ctrl-C is left to their parent
+    with hold_interrupts(), _no_interrupt():  # it keeps this: Ctrl-C is left to this process
         forkserver.ensure_running()
 
 

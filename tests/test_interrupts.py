@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import pandas as pd
 import pytest
+from processes import ctrl_c, ended, start, wait_for
 
 from lipexp.interrupts import (
     admit_interrupts,
@@ -125,7 +121,7 @@ def test_elsewhere_an_interrupt_is_pythons_own():
     assert passed == ["held"]
 
 
-def test_a_command_that_ignores_interrupts_goes_on_to(monkeypatch):
+def test_a_command_that_ignores_interrupts_goes_on_doing_so():
     """One that a shell has started with nohup or in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -144,17 +140,10 @@ def test_ctrl_c_in_an_import_ends_a_sweep_and_fails_no_job(tmp_path):
         "import pathlib, time\ntry:\n    pathlib.Path('begun').touch()\n    time.sleep(2)\n"
         "except KeyboardInterrupt:\n    pass\n"  # and no make_moons
     )
-    lipexp = str(Path(sys.executable).with_name("lipexp"))
-    command = [lipexp, "train", "-m", "seed=0,1", "experiment=debug", "device=cpu", "hydra.sweep.dir=s"]
-    pipe, environment = subprocess.PIPE, {**os.environ, "PYTHONPATH": "."}
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    ) as sweep:
-        end = time.monotonic() + 60
-        while not (tmp_path / "begun").exists():
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        os.killpg(sweep.pid, signal.SIGINT)
-        _, err = sweep.communicate(timeout=60)
-    assert (sweep.returncode, err) == (130, "lipexp: interrupted\n")
+    arguments = ("seed=0,1", "experiment=debug", "device=cpu", "hydra.sweep.dir=s")
+    sweep = start(tmp_path, "train", "-m", *arguments, environment={"PYTHONPATH": "."})
+    wait_for((tmp_path / "begun").exists)
+    ctrl_c(sweep)
+    status, _, err = ended(sweep)
+    assert (status, err) == (130, "lipexp: interrupted\n")
     assert pd.read_csv(tmp_path / "s" / "sweep.csv")["status"].tolist() == ["missing", "missing"]

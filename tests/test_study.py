@@ -340,6 +340,21 @@ def test_results_are_not_overwritten_and_another_search_is_not_continued(lipexp)
     assert (done.code, "holds no search that could be continued" in done.err) == (2, True)
 
 
+def test_a_worker_that_dies_leaves_a_search_to_be_resumed(lipexp, tmp_path):
+    """The command continues the search, not the sweep of one round."""
+    (tmp_path / "dying.py").write_text(
+        "import multiprocessing, os, torch\nclass Dying(torch.nn.Module):\n    def forward(self, x):\n"
+        "        return x if multiprocessing.parent_process() is None else os._exit(3)\n"
+    )
+    (tmp_path / "act").mkdir()
+    (tmp_path / "act" / "dying.yaml").write_text("_target_: dying.Dying\n")
+    arguments = ("-cd", ".", "act=dying", "constraint=none", "hydra.launcher.executor=process")
+    done = lipexp(*SEARCH, LR, *arguments, "hydra.sweeper.trials=1")
+    assert done.code == 1
+    assert "lipexp: 1 job is missing: a worker process died" in done.err
+    assert "hydra.sweep.dir=found resume=true trains the rest" in done.err
+
+
 @pytest.mark.slow
 def test_a_killed_search_goes_on_with_the_same_trials(lipexp, tmp_path):
     """kill -9 in the second round, as soon as one of its runs has finished."""

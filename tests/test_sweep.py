@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pandas as pd
+import processes
 import pytest
 import torch
 import yaml
+from processes import wait_for
 
 TINY = ("experiment=debug", "device=cpu", "dataset.n_train=64", "dataset.n_test=32", "batch_size=32")
 WORKER = ("hydra.launcher.executor=process", "hydra.launcher.workers=1")
@@ -32,15 +33,7 @@ def sweep(lipexp):
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """The same in a process of its own."""
-    command = [SCRIPT, "train", "-m", *arguments, *TINY]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(condition, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
+    return processes.start(folder, "train", "-m", *arguments, *TINY)
 
 
 def content(folder: Path) -> dict[str, tuple[bytes, int]]:

@@ -1,4 +1,4 @@
-"""Worker processes: the server they come from, and what it spares the process of the command."""
+"""Worker processes: the server they come from, their deaths, and what classes of the user's do to them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from processes import SCRIPT, ctrl_c, ended, start, wait_for
 
 from lipexp import cli, hydra_app, workers
 from lipexp.executors import in_worker
 from lipexp.workers import WorkerDied
 
 TINY = ("experiment=debug", "device=cpu", "steps=2", "dataset.n_train=64", "dataset.n_test=32", "batch_size=32")
+INTERRUPTED = (130, "", "lipexp: interrupted\n")
 
 
 @pytest.mark.parametrize(
@@ -90,8 +92,7 @@ def test_the_process_of_a_sweep_needs_no_torch(tmp_path):
 
 def run(tmp_path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """A sweep in processes, with the classes and the options that lie in `tmp_path`."""
-    lipexp = str(Path(sys.executable).with_name("lipexp"))
-    command = [lipexp, "train", "-m", "-cd", ".", cli.PROCESSES, *TINY, "hydra.sweep.dir=s", *overrides]
+    command = [SCRIPT, "train", "-m", "-cd", ".", cli.PROCESSES, *TINY, "hydra.sweep.dir=s", *overrides]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
 
@@ -132,8 +133,7 @@ def test_sys_exit_while_a_job_trains_fails_that_job(executor, tmp_path):
 
 @pytest.mark.parametrize("executor", ["inline", "process"])
 def test_output_that_nobody_reads_fails_no_job(executor, tmp_path):
-    lipexp = str(Path(sys.executable).with_name("lipexp"))
-    command = [lipexp, "train", "-m", *TINY, "act=relu,abs,maxmin", f"hydra.launcher.executor={executor}"]
+    command = [SCRIPT, "train", "-m", *TINY, "act=relu,abs,maxmin", f"hydra.launcher.executor={executor}"]
     reader, writer = os.pipe()
     with subprocess.Popen(
         [*command, "hydra.launcher.workers=1", "hydra.sweep.dir=s"],
@@ -159,8 +159,7 @@ def test_what_a_class_of_the_users_leaves_behind_does_not_hold_up_the_end(tmp_pa
     activation(tmp_path, "leaving", code)
     try:
         with (tmp_path / "out").open("w") as out:
-            lipexp = str(Path(sys.executable).with_name("lipexp"))
-            command = [lipexp, "train", "-m", "-cd", ".", cli.PROCESSES, *TINY, "hydra.sweep.dir=s", "act=leaving"]
+            command = [SCRIPT, "train", "-m", "-cd", ".", cli.PROCESSES, *TINY, "hydra.sweep.dir=s", "act=leaving"]
             command += ["constraint=none", "seed=0,1"]
             done = subprocess.run(command, cwd=tmp_path, stdout=out, stderr=out, timeout=200, check=False)
     finally:
@@ -186,18 +185,10 @@ def test_ctrl_c_while_jobs_are_checked_ends_at_once(tmp_path):
     """A class of the user's that takes for ever to be made; it lies where the command is called."""
     code = "import pathlib, time\nclass Slow:\n    def __init__(self):\n        pathlib.Path('begun').touch()\n"
     activation(tmp_path, "slow", code + "        time.sleep(1000)\n")
-    lipexp = str(Path(sys.executable).with_name("lipexp"))
-    command = [lipexp, "train", "-m", "-cd", ".", "act=slow", "seed=0,1", cli.PROCESSES, "hydra.sweep.dir=s"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as sweep:
-        end = time.monotonic() + 60
-        while not (tmp_path / "begun").exists():
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        sweep.send_signal(signal.SIGINT)
-        out, err = sweep.communicate(timeout=60)
-    assert (sweep.returncode, out, err) == (130, "", "lipexp: interrupted\n")
+    sweep = start(tmp_path, "train", "-m", "-cd", ".", "act=slow", "seed=0,1", cli.PROCESSES, "hydra.sweep.dir=s")
+    wait_for((tmp_path / "begun").exists)
+    sweep.send_signal(signal.SIGINT)  # to it alone
+    assert ended(sweep) == INTERRUPTED
     assert not list(tmp_path.glob("s/sweep.json"))
 
 
@@ -211,62 +202,36 @@ def test_the_death_of_the_server_is_made_good():
 
 @pytest.mark.parametrize("pause", [0.0, 0.05, 0.2])
 def test_ctrl_c_twice_is_no_traceback(pause, tmp_path):
-    lipexp = str(Path(sys.executable).with_name("lipexp"))
-    command = [lipexp, "train", "-m", "seed=0,1", cli.PROCESSES, *TINY, "steps=1000000", "hydra.sweep.dir=s"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    ) as sweep:
-        end = time.monotonic() + 60
-        while not list(tmp_path.glob("s/*/.hydra")):
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        for _ in range(2):
-            os.killpg(sweep.pid, signal.SIGINT)
-            time.sleep(pause)
-        _, err = sweep.communicate(timeout=60)
-    assert sweep.returncode in (130, -signal.SIGINT)
+    sweep = start(tmp_path, "train", "-m", "seed=0,1", cli.PROCESSES, *TINY, "steps=1000000", "hydra.sweep.dir=s")
+    wait_for(lambda: list(tmp_path.glob("s/*/.hydra")))
+    for _ in range(2):
+        ctrl_c(sweep)
+        time.sleep(pause)
+    status, _, err = ended(sweep)
+    assert status in (130, -signal.SIGINT)
     assert err in ("lipexp: interrupted\n", "")
 
 
 def test_ctrl_c_ends_what_a_class_of_the_users_has_started(tmp_path):
-    """On a terminal it goes to all of them; who blocks or ignores it hands that down to what it starts."""
+    """Who blocks or ignores it hands that down to what it starts."""
     code = "import os, pathlib, subprocess, time\nclass Parent:\n    def __init__(self):\n"
-    code += "        child = subprocess.Popen(['sleep', '1000'])\n"
+    code += "        subprocess.Popen(['sleep', '1000'])\n"
     code += "        if os.fork() == 0:\n            pathlib.Path('begun').touch()\n"
     activation(tmp_path, "parent", code + "        time.sleep(1000)\n")
-    lipexp = str(Path(sys.executable).with_name("lipexp"))
-    command = [lipexp, "train", "-m", "-cd", ".", "act=parent", "seed=0,1", cli.PROCESSES]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    ) as sweep:
-        end = time.monotonic() + 60
-        while not (tmp_path / "begun").exists():
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        os.killpg(sweep.pid, signal.SIGINT)
-        out, err = sweep.communicate(timeout=60)  # the end of its output, which all of them hold
-    assert (sweep.returncode, out, err) == (130, "", "lipexp: interrupted\n")
+    sweep = start(tmp_path, "train", "-m", "-cd", ".", "act=parent", "seed=0,1", cli.PROCESSES)
+    wait_for((tmp_path / "begun").exists)
+    ctrl_c(sweep)
+    assert ended(sweep) == INTERRUPTED
 
 
 @pytest.mark.parametrize("seconds", [0.3, 0.9, 1.3])
 def test_ctrl_c_on_a_terminal_while_workers_import_is_one_line(seconds, tmp_path):
-    """It goes to all processes: the server, which is about to import torch, must not answer."""
-    lipexp = str(Path(sys.executable).with_name("lipexp"))
-    command = [lipexp, "train", "-m", "seed=0,1", cli.PROCESSES, *TINY, "steps=1000000"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    ) as sweep:
-        end = time.monotonic() + 60
-        while "forkserver" not in (running := commands_of_children(sweep.pid)):
-            assert time.monotonic() < end, running
-            time.sleep(0.01)
-        time.sleep(seconds)
-        os.killpg(sweep.pid, signal.SIGINT)
-        out, err = sweep.communicate(timeout=60)  # the end of its output: the server has ended as well
-    assert (sweep.returncode, out, err) == (130, "", "lipexp: interrupted\n")
+    """The server, which is about to import torch, must not answer."""
+    sweep = start(tmp_path, "train", "-m", "seed=0,1", cli.PROCESSES, *TINY, "steps=1000000")
+    wait_for(lambda: "forkserver" in commands_of_children(sweep.pid))
+    time.sleep(seconds)
+    ctrl_c(sweep)
+    assert ended(sweep) == INTERRUPTED
 
 
 def commands_of_children(pid: int) -> str:
@@ -278,8 +243,7 @@ def test_a_machine_that_starts_no_workers_is_one_line(tmp_path):
     """A socket's name holds some hundred characters, that of the folder included."""
     folder = tmp_path / ("long" * 30)
     folder.mkdir()
-    lipexp = str(Path(sys.executable).with_name("lipexp"))
-    command = [lipexp, "train", "-m", "seed=0,1", cli.PROCESSES, *TINY]
+    command = [SCRIPT, "train", "-m", "seed=0,1", cli.PROCESSES, *TINY]
     environment = {**os.environ, "TMPDIR": str(folder)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)

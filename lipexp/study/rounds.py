@@ -175,7 +175,7 @@ class Search:
         lines = [job for trial in trials for job in self.space.jobs(trial.params)]
         jobs = [composer.job(index, overrides) for index, overrides in enumerate(lines)]
         launcher = replace(self.launcher, table=False)
-        sweep = Sweep(jobs, folder, launcher, True, self.callbacks, resumed_in=self.folder)
+        sweep = Sweep(jobs, folder, launcher, resume=True, callbacks=self.callbacks, resumed_in=self.folder)
         try:
             ends = sweep.run()
         except SweepFailed:  # such trials are ordinary; what is missing is not
