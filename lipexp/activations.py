@@ -1,18 +1,17 @@
-"""Activations: 1-Lipschitz maps between layers.
+"""Activations: maps between layers, 1-Lipschitz in the norms that they declare.
 
-Shapes: K runs, B points, H features; every map takes and returns (..., H).
+Shapes: K runs, B points, H features; every map takes and returns (K, B, H).
 
-An activation declares in `norms` the p-norms in which it is 1-Lipschitz; the constraint needs the one of its
-hidden space. A class that declares none, such as torch.nn.Tanh, trains without a constraint only. One that acts
-feature by feature may also declare the range of its slopes in `slopes`, which leads to tighter bounds. lipexp's
-own activations are piecewise linear, which `piece` exposes: that makes exact arithmetic on a network possible.
+To add one: a class derived from `Activation` with a `forward`, and one file in conf/act/. The table in `Activation`
+says what else it may declare, and what each declaration buys.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,53 +19,146 @@ from torch import Tensor, nn
 
 from lipexp.config import ConfigError, number, whole
 
+Array = np.ndarray[Any, Any]
+
 ALL_NORMS = frozenset({1.0, 2.0, math.inf})
 
 
 @dataclass
-class Piece:
+class ActiveMap:
     """The linear map that an activation is near each of some points: out[j] = factor[j] 2^exponent z[index[j]]."""
 
-    index: np.ndarray[Any, Any]  # (..., H) int64
-    factor: np.ndarray[Any, Any]  # (..., H) int64
+    index: Array  # (..., H) int64
+    factor: Array  # (..., H) int64
     exponent: int = 0
 
 
 class Activation(nn.Module):
-    """Base of lipexp's activations: what a network asks of its nonlinearity beyond `forward`."""
+    """A map between layers, `forward`: (K, B, H) -> (K, B, H).
 
-    norms: frozenset[float] = frozenset()
+    | declaration          | what it says                                              | what it buys               |
+    |----------------------|-----------------------------------------------------------|----------------------------|
+    | `norms`              | the p-norms, of 1, 2 and inf, in which it is 1-Lipschitz  | training under constraints |
+    |                      |                                                           | and the bound `product`    |
+    | `slopes`             | it acts feature by feature, and its difference quotients  | `rows`, `eclipse` and      |
+    |                      | lie between these two numbers                             | `lipsdp`                   |
+    | `groups(width)`      | it sorts the features within these groups, ascending      | `rows`                     |
+    | `active_map(z)`      | it is piecewise linear, and this is its linear map at z   | measurement in exact       |
+    |                      |                                                           | arithmetic, certified radii|
+    | `breakpoints(width)` | where that linear map changes                             | `exact`, and `bnb` for     |
+    |                      |                                                           | groups and for two slopes  |
+    | `check_width(width)` | which numbers of features suit it                         | one clear line otherwise   |
+
+    Nothing else is asked of it. A class that declares nothing trains with constraint=none, and is measured in
+    float64. What a class inherits describes the map of its base: a class that overrides `forward` therefore starts
+    without declarations, and repeats those that are still true.
+    """
+
+    norms: Collection[float] = frozenset()
 
     @property
     def slopes(self) -> tuple[float, float] | None:
-        """The range of (act(a) - act(b)) / (a - b) of one that acts feature by feature."""
+        return None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own: set[str] = set()
+        for ancestor in cls.__mro__:
+            own |= vars(ancestor).keys()
+            if "forward" in vars(ancestor):
+                break
+        for name in ("norms", "slopes", "groups", "active_map", "breakpoints"):
+            if name not in own:
+                setattr(cls, name, vars(Activation)[name])
+
+    def forward(self, z: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def groups(self, width: int) -> Array | None:
+        """(groups, size) the features that are sorted among themselves, in their order; None: it does not sort."""
+        return None
+
+    def active_map(self, z: Array) -> ActiveMap | None:
+        """The linear map around pre-activations `z` (..., H) of any exact number type; None at a breakpoint."""
+        raise NotImplementedError
+
+    def breakpoints(self, width: int) -> Array | None:
+        """(M, 2) pairs of features (i, j): the map changes where z_i = z_j, or where z_i = 0 for j = -1.
+
+        None: they are not known.
+        """
         return None
 
     def check_width(self, width: int) -> None:
         """Raise ConfigError if a layer of `width` features does not suit."""
 
-    def order(self, width: int) -> Tensor | None:
-        """(H,) the training feature that stands at each place of the baked network; None: the same order."""
-        return None
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return type(self).__name__
 
-    def baked(self) -> nn.Module:
-        """The same activation on features in the order of the baked network."""
-        return self
+    @property
+    def is_piecewise_linear(self) -> bool:
+        """Whether it declares its active linear map."""
+        return type(self).active_map is not Activation.active_map
+
+    def two_slopes(self, width: int) -> tuple[float, float] | None:
+        """The slopes below and above 0, if it acts feature by feature and has no other breakpoint; else None."""
+        breakpoints = self.breakpoints(width)
+        if self.slopes is None or not self.is_piecewise_linear or breakpoints is None or (breakpoints[:, 1] >= 0).any():
+            return None
+        below, above = (self.active_map(np.full(width, sign)) for sign in (-1.0, 1.0))
+        if below is None or above is None:
+            return None
+        return float(below.factor[0] * 2.0**below.exponent), float(above.factor[0] * 2.0**above.exponent)
 
 
-class PiecewiseLinear(Activation):
-    """An activation that says which linear map it is near a point; all of lipexp's own are."""
+class Undeclared(Activation):
+    """Any other module or function as an activation, such as torch.nn.Tanh: of it only `norms` and `slopes` count."""
 
-    def piece(self, z: np.ndarray[Any, Any]) -> Piece | None:
-        """The linear pieces at the pre-activations `z` (..., H) of any exact number type; None on a kink."""
-        raise NotImplementedError
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.norms = getattr(function, "norms", frozenset())
 
-    def kinks(self, width: int) -> np.ndarray[Any, Any] | None:
-        """(M, 2) pairs of features (i, j), for all kinks z_i = z_j; (i, -1) for z_i = 0. None: not known."""
-        return None
+    @property
+    def slopes(self) -> tuple[float, float] | None:
+        return getattr(self.function, "slopes", None)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.function(z)
+
+    @property
+    def label(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
 
 
-class Elementwise(PiecewiseLinear):
+def as_activation(thing: Any) -> Activation:
+    """`thing` as an activation whose declarations have been checked.
+
+    Raises:
+        ConfigError: it is no function, or a declaration makes no sense.
+    """
+    if not callable(thing):
+        raise ConfigError("act", type(thing).__name__, "must be a map of features, such as a torch.nn.Module")
+    act = thing if isinstance(thing, Activation) else Undeclared(thing)
+    try:
+        norms = frozenset(float(p) for p in act.norms)
+    except (TypeError, ValueError):
+        norms = frozenset({math.nan})
+    if not norms <= ALL_NORMS:
+        raise ConfigError("act", act.label, f"declares norms = {act.norms}; a p-norm is 1, 2 or inf")
+    if act.slopes is not None:
+        try:
+            low, high = (float(slope) for slope in act.slopes)
+        except (TypeError, ValueError):
+            low = high = math.nan
+        if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+            raise ConfigError("act", act.label, f"declares slopes = {act.slopes}; they are the least and the largest")
+    return act
+
+
+class Elementwise(Activation):
     """x above 0 and slope x below, feature by feature: 1-Lipschitz in every p-norm.
 
     Args:
@@ -85,16 +177,16 @@ class Elementwise(PiecewiseLinear):
     def slopes(self) -> tuple[float, float]:
         return float(self.slope), 1.0
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.leaky_relu(x, self.slope)
+    def forward(self, z: Tensor) -> Tensor:
+        return nn.functional.leaky_relu(z, self.slope)
 
-    def piece(self, z: np.ndarray[Any, Any]) -> Piece | None:
+    def active_map(self, z: Array) -> ActiveMap | None:
         if np.any(z == 0):
             return None
         index = np.broadcast_to(np.arange(z.shape[-1]), z.shape)
-        return Piece(index, np.where(z > 0, self.above, self.below), self.exponent)
+        return ActiveMap(index, np.where(z > 0, self.above, self.below), self.exponent)
 
-    def kinks(self, width: int) -> np.ndarray[Any, Any]:
+    def breakpoints(self, width: int) -> Array:
         return np.stack([np.arange(width), np.full(width, -1)], axis=1)
 
 
@@ -118,7 +210,7 @@ class LeakyReLU(Elementwise):
     """
 
     def __init__(self, slope: float = 0.01) -> None:
-        # Smaller ones do not fit `piece`, whose factors are 64-bit integers.
+        # Smaller ones do not fit `active_map`, whose factors are 64-bit integers.
         if not 1e-9 <= number("slope", slope) <= 1:
             raise ConfigError("slope", slope, "must be a number from 1e-9 to 1 (act=relu has 0)")
         super().__init__(float(np.float32(slope)))
@@ -137,20 +229,18 @@ class Abs(Elementwise):
         super().__init__(slope=-1)
 
 
-class GroupSort(PiecewiseLinear):
+class GroupSort(Activation):
     """Sorts the features, ascending, within groups of equal size: a permutation of its input.
 
     Its Jacobian is a permutation matrix, so it is 1-Lipschitz in every p-norm and keeps the norm of a gradient.
     The output holds the same floats, bit for bit.
 
-    In training the features of a group stand H / size apart (feature j belongs to group j mod n_groups), so that
-    sorting compares contiguous slabs. `order` and `baked` lead to the usual layout, where the members of a group
-    are neighbours.
+    Feature j belongs to group j mod n_groups, so the members of a group stand H / size apart and sorting compares
+    contiguous slabs, which is the faster layout. In torch: x.unflatten(-1, (size, -1)).sort(-2).values.flatten(-2).
 
     Args:
         n_groups: the number of groups; 1 is FullSort, H / 2 is MaxMin.
         group_size: the features per group, the other spelling. Neither means 2, MaxMin.
-        neighbours: take the usual layout.
 
     Raises:
         ConfigError: both are given, or one is not a positive whole number.
@@ -160,18 +250,15 @@ class GroupSort(PiecewiseLinear):
 
     norms = ALL_NORMS
 
-    def __init__(
-        self, n_groups: int | None = None, group_size: int | None = None, neighbours: bool = False
-    ) -> None:
+    def __init__(self, n_groups: int | None = None, group_size: int | None = None) -> None:
         super().__init__()
         if n_groups is not None and group_size is not None:
             raise ConfigError("n_groups", n_groups, f"give it or group_size (now {group_size}), not both")
         self.n_groups = None if n_groups is None else whole("n_groups", n_groups, least=1)
         self.group_size = None if group_size is None else whole("group_size", group_size, least=1)
-        self.neighbours = neighbours
 
     def size(self, width: int) -> int:
-        """The features per group in a layer of `width`."""
+        """The number of features per group in a layer of `width`."""
         return width // self.n_groups if self.n_groups is not None else self.group_size or 2
 
     def check_width(self, width: int) -> None:
@@ -182,25 +269,17 @@ class GroupSort(PiecewiseLinear):
             spelled = "act.group_size" if self.group_size is not None else "act's group size, MaxMin's"
             raise ConfigError("model.width", width, f"must be a multiple of {spelled} {size}")
 
-    def forward(self, x: Tensor) -> Tensor:
-        width = x.shape[-1]
-        size = self.size(width)
-        if self.neighbours:
-            return x.unflatten(-1, (width // size, size)).sort(dim=-1).values.flatten(-2)
+    def forward(self, z: Tensor) -> Tensor:
+        size = self.size(z.shape[-1])
         if size == 2:
-            return _Exchange.apply(x)
-        return x.unflatten(-1, (size, width // size)).sort(dim=-2).values.flatten(-2)
+            return _Exchange.apply(z)
+        return z.unflatten(-1, (size, -1)).sort(dim=-2).values.flatten(-2)
 
-    def order(self, width: int) -> Tensor | None:
-        if self.neighbours:
-            return None
-        return torch.from_numpy(self.members(width).ravel())
+    def groups(self, width: int) -> Array:
+        return np.arange(width).reshape(self.size(width), -1).T
 
-    def baked(self) -> nn.Module:
-        return GroupSort(self.n_groups, self.group_size, neighbours=True)
-
-    def piece(self, z: np.ndarray[Any, Any]) -> Piece | None:
-        groups = self.members(z.shape[-1])
+    def active_map(self, z: Array) -> ActiveMap | None:
+        groups = self.groups(z.shape[-1])
         if groups.shape[1] == 2:
             return self._exchange(z, *groups.T)
         members = z[..., groups]  # (..., groups, size)
@@ -210,38 +289,33 @@ class GroupSort(PiecewiseLinear):
             return None
         index = np.empty(z.shape, dtype=np.int64)
         index[..., groups] = np.take_along_axis(np.broadcast_to(groups, ranked.shape), ranked, axis=-1)
-        return Piece(index, np.ones(z.shape, dtype=np.int64))
+        return ActiveMap(index, np.ones(z.shape, dtype=np.int64))
 
     @staticmethod
-    def _exchange(z: np.ndarray[Any, Any], first: Any, second: Any) -> Piece | None:
-        """`piece` of groups of two, by one comparison instead of an argsort."""
+    def _exchange(z: Array, first: Array, second: Array) -> ActiveMap | None:
+        """`active_map` of groups of two, by one comparison instead of an argsort."""
         a, b = z[..., first], z[..., second]
         if np.any(a == b):
             return None
-        swap = (b < a).astype(bool)  # of integers of any size, numpy says object
+        swap = (b < a).astype(bool)  # numpy compares Python integers as objects
         index = np.empty(z.shape, dtype=np.int64)
         index[..., first] = np.where(swap, second, first)
         index[..., second] = np.where(swap, first, second)
-        return Piece(index, np.ones(z.shape, dtype=np.int64))
+        return ActiveMap(index, np.ones(z.shape, dtype=np.int64))
 
-    def kinks(self, width: int) -> np.ndarray[Any, Any]:
-        groups = self.members(width)
+    def breakpoints(self, width: int) -> Array:
+        groups = self.groups(width)
         pairs = np.stack(np.triu_indices(groups.shape[1], k=1), axis=1)
         return groups[:, pairs].reshape(-1, 2)
 
-    def members(self, width: int) -> np.ndarray[Any, Any]:
-        """(groups, size) the features of each group."""
-        features, size = np.arange(width), self.size(width)
-        return features.reshape(-1, size) if self.neighbours else features.reshape(size, -1).T
-
     def extra_repr(self) -> str:
-        return f"n_groups={self.n_groups}, group_size={self.group_size}, neighbours={self.neighbours}"
+        return f"n_groups={self.n_groups}, group_size={self.group_size}"
 
 
 class _Exchange(torch.autograd.Function):
-    """The halves a, b of the last axis of x (..., H), exchanged where `swap` (..., H/2) is 1, kept where it is 0.
+    """Sorts the halves a, b of the last axis of x (..., H) as pairs (a_i, b_i); given `swap`, exchanges those pairs.
 
-    Without a `swap` it sorts: exchanged is where b < a. Backwards it is the same places.
+    The backward pass exchanges the same pairs of the gradient.
     """
 
     @staticmethod
@@ -251,16 +325,16 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        if torch.is_grad_enabled():  # somebody wants a second derivative
+        if torch.is_grad_enabled():  # a second derivative is wanted
             return _Exchange.apply(gradients[0], ctx.swap), None
         return _exchanged(gradients[0], ctx.swap), None
 
 
 def _sorted(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The smaller and the larger halves of x, and the `swap` that leads to them, in the number type of x.
+    """The smaller and the larger halves of x, and `swap`: 1 where they changed places, in the number type of x.
 
-    Of two equal numbers, which may be zeros of different signs, minimum and maximum take the same operand, first
-    or second, as the machine has it. So their operands stand in opposite order, and neither number is lost.
+    Of two equal numbers, such as 0 and -0, minimum and maximum return the same operand, which one depends on the
+    machine. Their operands stand in opposite order here, so that both numbers are kept.
     """
     a, b = x.chunk(2, dim=-1)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -273,7 +347,7 @@ def _sorted(x: Tensor) -> tuple[Tensor, Tensor]:
 def _exchanged(x: Tensor, swap: Tensor) -> Tensor:
     """x with its halves exchanged where `swap` is 1.
 
-    By lerp, which is exact at 0 and 1, and a vector instruction: torch.where costs several times as much.
+    By lerp, which is exact at 0 and 1 and vectorised: torch.where takes several times as long.
     """
     a, b = x.chunk(2, dim=-1)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -281,44 +355,3 @@ def _exchanged(x: Tensor, swap: Tensor) -> Tensor:
     torch.lerp(a, b, swap, out=out_a)
     torch.lerp(b, a, swap, out=out_b)
     return out
-
-
-def declared_norms(act: nn.Module) -> frozenset[float]:
-    """The p-norms in which `act` says that it is 1-Lipschitz; none for a class that does not say."""
-    return frozenset(float(p) for p in cast(Any, act.norms)) if _declares(act, "norms") else frozenset()
-
-
-def declared_slopes(act: nn.Module) -> tuple[float, float] | None:
-    """The range of slopes of an `act` that maps feature by feature; None for one that does not say so."""
-    slopes = cast(Any, act.slopes) if _declares(act, "slopes") else None
-    return None if slopes is None else (float(slopes[0]), float(slopes[1]))
-
-
-def declared_groups(act: nn.Module, width: int) -> np.ndarray[Any, Any] | None:
-    """(groups, size) the features that `act` permutes among themselves in a layer of `width`; None: not known."""
-    return act.members(width) if isinstance(act, GroupSort) and _declares(act, "members") else None
-
-
-def declared_kinks(act: nn.Module, width: int) -> np.ndarray[Any, Any] | None:
-    """The kinks of `act` in a layer of `width`, see `PiecewiseLinear`; None: not known."""
-    return act.kinks(width) if isinstance(act, PiecewiseLinear) and _declares(act, "kinks") else None
-
-
-def is_piecewise_linear(act: nn.Module) -> bool:
-    """Whether `act` says which linear map it is near a point."""
-    return isinstance(act, PiecewiseLinear) and _declares(act, "piece")
-
-
-def _declares(act: nn.Module, name: str) -> bool:
-    """Whether `act` has `name` as a statement about its own `forward`.
-
-    A subclass that replaces `forward` inherits what its base says of another map; that does not count.
-    """
-    if name in vars(act):
-        return True
-    for cls in type(act).__mro__:
-        if name in vars(cls):
-            return True
-        if "forward" in vars(cls):
-            return False
-    return False

@@ -19,22 +19,23 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor, nn
 
+from lipexp import record
 from lipexp.arguments import Parser
-from lipexp.attack import RECORDED, Attack, attack
-from lipexp.bounds import METHODS, Certificate, Problem, Proof, product_certificate, prove
 from lipexp.config import ConfigError, conf_dir, number, one_line, whole
 from lipexp.constraints import Constraint
+from lipexp.datasets import Dataset
 from lipexp.loading import LoadedRun, load_run, part_of
 from lipexp.loop import Streams, generator
-from lipexp.measures import Maximum, MeasuredNetwork, grid, largest, scan
-from lipexp.models import Layer
-from lipexp.robustness import Robustness, assess
+from lipexp.measured import overall, sources, steepest
+from lipexp.measured.attack import RECORDED, Attack, attack
+from lipexp.measured.gradients import Maximum, scan
+from lipexp.networks import BakedNetwork
+from lipexp.proven import METHODS, Certificate, Chain, Problem, Proof, prove
+from lipexp.proven.radii import Robustness, assess
 from lipexp.runs import RunFolder, find
-from lipexp.search import search
-from lipexp.threads import cpu_threads
-from lipexp.train import NEEDED
+from lipexp.tasks import TASKS
+from lipexp.process import cpu_threads
 from lipexp.wording import above, broken_bound, interval_line, robustness_line
 
 CONTENTS = conf_dir() / "config.yaml"
@@ -57,33 +58,31 @@ class Finding:
     """What was found about one run."""
 
     digest: str  # SHA-256 of model.pt
-    changed: bool | None  # it is not the one that the run recorded; None: that recorded none
-    interval: dict[str, Any]
-    proofs: dict[str, Proof]
+    changed: bool  # it is not the one that the run recorded
+    interval: record.Interval
+    certificate: Certificate
     broken_layers: list[str]
     by: dict[str, Maximum]  # source of points -> the steepest
-    robustness: Robustness | None  # None for a regression
+    robustness: Robustness | None  # None where nothing is classified
     attack: Attack | None
 
     @property
     def refuted(self) -> bool:
-        return self.interval["verdict"] == "FAIL" or (self.attack is not None and self.attack.refuted)
+        return self.interval.verdict == "FAIL" or (self.attack is not None and self.attack.refuted)
 
-    def section(self, radii: Sequence[float]) -> dict[str, Any]:
+    def section(self, radii: Sequence[float]) -> record.Certification:
         """The section of metrics.json."""
-        section: dict[str, Any] = {
-            "model_sha256": self.digest,
-            "changed": self.changed,
-            "lipschitz": self.interval,
-            "bounds": {
-                name: {"value": proof.value, "reason": proof.reason, "everywhere": proof.everywhere}
-                for name, proof in self.proofs.items()
-            },
-            "broken_layers": self.broken_layers,
-            "gradient_norm": {source: found._asdict() for source, found in self.by.items()},
-            "robustness": None if self.robustness is None else self.robustness.summary(radii),
-        }
-        return section if self.attack is None else {**section, "attack": self.attack.record()}
+        proofs = self.certificate.proofs.items()
+        return record.Certification(
+            model_sha256=self.digest,
+            changed=self.changed,
+            lipschitz=self.interval,
+            bounds={name: record.Bound(proof.value, proof.reason, proof.everywhere) for name, proof in proofs},
+            broken_layers=self.broken_layers,
+            gradient_norm={source: found._asdict() for source, found in self.by.items()},
+            robustness=None if self.robustness is None else self.robustness.summary(radii),
+            attack=None if self.attack is None else self.attack.record(),
+        )
 
 
 def examine(run: LoadedRun, options: argparse.Namespace) -> Finding:
@@ -92,24 +91,24 @@ def examine(run: LoadedRun, options: argparse.Namespace) -> Finding:
     Raises:
         ConfigError: it is not trusted, or fits neither its data nor the options.
     """
-    dataset, constraint = (_part(run, group, options.trust) for group in ("dataset", "constraint"))
-    layers, act = run.layers(), run.network.act
-    _check_network(run, layers, dataset.n_inputs)
+    dataset: Dataset = part_of(run.config, "dataset", options.trust)
+    constraint: Constraint = part_of(run.config, "constraint", options.trust)
+    _check_network(run, dataset.n_inputs)
+    network = constraint.prove(run.baked)
     streams = Streams.of(whole("seed", run.config.get("seed"), least=0))
     data = dataset.draw(streams.data)
-    x = torch.from_numpy(np.concatenate([data.train_x, data.test_x])).double()
-    by = measure(layers, act, x, constraint.q, streams)
-    measured = max(by.values(), key=lambda found: found.value, default=Maximum(0.0, ()))
-    by_product, box = product_certificate(constraint, act, layers, 0), (x.amin(dim=0), x.amax(dim=0))
-    max_regions = setting(run.config, "max_regions") if options.max_regions is None else options.max_regions
+    x = torch.from_numpy(np.concatenate([data.train_x, data.test_x])).double().unsqueeze(0)  # (1, N, D)
+    chain = Chain.of(constraint, len(network.layers))
+    scanned = scan(network, x)
+    points = sources(network, x, scanned, chain.q, [generator(streams.search)], EFFORT)
+    by = steepest(network, points, 0, chain.q)
+    measured = overall(by)
     problem = Problem(
-        layers,
-        act,
-        constraint,
-        by_product,
-        box,
+        network,
+        chain,
+        (x[0].amin(dim=0), x[0].amax(dim=0)),
         measured,
-        max_regions,
+        setting(run.config, "max_regions") if options.max_regions is None else options.max_regions,
         gap=options.gap,
         seconds=options.max_seconds,
         report=lambda line: print(line, flush=True),
@@ -119,67 +118,43 @@ def examine(run: LoadedRun, options: argparse.Namespace) -> Finding:
         if proof.best is not None and proof.best.value > measured.value:  # a search came across a steeper point
             by[name] = measured = proof.best
     robustness = attacked = None
-    if dataset.task == "classification":
+    if TASKS[dataset.task].decides:
         test_x, test_y = (torch.from_numpy(part).double() for part in (data.test_x, data.test_y))
-        robustness = assess(layers, act, test_x, test_y, certificate)
+        robustness = assess(network, test_x, test_y, chain.p, certificate.value, certificate.reason)
         if options.attack and robustness.columns is not None:
             radius, lipschitz = robustness.columns["radius"], float(certificate.value or 0)
-            attacked = attack(layers, act, test_x, radius, constraint.p, lipschitz, generator(streams.search))
-    interval, broken = certificate.interval(measured), _broken_layers(constraint, certificate)
-    return Finding(*_fingerprint(run), interval, certificate.proofs, broken, by, robustness, attacked)
-
-
-def measure(layers: Sequence[Layer], act: nn.Module, x: Tensor, q: float, streams: Streams) -> dict[str, Maximum]:
-    """The steepest point among the data x (N, D), on a grid over their box, and of a search."""
-    draws = [generator(streams.search)]
-    gradients = scan(layers, act, x.unsqueeze(0)).gradient
-    points = {
-        "data": x.unsqueeze(0),
-        "grid": grid(x.amin(dim=0, keepdim=True), x.amax(dim=0, keepdim=True), draws),
-        "search": search(layers, act, x.unsqueeze(0), gradients, q, draws, effort=EFFORT),
-    }
-    network = MeasuredNetwork(layers, act, 0)
-    found = {
-        source: largest(network, part[0], scan(layers, act, part).gradient[0], q)
-        for source, part in points.items()
-        if part is not None
-    }
-    return {source: maximum for source, maximum in found.items() if maximum is not None}
-
-
-def _part(run: LoadedRun, group: str, trust: bool) -> Any:
-    part = part_of(run.config, group, trust)
-    lacking = [name for name in NEEDED[group] if not hasattr(part, name)]
-    if lacking:
-        raise ConfigError(group, type(part).__name__, f"cannot be used as {group}: it has no {', '.join(lacking)}")
-    return part
-
-
-def _check_network(run: LoadedRun, layers: Sequence[Layer], n_inputs: int) -> None:
-    """Raise ConfigError if these are no numbers, or no network of one output for this dataset."""
-    file, (n_outputs, dims) = run.folder / "model.pt", (layers[-1].weight.shape[1], layers[0].weight.shape[2])
-    if not all(torch.isfinite(part).all() for layer in layers for part in layer):
-        raise ConfigError("model.pt", file, "holds numbers that are not finite")
-    if n_outputs != 1:
-        raise ConfigError("model.pt", file, f"has {n_outputs} outputs; certify needs one")
-    if dims != n_inputs:
-        raise ConfigError("model.pt", file, f"has {dims} inputs, its dataset {n_inputs}")
-
-
-def _fingerprint(run: LoadedRun) -> tuple[str, bool | None]:
+            attacked = attack(network, test_x, radius, chain.p, lipschitz, generator(streams.search))
     digest = hashlib.sha256(RunFolder(run.folder).model_bytes()).hexdigest()
-    recorded = run.metrics.get("model_sha256")
-    return digest, None if recorded is None else digest != recorded
+    return Finding(
+        digest,
+        digest != run.metrics.model_sha256,
+        certificate.interval(measured),
+        certificate,
+        _broken_layers(network, chain),
+        by,
+        robustness,
+        attacked,
+    )
 
 
-def _broken_layers(constraint: Constraint, certificate: Certificate) -> list[str]:
+def _check_network(run: LoadedRun, n_inputs: int) -> None:
+    """Raise ConfigError if its numbers are not finite, or it is no network of one output for this dataset."""
+    file, network = run.folder / "model.pt", run.baked
+    if not network.is_finite(0):
+        raise ConfigError("model.pt", file, "holds numbers that are not finite")
+    if network.n_outputs != 1:
+        raise ConfigError("model.pt", file, f"has {network.n_outputs} outputs; certify needs one")
+    if network.n_inputs != n_inputs:
+        raise ConfigError("model.pt", file, f"has {network.n_inputs} inputs, its dataset {n_inputs}")
+
+
+def _broken_layers(network: BakedNetwork, chain: Chain) -> list[str]:
     """`layer 1: spectral norm 1.5 > its bound 1`, for each layer whose norm is not proven within its bound."""
-    bound = certificate.layer_bound
-    norms = zip(constraint.norms(len(certificate.layer_norms)), certificate.layer_norms, strict=True)
+    bound = chain.layer_bound
     return [
-        f"layer {i}: {norm.name} {above(value, None, digits=9)} > its bound {bound:.9g}"
-        for i, (norm, value) in enumerate(norms)
-        if bound is not None and value > bound
+        f"layer {i}: {name} {above(norm, None, digits=9)} > its bound {bound:.9g}"
+        for i, (name, (norm,)) in enumerate(zip(chain.layer_norms, network.norms, strict=True))
+        if bound is not None and norm > bound
     ]
 
 
@@ -269,7 +244,9 @@ def certify(folder: RunFolder, options: argparse.Namespace) -> int:
         with cpu_threads(whole("threads", run.config.get("threads", 1), least=1)):
             finding = examine(run, options)
         show(folder, finding, radii, options.attack)
-        record(folder, finding, radii)
+        if finding.robustness is not None and finding.robustness.columns is not None:
+            folder.write_columns("certify_radii", finding.robustness.columns)
+        record.certify(folder, finding.section(radii))
     except ConfigError as error:
         print(f"lipexp: {folder.path}: {error}", file=sys.stderr)
         return 2
@@ -289,7 +266,7 @@ def failure(finding: Finding) -> str:
     interval, found = finding.interval, finding.attack
     if finding.broken_layers:
         return f"certified is above L: {', '.join(finding.broken_layers)}"
-    if interval["verdict"] == "FAIL":
+    if interval.verdict == "FAIL":
         return broken_bound(interval)
     assert found is not None
     return (
@@ -303,38 +280,20 @@ def radii_of(config: Mapping[str, Any]) -> list[float]:
 
 
 def setting(config: Mapping[str, Any], name: str) -> Any:
-    """A run setting; runs of an older version lack some, and get the default."""
+    """A run setting; one that the configuration lacks has its default."""
     return config[name] if name in config else OmegaConf.select(OmegaConf.load(CONTENTS), name)
-
-
-def record(folder: RunFolder, finding: Finding, radii: Sequence[float]) -> None:
-    """Write certify_radii.csv and the section of metrics.json.
-
-    What another call found about the same model.pt and this one did not look for, such as an attack, stays.
-    """
-    if finding.robustness is not None and finding.robustness.columns is not None:
-        folder.write_columns("certify_radii", finding.robustness.columns)
-    new = finding.section(radii)
-
-    def merged(old: Any) -> dict[str, Any]:
-        if not isinstance(old, dict) or old.get("model_sha256") != finding.digest:
-            return new
-        return {**old, **new, "bounds": {**old.get("bounds", {}), **new["bounds"]}}
-
-    folder.update_metrics("certify", merged)
 
 
 def show(folder: RunFolder, finding: Finding, radii: Sequence[float], attacked: bool) -> None:
     """Print what was found about one run."""
-    settings = folder.settings()
+    settings = record.settings(folder)
     names = "  ".join(f"{settings.get(key, '?')}" for key in ("dataset", "act", "constraint", "loss"))
     print(f"{folder.path}  {names}  seed {settings.get('seed', '?')}")
     if finding.changed:
         print("model.pt was changed: its SHA-256 is not the one that the run recorded")
-    elif finding.changed is None:
-        print("model.pt may have been changed: the run recorded no SHA-256")
-    if len(finding.proofs) > 1:
-        print("bounds: " + "  ".join(f"{name} {_bound(proof)}" for name, proof in finding.proofs.items()))
+    proofs = finding.certificate.proofs
+    if len(proofs) > 1:
+        print("bounds: " + "  ".join(f"{name} {_bound(proof)}" for name, proof in proofs.items()))
     print(interval_line(finding.interval))
     for layer in finding.broken_layers:
         print(layer)
@@ -353,7 +312,7 @@ def _bound(proof: Proof) -> str:
 
 
 def _show_attack(found: Attack) -> None:
-    power = ", ".join(f"{share:.1%} at {times:g} times it" for times, share in found.power.items())
+    power = ", ".join(f"{fraction:.1%} at {times:g} times it" for times, fraction in found.power.items())
     print(f"attack on {found.points} points: {len(found.flips)} flipped within their radius; {power}")
     for flip in found.flips[:RECORDED]:
         print(

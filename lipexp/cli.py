@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from contextlib import suppress
 
-from lipexp.imports import quick_imports
-from lipexp.interrupts import INTERRUPTED, ScreenClosed, orderly_interrupts
+from lipexp.process import INTERRUPTED, ending_on_interrupt, raise_on_interrupt
 
 # verb -> (module, what it does); each module has main(arguments) -> exit status
 VERBS = {
@@ -16,10 +14,9 @@ VERBS = {
     "certify": ("lipexp.certify", "prove the bounds of finished runs again, and try to refute them"),
     "report": ("lipexp.report", "one table of the runs under outputs/"),
     "figures": ("lipexp.figures", "draw the figures of the README, and check the claims they make"),
+    "check": ("lipexp.check", "test the classes behind a configuration against the laws of their rooms"),
     "bench": ("lipexp.bench", "speed against other implementations, as ratios measured in one run"),
 }
-
-PROCESSES = "hydra.launcher.executor=process"  # a file of conf/ may say so too; that is seen later
 
 
 def main() -> int:
@@ -46,24 +43,17 @@ def main() -> int:
 
 def _run(verb: str, arguments: list[str]) -> int:
     try:
-        with orderly_interrupts():
-            if verb == "train" and PROCESSES in arguments and {"-m", "--multirun"} & set(arguments):
-                from lipexp.workers import begin_workers
-
-                with suppress(OSError):  # said when they are certain to be wanted
-                    begin_workers()  # their imports take longest
-            with quick_imports(keep=True):
-                module = importlib.import_module(VERBS[verb][0])
+        with ending_on_interrupt():
+            module = importlib.import_module(VERBS[verb][0])
+            if verb not in ("train", "figures"):  # these say themselves from when on they have work to lose
+                raise_on_interrupt()
             return int(module.main(arguments))
-    except KeyboardInterrupt:  # also while a verb is still being imported
+    except KeyboardInterrupt:
         print("lipexp: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (BrokenPipeError, ScreenClosed):
+    except BrokenPipeError:  # the reader of our output has gone, as in `lipexp report | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    finally:
-        if workers := sys.modules.get("lipexp.workers"):
-            workers.stop_workers()
 
 
 def _usage() -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -57,14 +57,12 @@ class ConfigError(ValueError):
         return ConfigError(f"{group}.{self.option}", self.value, self.allowed)
 
 
-def number(option: str, value: Any, *, above: float | None = None, least: float | None = None) -> Any:
-    """`value` as a finite float with value > above or value >= least; a (K,) tensor passes as it is.
+def number(option: str, value: Any, *, above: float | None = None, least: float | None = None) -> float:
+    """`value` as a finite float with value > above or value >= least.
 
     Raises:
         ConfigError: not a number, not finite, or out of range.
     """
-    if _is_tensor(value):
-        return value
     allowed = "a finite number"
     if above is not None:
         allowed += f" above {above:g}"
@@ -85,15 +83,15 @@ def number(option: str, value: Any, *, above: float | None = None, least: float 
 LIPSCHITZ_RANGE = (1e-30, 1e30)  # what float32 weights hold with room to spare
 
 
-def lipschitz_constant(option: str, value: Any) -> Any:
-    """`value` as a positive number that float32 weights can realise; a (K,) tensor passes as it is.
+def lipschitz_constant(option: str, value: Any) -> float:
+    """`value` as a positive number that float32 weights can realise.
 
     Raises:
         ConfigError: not a number, not positive, or out of that range.
     """
     constant = number(option, value, above=0)
     low, high = LIPSCHITZ_RANGE
-    if not _is_tensor(constant) and not low <= constant <= high:
+    if not low <= constant <= high:
         raise ConfigError(option, value, f"must be between {low:g} and {high:g}, for float32")
     return constant
 
@@ -132,26 +130,11 @@ def one_of(option: str, value: Any, allowed: Sequence[str]) -> str:
     raise ConfigError(option, value, no_such("option", str(value), allowed))
 
 
-def known_settings(names: Iterable[str], allowed: Sequence[str], prefix: str) -> None:
-    """Refuse the first of the settings `names` that is none of those allowed; `prefix` is where they stand.
-
-    Raises:
-        ConfigError: it names the nearest match.
-    """
-    for name in names:
-        if name not in allowed:
-            raise ConfigError(f"{prefix}{name}", None, no_such("setting", name, allowed, prefix))
-
-
 def no_such(kind: str, value: str, allowed: Sequence[str], prefix: str = "") -> str:
     """'no such option; did you mean loss=hinge? (bce, hinge, mse)', with kind 'option' and prefix 'loss='."""
     near = get_close_matches(value, allowed, n=1)
     guess = f"; did you mean {prefix}{near[0]}?" if near else ""
     return f"no such {kind}{guess}" + (f" ({', '.join(allowed)})" if allowed else "")
-
-
-def _is_tensor(value: object) -> bool:
-    return type(value).__module__ == "torch" and type(value).__name__ in ("Tensor", "Parameter")
 
 
 def conf_dir() -> Path:

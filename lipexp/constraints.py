@@ -16,76 +16,111 @@ The budget L is split evenly, b = L^(1/n) for n weight matrices. Training works 
 them to weights within the bound, once per step. `bake` makes the network that is reported, whose stored float32
 numbers are proven to obey the bound with no tolerance.
 
+To add one: a class derived from `Constraint`, an `OperatorNorm` for it if none here serves, and one file in
+conf/constraint/.
+
 Shapes: K runs, weights (K, out, in), biases (K, 1, out).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lipexp.activations import Activation, declared_norms
-from lipexp.certificates import dual, even_split, row_norm_bound, spectral_norm_bound
+from lipexp.activations import Activation
 from lipexp.config import ConfigError, lipschitz_constant, norm_order
-from lipexp.models import Layer
+from lipexp.networks import Affine, BakedNetwork
+from lipexp.norms import dual, even_split, row_norm_bound, spectral_norm_bound
 
 # A spectral norm is scaled to just below its bound before it is rounded to float32: rounding can raise it by some
 # 1e-7, and rounding toward zero would not help, since smaller entries can make a larger spectral norm.
 SPECTRAL_SHRINK = 1 - 2.0**-20
 
 
-class OperatorNorm(Protocol):
-    """One layer's norm: the training map, the baked matrix, and the proof."""
+class OperatorNorm(ABC):
+    """The norm of one layer: how training keeps it, how baking does, and its proof.
 
-    name: str
+    | member                     | what it is                                                                        |
+    |----------------------------|-----------------------------------------------------------------------------------|
+    | `name`                     | what screens and layers.csv call it                                               |
+    | `start(weight)`            | the state that `within_one` is handed at every step; None: it needs none          |
+    | `within_one(weight, state)`| free parameters (K, out, in) as matrices of norm at most 1, or nearly so,         |
+    |                            | differentiably; it may update its state in place                                  |
+    | `scaled(weight, bound)`    | the matrices (K, out, in) in float64 that training has arrived at, scaled to norm |
+    |                            | `bound` (K,) or just below                                                        |
+    | `rounded(weight)`          | float64 to float32 in the way that enlarges the norm least                        |
+    | `proven(weight)`           | an upper bound on the norm of one stored float32 matrix (out, in)                 |
+    """
+
+    name = ""
 
     def start(self, weight: Tensor) -> Any:
-        """What `within_one` carries from step to step for free parameters `weight` (K, out, in)."""
+        return None
 
-    def within_one(self, weight: Tensor, state: Any) -> Tensor:
-        """Map (K, out, in) differentiably to matrices of norm at most 1 (for `SpectralNorm`: about 1)."""
+    @abstractmethod
+    def within_one(self, weight: Tensor, state: Any) -> Tensor: ...
 
-    def bake(self, weight: Tensor, bound: Tensor) -> Tensor:
-        """The float32 matrices for free parameters `weight` (K, out, in), proven within `bound` (K,)."""
+    @abstractmethod
+    def scaled(self, weight: Tensor, bound: Tensor) -> Tensor: ...
 
-    def proven(self, weight: Tensor) -> float:
-        """An upper bound on the norm of one stored float32 matrix (out, in)."""
+    def rounded(self, weight: Tensor) -> Tensor:
+        return weight.float()
+
+    @abstractmethod
+    def proven(self, weight: Tensor) -> float: ...
+
+    def bake(self, weight: Tensor, bound: Tensor) -> tuple[Tensor, list[float]]:
+        """The float32 matrices for free parameters (K, out, in), and their proven norms, each within `bound` (K,).
+
+        Raises:
+            ArithmeticError: rounding alone breaks the bound, however much the matrix is shrunk.
+        """
+        weight = self.scaled(weight.double(), bound)
+        baked, norms = self.rounded(weight), []
+        for run in range(len(baked)):
+            shrink = 1 - SPECTRAL_SHRINK
+            while not (norm := self.proven(baked[run])) <= float(bound[run]):
+                if shrink > 0.5:
+                    raise ArithmeticError(f"no {self.name} within {float(bound[run])} could be proven")
+                baked[run] = self.rounded(weight[run] * (1 - shrink))
+                shrink *= 2
+            norms.append(norm)
+        return baked, norms
 
 
-class RowNorm:
-    """The operator norm p -> inf, the largest ||row||_q: rows that are too long are scaled back."""
+class RowNorm(OperatorNorm):
+    """The operator norm p -> inf, the largest ||row||_q with 1/p + 1/q = 1: longer rows are scaled back to length 1."""
 
     def __init__(self, q: float) -> None:
         self.q = q
         self.name = {1.0: "row 1-norm", 2.0: "row 2-norm"}.get(q, "largest entry")
 
-    def start(self, weight: Tensor) -> None:
-        return None
-
     def within_one(self, weight: Tensor, state: None) -> Tensor:
         return _ScaledRows.apply(weight, self.q)
 
-    def bake(self, weight: Tensor, bound: Tensor) -> Tensor:
-        weight = weight.double()
+    def scaled(self, weight: Tensor, bound: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(weight, ord=self.q, dim=-1, keepdim=True)
         rounding = 1 - (weight.shape[-1] + 8) * 2.0**-52  # of the sum, the quotient and the product
-        scaled = weight * (bound.view(-1, 1, 1) * rounding / length.clamp_min(1))
-        return _shrink_until_proven(self, scaled, bound, toward_zero)
+        return weight * (bound.view(-1, 1, 1) * rounding / length.clamp_min(1))
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        return toward_zero(weight)
 
     def proven(self, weight: Tensor) -> float:
         return row_norm_bound(weight.numpy(), self.q)
 
 
-class SpectralNorm:
-    """The operator norm 2 -> 2, the largest singular value: always divided out.
+class SpectralNorm(OperatorNorm):
+    """The operator norm 2 -> 2, the largest singular value, which is divided out.
 
-    In training by one step of power iteration per optimiser step, warm-started; the weights lag a little behind
-    the bound, which only training sees. The baked matrix is divided by the singular value itself.
+    Training estimates it by one warm-started step of power iteration per optimiser step, so its weights may exceed
+    the bound slightly. The baked matrix is divided by the singular value itself.
     """
 
     name = "spectral norm"
@@ -97,11 +132,10 @@ class SpectralNorm:
     def within_one(self, weight: Tensor, state: Tensor) -> Tensor:
         return _DividedBySigma.apply(weight, state)
 
-    def bake(self, weight: Tensor, bound: Tensor) -> Tensor:
-        weight = weight.double()
+    def scaled(self, weight: Tensor, bound: Tensor) -> Tensor:
         sigma = torch.linalg.matrix_norm(weight, ord=2)
         scale = torch.where(sigma > 0, bound * SPECTRAL_SHRINK / sigma, 0)
-        return _shrink_until_proven(self, weight * scale.view(-1, 1, 1), bound, Tensor.float)
+        return weight * scale.view(-1, 1, 1)
 
     def proven(self, weight: Tensor) -> float:
         return spectral_norm_bound(weight.numpy())
@@ -111,8 +145,8 @@ class _ScaledRows(torch.autograd.Function):
     """w -> w s for each row w of (K, out, in), with s = 1 / max(1, ||w||_q).
 
     Backwards, a row that is scaled takes g to s (g - (g . s w) n) with n = d ||w|| / dw, which depends on the
-    direction of w alone; a row that is not takes g to g. Autograd finds the same in twice as many operations, each
-    of which costs more to start than to do.
+    direction of w alone; a row that is not takes g to g. Autograd does the same in twice as many operations, and
+    small operations cost mostly their start.
     """
 
     @staticmethod
@@ -185,24 +219,22 @@ def toward_zero(x: Tensor) -> Tensor:
     return torch.where(nearest.double().abs() > x.abs(), smaller, nearest)
 
 
-def _shrink_until_proven(norm: OperatorNorm, weight: Tensor, bound: Tensor, rounded: Any) -> Tensor:
-    """`weight` (K, out, in) in float32, each matrix scaled down until it is proven to be within `bound` (K,)."""
-    baked: Tensor = rounded(weight)
-    for run in range(len(baked)):
-        shrink = 1 - SPECTRAL_SHRINK
-        while not norm.proven(baked[run]) <= float(bound[run]):
-            if shrink > 0.5:
-                raise ArithmeticError(f"no {norm.name} within {float(bound[run])} could be proven")
-            baked[run] = rounded(weight[run] * (1 - shrink))
-            shrink *= 2
-    return baked
+class Constraint(ABC):
+    """The chain of operator norms, and the two maps from free parameters to weights.
 
+    | member                 | what it is                                                                            |
+    |------------------------|---------------------------------------------------------------------------------------|
+    | `p`                    | the norm in which inputs move: 1, 2 or inf                                            |
+    | `hidden_p`             | the norm of the hidden spaces, in which activations must be 1-Lipschitz               |
+    | `lipschitz`            | L; None: there is no bound                                                            |
+    | `norms(n_layers)`      | the operator norm of each layer, first layer first                                    |
+    | `per_run`              | the arguments that may differ between the runs of a stack: each is an attribute of the|
+    |                        | same name, which may be a (K,) tensor wherever it is read after construction          |
+    | `start(layers)`        | begins training from these free parameters                                            |
+    | `apply(layers)`        | the weights for free parameters, differentiable, once per step                        |
+    | `bake(layers, act)`    | the network to report, float32 on the CPU, with its proven norms                      |
 
-class Constraint:
-    """Base of the constraints: the chain of operator norms, and the two maps from parameters to weights.
-
-    `p` is the norm in which inputs move, `q` its dual, in which gradients are measured, `hidden_p` the norm of the
-    hidden spaces, in which activations must be 1-Lipschitz. `lipschitz` is L, None without a bound.
+    Only `norms` has to be written; the others follow from it unless the constraint is of another kind.
     """
 
     p: float = 2.0
@@ -212,16 +244,16 @@ class Constraint:
 
     @property
     def q(self) -> float:
+        """The norm in which gradients are measured, the dual of p."""
         return dual(self.p)
 
-    def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
-        """The operator norm of each layer, first layer first."""
-        raise NotImplementedError
+    @abstractmethod
+    def norms(self, n_layers: int) -> Sequence[OperatorNorm]: ...
 
-    def check(self, act: nn.Module, name: str) -> None:
+    def check(self, act: Activation, name: str) -> None:
         """Raise ConfigError if the activation `act`, called `name` in the configuration, breaks the bound."""
-        if self.lipschitz is not None and self.hidden_p not in declared_norms(act):
-            declared = ", ".join(f"{p:g}" for p in sorted(declared_norms(act))) or "none"
+        if self.lipschitz is not None and self.hidden_p not in act.norms:
+            declared = ", ".join(f"{p:g}" for p in sorted(act.norms)) or "none"
             raise ConfigError(
                 "act",
                 name,
@@ -229,55 +261,65 @@ class Constraint:
                 f"norms: {declared} (constraint=none takes any activation)",
             )
 
-    def start(self, layers: Sequence[Layer]) -> None:
-        """Begin training from the free parameters `layers`."""
-        self._norms = self.norms(len(layers))
-        self._state = [norm.start(layer.weight.detach()) for norm, layer in zip(self._norms, layers, strict=True)]
-        bound = self.bound(len(layers)).to(layers[0].weight).view(-1, 1, 1)
-        self._bound = None if bool((bound == 1).all()) else bound  # at L = 1, the usual one, there is no scale
+    def target(self, run: int) -> float | None:
+        """L of one run."""
+        if self.lipschitz is None:
+            return None
+        values = torch.as_tensor(self.lipschitz, dtype=torch.float64).reshape(-1)
+        return float(values[run if len(values) > 1 else 0])
 
-    def bound(self, n_layers: int) -> Tensor:
-        """(K,) b, the norm that each of n layers may have; float64."""
+    def bound(self, n_layers: int) -> Tensor | None:
+        """(K,) or (1,) b, the norm that each of n layers may have, in float64; None: there is no bound."""
+        if self.lipschitz is None:
+            return None
         lipschitz = torch.as_tensor(self.lipschitz, dtype=torch.float64).reshape(-1)
         return torch.tensor([even_split(float(value), n_layers) for value in lipschitz], dtype=torch.float64)
 
-    def apply(self, layers: Sequence[Layer]) -> list[Layer]:
-        """The weights for free parameters, within the bound and differentiable: once per optimiser step.
+    def start(self, layers: Sequence[Affine]) -> None:
+        self._norms = self.norms(len(layers))
+        self._state = [norm.start(layer.weight.detach()) for norm, layer in zip(self._norms, layers, strict=True)]
+        bound = self.bound(len(layers))
+        scale = None if bound is None else bound.to(layers[0].weight).view(-1, 1, 1)
+        self._scale = None if scale is None or bool((scale == 1).all()) else scale  # L = 1 needs none
 
-        Layer i becomes (b N(W), b^i bias) with N the map to norm 1. With an activation that is positively
-        homogeneous, act(c x) = c act(x) for c > 0, as all of lipexp's are, training is then the same for every L
-        up to the scale b^i of the features.
+    def apply(self, layers: Sequence[Affine]) -> list[Affine]:
+        """Layer i becomes (b N(W), b^i bias) with N the map to norm 1.
+
+        With an activation that is positively homogeneous, act(c x) = c act(x) for c > 0, as all of lipexp's are,
+        training is then the same for every L up to the scale b^i of the features.
         """
         out = [
-            Layer(norm.within_one(weight, state), bias)
+            Affine(norm.within_one(weight, state), bias)
             for norm, state, (weight, bias) in zip(self._norms, self._state, layers, strict=True)
         ]
-        if self._bound is None:
+        if self._scale is None:
             return out
-        return [Layer(self._bound * w, self._bound**i * bias) for i, (w, bias) in enumerate(out, start=1)]
+        return [Affine(self._scale * w, self._scale**i * bias) for i, (w, bias) in enumerate(out, start=1)]
 
-    def bake(self, layers: Sequence[Layer]) -> list[Layer]:
-        """The networks to report: float32 on the CPU, norms proven within the bound."""
-        bound = self.bound(len(layers)).expand(len(layers[0].weight))
-        out = []
-        for i, (norm, (weight, bias)) in enumerate(zip(self.norms(len(layers)), layers, strict=True)):
-            scale = bound.view(-1, 1, 1) ** (i + 1)
-            out.append(
-                Layer(norm.bake(weight.detach().cpu(), bound), (scale * bias.detach().cpu().double()).float())
-            )
-        return out
+    def bake(self, layers: Sequence[Affine], act: Activation) -> BakedNetwork:
+        bound = self.bound(len(layers))
+        if bound is None:
+            return self.prove(BakedNetwork([Affine(*(_stored(part) for part in layer)) for layer in layers], act))
+        bound = bound.expand(len(layers[0].weight))
+        out, norms = [], []
+        for i, (norm, (weight, bias)) in enumerate(zip(self.norms(len(layers)), layers, strict=True), start=1):
+            baked, proven = norm.bake(weight.detach().cpu(), bound)
+            out.append(Affine(baked, (bound.view(-1, 1, 1) ** i * bias.detach().cpu().double()).float()))
+            norms.append(proven)
+        return BakedNetwork(out, act, norms)
+
+    def prove(self, network: BakedNetwork) -> BakedNetwork:
+        """`network` with the norms of its layers proven from the stored numbers; inf for those of a broken run."""
+        finite = [network.is_finite(run) for run in range(network.n_runs)]
+        norms = [
+            [norm.proven(layer.weight[run]) if finite[run] else math.inf for run in range(network.n_runs)]
+            for norm, layer in zip(self.norms(len(network.layers)), network.layers, strict=True)
+        ]
+        return BakedNetwork(network.layers, network.act, norms)
 
 
-def in_usual_order(layers: Sequence[Layer], act: nn.Module) -> list[Layer]:
-    """The same networks with their hidden features permuted from training order to the usual one, for saving."""
-    out = list(layers)
-    for i in range(len(out) - 1):
-        width = out[i].weight.shape[1]
-        order = act.order(width) if isinstance(act, Activation) else None
-        if order is not None:
-            out[i] = Layer(out[i].weight[:, order], out[i].bias[:, :, order])
-            out[i + 1] = Layer(out[i + 1].weight[:, :, order], out[i + 1].bias)
-    return out
+def _stored(part: Tensor) -> Tensor:
+    return part.detach().cpu().float().clone()
 
 
 class Unconstrained(Constraint):
@@ -286,14 +328,11 @@ class Unconstrained(Constraint):
     def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
         return [SpectralNorm()] * n_layers
 
-    def start(self, layers: Sequence[Layer]) -> None:
+    def start(self, layers: Sequence[Affine]) -> None:
         pass
 
-    def apply(self, layers: Sequence[Layer]) -> list[Layer]:
+    def apply(self, layers: Sequence[Affine]) -> list[Affine]:
         return list(layers)
-
-    def bake(self, layers: Sequence[Layer]) -> list[Layer]:
-        return [Layer(*(part.detach().cpu().float().clone() for part in layer)) for layer in layers]
 
 
 class Spectral(Constraint):

@@ -1,17 +1,20 @@
 """Datasets: points and targets, drawn from a run's own random stream.
 
 Shapes: N points, D inputs. Points are (N, D) and targets (N,), both float32; classes are 0 and 1.
+
+To add one: a class derived from `Dataset`, or from `Generated` for one that can draw any number of points, and one
+file in conf/dataset/.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from lipexp.config import ConfigError, norm_order, number, whole
-from lipexp.imports import quick_imports
 
 Array = npt.NDArray[np.float32]
 
@@ -25,27 +28,47 @@ class Data(NamedTuple):
     test_y: Array
 
 
-class Dataset:
-    """Base of the datasets: `sample` draws n points, `draw` makes the train and the test set of one run.
+class Dataset(ABC):
+    """What a run learns.
 
-    `task` is `classification` (targets 0 and 1), `regression`, or `transport` (targets 0 and 1 name two
-    distributions, and f is to tell how far apart they are); `n_inputs` is D.
+    | member         | what it is                                                                            |
+    |----------------|---------------------------------------------------------------------------------------|
+    | `task`         | classification, regression or transport: see tasks.py                                 |
+    | `n_inputs`     | D                                                                                     |
+    | `n_outputs`    | C; only 1 is supported so far                                                         |
+    | `n_train`      | the number of training points that `draw` returns                                     |
+    | `n_test`       | the number of test points                                                             |
+    | `draw(stream)` | the data of one run; the same for the same stream                                     |
+    | `p`            | the norm in which its points are meant to move, if that is part of the problem; the   |
+    |                | constraint must bound the network in the same one. None: any                          |
+    | `per_run`      | the arguments that may differ between the runs of a stack                             |
     """
 
     task = ""
     n_inputs = 0
+    n_outputs = 1
+    n_train = 0
+    n_test = 0
+    p: float | None = None
     per_run: tuple[str, ...] = ()
+
+    @abstractmethod
+    def draw(self, stream: np.random.SeedSequence) -> Data: ...
+
+
+class Generated(Dataset):
+    """Base of the datasets that can draw any number of points: `sample` draws n of them."""
 
     def __init__(self, n_train: int, n_test: int) -> None:
         self.n_train = whole("n_train", n_train, least=1)
         self.n_test = whole("n_test", n_test, least=1)
 
+    @abstractmethod
     def sample(self, n: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """n points (n, D) and their targets (n,)."""
-        raise NotImplementedError
 
     def draw(self, stream: np.random.SeedSequence) -> Data:
-        """The data of one run: train and test set come from two children of its stream."""
+        """The training and the test set come from two children of the stream."""
         # Not stream.spawn(2), which counts its calls: the same stream must draw the same data again.
         keys = [(*stream.spawn_key, part) for part in range(2)]
         train, test = (
@@ -56,7 +79,7 @@ class Dataset:
         return Data(*(np.asarray(a, dtype=np.float32) for a in (train_x, train_y, test_x, test_y)))
 
 
-class TwoMoons(Dataset):
+class TwoMoons(Generated):
     """Two interleaved half circles, one class each: scikit-learn's make_moons, its points times `scale`.
 
     Args:
@@ -72,16 +95,16 @@ class TwoMoons(Dataset):
         super().__init__(n_train, n_test)
         self.noise = number("noise", noise, least=0)
         self.scale = number("scale", scale, above=0)
+        import sklearn.datasets  # noqa: F401  # takes half a second, now rather than in the midst of training
 
     def sample(self, n: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        with quick_imports():  # only for those who want moons
-            from sklearn.datasets import make_moons
+        from sklearn.datasets import make_moons
 
         x, y = make_moons(n, noise=self.noise or None, random_state=int(rng.integers(2**32)))
         return self.scale * x, y
 
 
-class AbsoluteValue(Dataset):
+class AbsoluteValue(Generated):
     """The function |x| with x uniform on [-1, 1]."""
 
     task = "regression"
@@ -95,7 +118,7 @@ class AbsoluteValue(Dataset):
         return x, np.abs(x[:, 0])
 
 
-class Cones(Dataset):
+class Cones(Generated):
     """Point masses (y = 1) against unit spheres around them (y = 0), in the norm p.
 
     All mass has to move by 1, so the Wasserstein-1 distance of the two is 1, and f(x) = -min_i ||x - c_i||_p, a
@@ -159,8 +182,8 @@ def on_sphere(n: int, dims: int, p: float, rng: np.random.Generator) -> npt.NDAr
 class DigitsParity(Dataset):
     """Handwritten digits in 64 dimensions, odd (1) against even (0): scikit-learn's 8 x 8 images, in [0, 1].
 
-    There are 1,797 of them, all different. A run's stream shuffles them; the test set is the beginning, the
-    training set what follows.
+    There are 1,797 of them, all different. A run's stream shuffles them; the test set comes first, then the
+    training set.
     """
 
     task = "classification"
@@ -168,14 +191,14 @@ class DigitsParity(Dataset):
     n_points = 1797
 
     def __init__(self, n_train: int = 1397, n_test: int = 400) -> None:
-        super().__init__(n_train, n_test)
+        self.n_train = whole("n_train", n_train, least=1)
+        self.n_test = whole("n_test", n_test, least=1)
         if self.n_train + self.n_test > self.n_points:
             room = f"n_train + n_test must be at most {self.n_points}, the number of digits"
             raise ConfigError("n_train", n_train, f"{room} (n_test={n_test})")
 
     def draw(self, stream: np.random.SeedSequence) -> Data:
-        with quick_imports():
-            from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits
 
         images, digits = load_digits(return_X_y=True)
         order = np.random.default_rng(stream).permutation(self.n_points)[: self.n_test + self.n_train]

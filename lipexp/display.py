@@ -6,59 +6,52 @@ On a terminal a live bar; otherwise plain lines, one for each checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from lipexp.interrupts import ScreenClosed
-from lipexp.runs import METRICS
+from lipexp.tasks import METRICS, metric_in
 from lipexp.wording import above, below, count, gradient_line, interval_line, robustness_line, rounded, shown_path
 
-
-class Screen(Console):
-    """rich's console; when its reader goes it raises ScreenClosed, and is silent from then on."""
-
-    def on_broken_pipe(self) -> None:
-        with suppress(SystemExit):
-            super().on_broken_pipe()
-        raise ScreenClosed
+if TYPE_CHECKING:
+    from lipexp.members import Member
+    from lipexp.record import Metrics
 
 
 class Display:
     """The screen of one training run.
 
     Args:
-        brief: one line a run, for sweeps.
+        brief: one line per run, for sweeps.
     """
 
     def __init__(self, brief: bool = False, console: Console | None = None) -> None:
-        self.console = console or Screen(highlight=False)
+        self.console = console or Console(highlight=False)
         self.brief = brief
         self.step = 0
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
-    def header(self, names: Mapping[str, str], config: Mapping[str, Any]) -> None:
+    def header(self, member: Member) -> None:
         """What is trained, on what, under which bound."""
-        lipschitz = config["constraint"].get("lipschitz")
+        config, names = member.config, member.names
+        lipschitz = member.parts["constraint"].lipschitz
         bound = "no bound" if lipschitz is None else f"L = {lipschitz:g}"
         line = (
-            f"{names['dataset']}  {names['act']}  {names['constraint']} ({bound})  {names['loss']}  "
-            f"seed {config['seed']}"
+            f"{names['dataset']}  {names['act']}  {names['constraint']} ({bound})  {names['loss']}  seed {config.seed}"
         )
         if self.brief:
             self._print(line)
             return
         self._print(f"[bold]lipexp train[/bold]  {line}")
-        model = config["model"]
-        shape = ", ".join(f"{key} {value}" for key, value in model.items() if key != "_target_")
-        self._print(f"{names['model']} ({shape}), {config['steps']} steps of {config['batch_size']} points")
+        shape = ", ".join(f"{key} {value}" for key, value in config.model.items() if key != "_target_")
+        self._print(f"{names['model']} ({shape}), {config.steps} steps of {config.batch_size} points")
 
     @contextmanager
     def training(self, total: int) -> Iterator[None]:
@@ -84,7 +77,7 @@ class Display:
             self._bar.update(self._task, completed=step)
 
     def checkpoint(self, step: int, rows: Sequence[Mapping[str, float | None]]) -> None:
-        """New lines of history.csv, one a run."""
+        """New lines of history.csv, one per run."""
         self.tick(step)
         row = rows[0]
         if not row:
@@ -99,14 +92,14 @@ class Display:
         elif not self.brief:
             self._print(f"step {step:>5}  {live}")
 
-    def result(self, metrics: Mapping[str, Any], folder: Path) -> None:
+    def result(self, metrics: Metrics, folder: Path) -> None:
         """The result of one run."""
         if not self.brief:
             self._print(result_table(metrics))
-            self._print(gradient_line(metrics["gradient_norm"]))
-            if metrics["robustness"] is not None:
-                self._print(robustness_line(metrics["robustness"]))
-        self._print(interval_line(metrics["lipschitz"]))
+            self._print(gradient_line(metrics.gradient_norm))
+            if metrics.robustness is not None:
+                self._print(robustness_line(metrics.robustness))
+        self._print(interval_line(metrics.lipschitz))
         self._print(f"{folder}{'' if self.brief else '/'}")
 
     def _print(self, what: Any) -> None:
@@ -116,7 +109,7 @@ class Display:
 @contextmanager
 def composing(jobs: int, console: Console | None = None) -> Iterator[Callable[[], None]]:
     """Shows on a terminal how many jobs of a sweep are composed; yields what is to be called after each."""
-    console = console or Screen()
+    console = console or Console()
     columns = (TextColumn("composing the jobs"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=jobs)
@@ -130,7 +123,7 @@ class SweepDisplay:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Screen(highlight=False)
+        self.console = console or Console(highlight=False)
         self._bars: Progress | None = None
         self._tasks: dict[int, TaskID] = {}
         self._runs: Sequence[int] = []
@@ -193,11 +186,11 @@ class SweepDisplay:
             self._tasks[number] = bars.add_task(name, total=total, live="")
         bars.update(self._tasks[number], completed=step, total=total, live=self._live.get(number, ""))
 
-    def died(self, number: int) -> None:
+    def died(self, number: int, reason: str | None = None) -> None:
         """The process that trained stack `number` has died."""
         if self._bars is not None and number in self._tasks:
             self._bars.remove_task(self._tasks.pop(number))
-        self.say("its worker process died, of too little memory perhaps", number)
+        self.say(reason or "its worker process died, of too little memory perhaps", number)
 
     def _name(self, number: int) -> str:
         return f"stack {number + 1} of {len(self._runs)}, {count(self._runs[number], 'run')}"
@@ -239,7 +232,7 @@ class StackDisplay:
         self._update(self._number, step, None, None)
 
     def checkpoint(self, step: int, rows: Sequence[Mapping[str, float | None]]) -> None:
-        """New lines of history.csv, one a run."""
+        """New lines of history.csv, one per run."""
         self.step = step
         self._update(self._number, step, None, live_summary(rows))
 
@@ -305,12 +298,12 @@ def _result_cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     return [*values, below(row["lipschitz.measured"]), bound]
 
 
-def result_table(metrics: Mapping[str, Any]) -> Table:
+def result_table(metrics: Metrics) -> Table:
     """Loss and metric on the train and the test points."""
     table = Table(show_edge=False, box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for split in ("train", "test"):
         table.add_column(split, justify="right")
-    for key in metrics["test"]:
-        table.add_row(key, *(f"{metrics[split][key]:.6g}" for split in ("train", "test")))
+    for key in metrics.test:
+        table.add_row(key, *(f"{scores[key]:.6g}" for scores in (metrics.train, metrics.test)))
     return table

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,9 +23,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lipexp.config import GROUPS, ConfigError, Settings, conf_dir, no_such, one_line
 from lipexp.explain import explain
-from lipexp.imports import quick_imports
-from lipexp.interrupts import INTERRUPTED, admit_interrupts, find_lost_interrupts, hold_interrupts
+from lipexp.process import raise_on_interrupt
 from lipexp.runs import RunFolder, SweepFailed
+from lipexp.sweep.options import LauncherOptions
+from lipexp.sweep.search.options import SearchOptions
 
 log = logging.getLogger(__name__)
 
@@ -57,29 +58,32 @@ def main(arguments: Sequence[str]) -> int:
             failures.append(error)
 
     sys.path.append(os.getcwd())  # a user's own class lies where they work, as with `python -m`
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and what the user reads is written here
-    ConfigStore.instance().store(name="lipexp_schema", node=Settings)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the error is explained in one line here
+    register_schemas()
     try:
         sys.argv[1:] = flags_first(arguments)
-        with hold_interrupts():
-            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
     except ConfigError as error:
-        RefuseEarly.release()
         complain(error)
         return 2
     except SweepFailed as error:
         failures.extend(RunFailed(line) for line in error.failures)
     except (HydraException, OmegaConfBaseException) as error:
-        RefuseEarly.release()
         complain(explain(error))
         return 2
-    except KeyboardInterrupt:
+    finally:
         RefuseEarly.release()
-        complain("interrupted")
-        return INTERRUPTED
     for failure in failures:
         complain(failure)
     return 1 if failures else 0
+
+
+def register_schemas() -> None:
+    """Tell Hydra the types of all settings: those of a run, of the launcher and of the sweeper."""
+    store = ConfigStore.instance()
+    store.store(name="lipexp_schema", node=Settings)
+    store.store(group="hydra/launcher", name="stack_schema", node=LauncherOptions)
+    store.store(group="hydra/sweeper", name="search_schema", node=SearchOptions)
 
 
 def run_one(config: DictConfig) -> None:
@@ -88,90 +92,85 @@ def run_one(config: DictConfig) -> None:
     Raises:
         RunFailed: it ended without a result; failed.json is written.
     """
+    from lipexp.display import Display
+    from lipexp.members import build
+    from lipexp.train import train_many
+    from lipexp.wording import broken_bound
+
     running = HydraConfig.get()
+    sweeping = running.mode == RunMode.MULTIRUN
     output = os.path.relpath(running.runtime.output_dir)
     folder = RunFolder(Path(running.runtime.output_dir if output.startswith("..") else output))
+    display = Display(brief=sweeping)
     try:
-        with admit_interrupts():
-            _train(config, running, folder)
+        member = build(config, running.runtime.choices) if sweeping else RefuseEarly.member
+        display.header(member)
+        (trained,) = train_many([member], [folder], display, figures=not sweeping)
     except KeyboardInterrupt:
         if not folder.ended:
-            folder.write_failure("interrupted", step=0)
-        raise
-
-
-def _train(config: DictConfig, running: Any, folder: RunFolder) -> None:
-    """`run_one` in a folder of Hydra's."""
-    with quick_imports():
-        from lipexp.display import Display
-        from lipexp.train import build, train_many
-        from lipexp.wording import broken_bound
-
-    try:
-        with find_lost_interrupts():
-            member = build(config, running.runtime.choices)
-    except ConfigError as error:  # a job of a sweep; a single run was refused before it had a folder
-        folder.write_failure(str(error), step=0)
-        raise RunFailed(f"{error} ({folder.path})") from None
-    sweeping = running.mode == RunMode.MULTIRUN
-    display = Display(brief=sweeping)
-    display.header(member.names, config)
-    try:
-        with find_lost_interrupts():
-            (outcome,) = train_many([member], [folder], display, figures=not sweeping)
-    except KeyboardInterrupt:
-        if not folder.complete:
             folder.write_failure("interrupted", display.step)
         raise
-    except (Exception, SystemExit) as error:  # a user's class may raise anything
+    except ConfigError as error:  # a job of a sweep, or data that contradict their dataset
+        folder.write_failure(str(error), step=0)
+        raise RunFailed(f"{error} ({folder.path})") from None
+    except Exception as error:  # a user's class may raise anything
         reason = one_line(error)
         log.exception("the run ended with an error")
         folder.write_failure(reason, display.step)
         raise RunFailed(f"{reason} (traceback in {folder.path / 'train.log'})") from error
-    if outcome.metrics is None:
-        assert outcome.failure is not None
-        raise RunFailed(f"{outcome.failure.reason} at step {outcome.failure.step} ({folder.path})")
-    display.result(outcome.metrics, folder.path)
-    if outcome.metrics["lipschitz"]["verdict"] == "FAIL":
-        raise RunFailed(f"{broken_bound(outcome.metrics['lipschitz'])} ({folder.path})")
+    if trained.metrics is None:
+        assert trained.failure is not None
+        raise RunFailed(f"{trained.failure.reason} at step {trained.failure.step} ({folder.path})")
+    display.result(trained.metrics, folder.path)
+    if trained.metrics.lipschitz.verdict == "FAIL":
+        raise RunFailed(f"{broken_bound(trained.metrics.lipschitz)} ({folder.path})")
 
 
 class RefuseEarly(Callback):
     """Checks a configuration before Hydra creates anything, so bad input leaves no folder behind.
 
-    Hydra turns the exceptions of a callback into warnings, so this one exits.
+    Hydra turns the exceptions of a callback into warnings, so whatever is raised here ends in SystemExit.
     """
 
     claimed: ClassVar[list[Path]] = []  # folders made for this command
+    member: ClassVar[Any] = None  # the single run that was checked, for its task
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        with quick_imports(keep=True):
-            from lipexp.train import build
+        from lipexp.members import build
 
-        try:
+        def check() -> None:
             if config.get("resume"):  # a replayed configuration may lack it
                 raise ConfigError("resume", "true", "continues a sweep, which needs -m")
             own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-            with admit_interrupts(), find_lost_interrupts():
-                build(own, config.hydra.runtime.choices)
+            RefuseEarly.member = build(own, config.hydra.runtime.choices)
             self.claim("hydra.run.dir", Path(config.hydra.run.dir))
-        except ConfigError as error:
-            complain(error)
-            raise SystemExit(2) from None
+
+        self._or_exit(check)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if config.hydra.launcher._target_.startswith("hydra_plugins.lipexp"):
-            return  # lipexp's launcher composes every job first, and knows which folder it may continue
-        try:
+        def check() -> None:
+            if config.hydra.launcher._target_.startswith("hydra_plugins.lipexp"):
+                return  # lipexp's launcher composes every job first, and knows which folder it may continue
             if config.get("resume"):
                 raise ConfigError("resume", "true", "is for hydra/launcher=stack")
             self.claim("hydra.sweep.dir", Path(config.hydra.sweep.dir))
-        except ConfigError as error:
-            complain(error)
-            raise SystemExit(2) from None
+
+        self._or_exit(check)
+
+    def _or_exit(self, check: Callable[[], None]) -> None:
+        try:
+            check()
+        except (HydraException, OmegaConfBaseException) as error:
+            complain(explain(error))
+        except Exception as error:
+            complain(one_line(error))
+        else:
+            return
+        raise SystemExit(2)
 
     def claim(self, option: str, folder: Path) -> None:
         """Make `folder`, or raise ConfigError: it cannot be made, or holds what would be overwritten."""
+        raise_on_interrupt()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             used = any(folder.iterdir())

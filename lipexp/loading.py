@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -17,9 +17,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lipexp.activations import Activation
-from lipexp.config import ConfigError, instantiate, one_line
-from lipexp.models import Layer, Network
+from lipexp.config import ConfigError, one_line
+from lipexp.members import part
+from lipexp.networks import BakedNetwork, Network
+from lipexp.record import Metrics
 from lipexp.runs import RunFolder
 
 
@@ -28,17 +29,13 @@ class LoadedRun:
     """What `lipexp.load` returns."""
 
     network: Network  # (B, D) -> (B, C), float32, the weights of model.pt
+    baked: BakedNetwork  # the same, as lipexp measures and proves it
     config: dict[str, Any]
-    metrics: dict[str, Any]
+    metrics: Metrics
     folder: Path
 
-    def layers(self) -> list[Layer]:
-        """The weights as a stack of one."""
-        parts: Any = self.network.layers
-        return [Layer(part.weight.detach()[None], part.bias.detach()[None, None]) for part in parts]
-
     def table(self, name: str) -> pd.DataFrame:
-        """One of the run's tables: `history`, `gradients` or `layers`."""
+        """One of the run's tables: `history`, `gradients`, `radii` or `layers`."""
         return RunFolder(self.folder).table(name)
 
 
@@ -48,27 +45,20 @@ def load_run(run: str | PathLike[str], trust: bool = False) -> LoadedRun:
     if not folder.complete:
         raise ConfigError("run", run, "is not a finished run: it has no metrics.json")
     try:
+        metrics = Metrics.read(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError("run", run, f"has no metrics.json that can be read: {one_line(error)}") from None
+    try:
         config = folder.config()
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError("run", run, f"has no configuration that can be read: {one_line(error)}") from None
     state = _state_dict(folder)
     act = part_of(config, "act", trust)
     try:
-        weights = [state[f"layers.{i}.weight"] for i in range((len(state) + 1) // 2)]
-        shapes = [(weight.shape[0], weight.shape[1]) for weight in weights]
-        network = Network(shapes, act.baked() if isinstance(act, Activation) else act)
-        network.load_state_dict(state)
-        _check_layers(weights, act)
-    except (KeyError, IndexError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError("model.pt", folder.path / "model.pt", f"holds no such network: {reason}") from None
-    try:
-        metrics = folder.metrics()
-        if not isinstance(metrics, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
-        raise ConfigError("run", run, f"has no metrics.json that can be read: {one_line(error)}") from None
-    return LoadedRun(network.eval().requires_grad_(False), config, metrics, folder.path)
+        baked = BakedNetwork.from_state_dict(state, act)
+    except (ValueError, TypeError) as error:
+        raise ConfigError("model.pt", folder.path / "model.pt", f"holds no such network: {error}") from None
+    return LoadedRun(Network(baked), baked, config, metrics, folder.path)
 
 
 def part_of(config: Mapping[str, Any], group: str, trust: bool) -> Any:
@@ -79,27 +69,14 @@ def part_of(config: Mapping[str, Any], group: str, trust: bool) -> Any:
     """
     try:
         node = OmegaConf.create(dict(config)).get(group)
-        if not isinstance(node, DictConfig):
-            raise ConfigError(group, node, "needs an option with a _target_")
-        return instantiate(node, group, trust=trust)
     except OmegaConfBaseException as error:  # such as an interpolation that leads nowhere
         raise ConfigError(group, None, f"cannot be read: {one_line(error)}") from None
-
-
-def _check_layers(weights: Sequence[torch.Tensor], act: Any) -> None:
-    """Raise ValueError if there are no layers, they do not follow one another, or are not what lipexp stores."""
-    if not weights:
-        raise ValueError("there are no layers in it")
-    for i, weight in enumerate(weights):
-        if weight.dtype != torch.float32:
-            raise ValueError(f"layers.{i}.weight is {str(weight.dtype).removeprefix('torch.')}, not float32")
-        if weight.numel() == 0:
-            raise ValueError(f"layers.{i}.weight is empty")
-        if i > 0 and weight.shape[1] != weights[i - 1].shape[0]:
-            given = weights[i - 1].shape[0]
-            raise ValueError(f"layers.{i} takes {weight.shape[1]} features, layers.{i - 1} gives {given}")
-        if i < len(weights) - 1 and isinstance(act, Activation):
-            act.check_width(weight.shape[0])
+    if not isinstance(node, DictConfig):
+        raise ConfigError(group, node, "needs an option with a _target_")
+    try:
+        return part(node, group, str(node.get("_target_", "")).rpartition(".")[2], trust)
+    except OmegaConfBaseException as error:
+        raise ConfigError(group, None, f"cannot be read: {one_line(error)}") from None
 
 
 def _state_dict(folder: RunFolder) -> dict[str, torch.Tensor]:
@@ -107,7 +84,9 @@ def _state_dict(folder: RunFolder) -> dict[str, torch.Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of foreign pickles before it refuses them
-            state: dict[str, torch.Tensor] = torch.load(io.BytesIO(folder.model_bytes()), weights_only=True)
+            state: object = torch.load(io.BytesIO(folder.model_bytes()), weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
     except (OSError, RuntimeError, LookupError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = one_line(error)
         raise ConfigError("model.pt", folder.path / "model.pt", f"is not a plain state dict: {reason}") from None

@@ -16,13 +16,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lipexp.activations import Activation
 from lipexp.constraints import Constraint
 from lipexp.datasets import Data
 from lipexp.losses import Loss
-from lipexp.models import MLP, Layer, forward, unflatten
-from lipexp.optim import Adam
+from lipexp.models import Model, unflatten
+from lipexp.networks import Affine, BakedNetwork, inputs_and_output
+from lipexp.optim import Optimiser
+from lipexp.tasks import Task
 
 TICK = 20  # steps between two calls of `tick`
 
@@ -49,14 +52,15 @@ def generator(stream: np.random.SeedSequence) -> torch.Generator:
 class Stack:
     """K runs of one signature: one object per room, and what each run has of its own."""
 
-    model: MLP
-    act: nn.Module
+    model: Model
+    shapes: Sequence[tuple[int, int]]  # (out, in) of each weight matrix
+    act: Activation
     constraint: Constraint
     loss: Loss
-    optim: Adam
-    task: str  # classification or regression
-    data: Sequence[Data]  # one a run
-    streams: Sequence[Streams]  # one a run
+    optim: Optimiser
+    task: Task
+    data: Sequence[Data]  # one per run
+    streams: Sequence[Streams]  # one per run
     steps: int
     batch_size: int
     eval_every: int  # 0: only before the first and after the last step
@@ -64,7 +68,7 @@ class Stack:
 
 
 class Failure(NamedTuple):
-    """Why and when a run stopped being one."""
+    """Why and when a run failed."""
 
     reason: str
     step: int
@@ -75,15 +79,14 @@ class Checkpoint:
     """The baked networks after `step` steps, as handed to `evaluate`."""
 
     step: int
-    layers: list[Layer]  # float32, on the CPU
-    act: nn.Module  # on the CPU
-    failures: dict[int, Failure] = field(default_factory=dict)  # run -> failure; its layers are zero
+    network: BakedNetwork
+    failures: dict[int, Failure] = field(default_factory=dict)  # run -> failure; its parameters are zero
 
 
 class Trainer:
     """K runs in training: their parameters, their data, and the step.
 
-    `fit` puts checkpoints between the steps; `lipexp bench` times them alone.
+    `fit` takes the steps and makes the checkpoints; `lipexp bench` times the steps alone.
     """
 
     def __init__(
@@ -102,13 +105,13 @@ class Trainer:
         # fast as a gather from each run.
         self._starts = self.x.shape[1] * torch.arange(len(stack.data)).view(-1, 1)  # (K, 1)
 
-        self.shapes = stack.model.shapes(self.x.shape[2])
-        parameters = torch.stack([stack.model.initial(self.shapes, generator(s.weights)) for s in stack.streams])
+        starts = [stack.model.initial(stack.shapes, generator(s.weights)) for s in stack.streams]
+        parameters = torch.stack(starts)
         self.parameters = _aligned(parameters.to(device, dtype))  # (K, P)
-        # The layers are views of them that autograd takes for parameters of their own.
+        # The layers are views of them that are leaves of the autograd graph.
         self.layers = [
-            Layer(*(part.detach().requires_grad_() for part in layer))
-            for layer in unflatten(self.parameters, self.shapes)
+            Affine(*(part.detach().requires_grad_() for part in layer))
+            for layer in unflatten(self.parameters, stack.shapes)
         ]
         stack.constraint.start(self.layers)
         stack.optim.start(self.parameters)
@@ -119,10 +122,11 @@ class Trainer:
         stack = self.stack
         index = (next(self._batches) + self._starts).to(self.x.device, non_blocking=True)  # (K, B)
         x, y = (part.flatten(0, 1).index_select(0, index.flatten()) for part in (self.x, self.y))
-        f = forward(stack.constraint.apply(self.layers), self.act, x.unflatten(0, index.shape))
+        weights = stack.constraint.apply(self.layers)
+        f = inputs_and_output(weights, self.act, x.unflatten(0, index.shape))[1]
         loss = stack.loss(f.squeeze(-1), y.unflatten(0, index.shape)).mean(dim=1)  # (K,)
         leaves = [part for layer in self.layers for part in layer]
-        # Zero for what a class of the user's cuts off, instead of an error.
+        # Parameters that a user's class cuts off from the loss get a zero gradient, instead of an error.
         gradients = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
         gradient = torch.cat([part.flatten(1) for part in gradients], dim=1)  # (K, P)
         with torch.no_grad():
@@ -142,7 +146,7 @@ def fit(
 
     Args:
         evaluate: called with the baked networks before the first step, every `eval_every` steps and at the end.
-        tick: called with the number of finished steps now and then, for a progress display.
+        tick: called with the number of finished steps every few steps, for a progress display.
     """
     act = copy.deepcopy(stack.act).to("cpu", torch.float64)  # the trainer moves its own to the device
     trainer = Trainer(stack, device, dtype)
@@ -155,15 +159,15 @@ def fit(
             failures.setdefault(run, Failure("the parameters are no longer finite", step))
         lost = torch.zeros(len(parameters), 1, dtype=torch.bool, device=parameters.device)
         lost[list(failures)] = True
-        layers = stack.constraint.bake(unflatten(parameters.masked_fill(lost, 0), trainer.shapes))
+        network = stack.constraint.bake(unflatten(parameters.masked_fill(lost, 0), stack.shapes), act)
         for run in range(len(parameters)):
-            if not all(torch.isfinite(part[run]).all() for layer in layers for part in layer):
+            if not network.is_finite(run):
                 failures.setdefault(run, Failure("the network does not fit into float32", step))
-        return Checkpoint(step, layers, act, dict(failures))
+        return Checkpoint(step, network, dict(failures))
 
     current = checkpoint(0)
     evaluate(current)
-    losses: list[Tensor] = []  # (K,) each, since the last checkpoint
+    losses: list[Tensor] = []  # (K,) each, of the steps since the last checkpoint
     for step in range(1, stack.steps + 1):
         losses.append(trainer.step())
         if step == stack.steps or (stack.eval_every and step % stack.eval_every == 0):

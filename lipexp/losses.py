@@ -2,27 +2,73 @@
 
 Shapes: K runs, B points. Outputs f and targets y are (K, B); a loss returns (K, B), and the loop takes the mean
 over B for each run. Targets are {0, 1} for classification and transport, any number for regression.
+
+To add one: a class derived from `Loss`, and one file in conf/loss/. Any other module that returns one number per
+sample, such as torch.nn.HuberLoss(reduction="none"), works as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipexp.config import lipschitz_constant, number
+from lipexp.config import ConfigError, lipschitz_constant, number, one_line
+from lipexp.tasks import class_weights
 
 
 class Loss(nn.Module):
-    """Base of the losses. `task` is the kind of target a loss fits, as in datasets.py."""
+    """A map `forward(f, y)` from outputs and targets (K, B) to one number per sample (K, B).
+
+    | declaration | what it says                                                                             |
+    |-------------|------------------------------------------------------------------------------------------|
+    | `task`      | the kind of target that it fits, see tasks.py; "" fits all                               |
+    | `per_run`   | the arguments that may differ between the runs of a stack: each is an attribute of the   |
+    |             | same name, read in `forward` and nowhere else, where it may be a (K,) tensor (`column`)  |
+    """
 
     task = ""
     per_run: tuple[str, ...] = ()
 
+    def forward(self, f: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError
 
-def _per_run(value: Any, like: Tensor) -> Any:
+
+class Plain(Loss):
+    """Any other module or function as a loss, for every task."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, f: Tensor, y: Tensor) -> Tensor:
+        return self.function(f, y)
+
+
+def as_loss(thing: Any, name: str) -> Loss:
+    """`thing`, called `name` in the configuration, as a loss that returns one number per sample.
+
+    Raises:
+        ConfigError: it cannot be called, or returns something else.
+    """
+    if not callable(thing):
+        raise ConfigError("loss", name, "must be a function of outputs and targets, such as a torch.nn.Module")
+    loss = thing if isinstance(thing, Loss) else Plain(thing)
+    probe = torch.zeros(1, 2, requires_grad=True)
+    try:
+        shape = tuple(loss(probe, torch.tensor([[0.0, 1.0]])).shape)
+    except Exception as error:  # a user's class may raise anything
+        raise ConfigError("loss", name, f"cannot be used: {one_line(error)}") from None
+    if shape != (1, 2):
+        allowed = f'must return one number per sample, (K, B), not a tensor of shape {shape} (reduction="none"?)'
+        raise ConfigError("loss", name, allowed)
+    return loss
+
+
+def column(value: Any, like: Tensor) -> Any:
     """A float or a (K,) tensor as something that broadcasts against `like` (K, B)."""
     return value.to(like).view(-1, 1) if isinstance(value, Tensor) else value
 
@@ -44,7 +90,7 @@ class BCE(Loss):
         self.temperature = number("temperature", temperature, above=0)
 
     def forward(self, f: Tensor, y: Tensor) -> Tensor:
-        temperature = _per_run(self.temperature, f)
+        temperature = column(self.temperature, f)
         return functional.binary_cross_entropy_with_logits(temperature * f, y, reduction="none") / temperature
 
 
@@ -69,7 +115,7 @@ class Hinge(Loss):
         self.lipschitz = lipschitz_constant("lipschitz", lipschitz)
 
     def forward(self, f: Tensor, y: Tensor) -> Tensor:
-        return torch.relu(_per_run(self.margin, f) - (2 * y - 1) * f / _per_run(self.lipschitz, f))
+        return torch.relu(column(self.margin, f) - (2 * y - 1) * f / column(self.lipschitz, f))
 
 
 class Kantorovich(Loss):
@@ -77,8 +123,8 @@ class Kantorovich(Loss):
 
     Over all L-Lipschitz f the largest difference of means is L times that distance (Kantorovich and Rubinstein).
     A batch holds any number of points of each class, so a sample counts as one part of its own class: the mean
-    over the batch is the loss above exactly, and a constant added to f changes nothing. Of a class without a point
-    the mean is 0.
+    over the batch is the loss above exactly, and a constant added to f changes nothing. The mean of a class without
+    a point is 0.
 
     Reference: Anil, Lucas and Grosse 2019, "Sorting out Lipschitz function approximation", section 2.3.
     """
@@ -91,19 +137,7 @@ class Kantorovich(Loss):
         self.lipschitz = lipschitz_constant("lipschitz", lipschitz)
 
     def forward(self, f: Tensor, y: Tensor) -> Tensor:
-        return -_shares(y) * f * (y.shape[1] / _per_run(self.lipschitz, f))
-
-
-def difference_of_means(f: Tensor, y: Tensor) -> Tensor:
-    """(K,) mean of f where y = 1 - mean of f where y = 0, for f and y (K, B)."""
-    return (_shares(y) * f).sum(dim=1)
-
-
-def _shares(y: Tensor) -> Tensor:
-    """(K, B) 1 / n_1 where y = 1 and -1 / n_0 where y = 0, with n_1 and n_0 of each run's B samples."""
-    ones = y.sum(dim=1, keepdim=True)
-    zeros = y.shape[1] - ones
-    return y / ones.clamp_min(1) - (1 - y) / zeros.clamp_min(1)
+        return -class_weights(y) * f * (y.shape[1] / column(self.lipschitz, f))
 
 
 class MSE(Loss):

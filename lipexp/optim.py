@@ -1,11 +1,14 @@
 """Optimisers over K stacked runs, whose parameters lie in one (K, P) tensor: P numbers a run.
 
 torch.optim takes one learning rate for a tensor; here each run has its own.
+
+To add one: a class derived from `Optimiser`, and one file in conf/optim/.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +24,29 @@ SCHEDULES = {
 }
 
 
-class Adam:
+class Optimiser(ABC):
+    """Updates the parameters of K runs.
+
+    | member                                | what it is                                                         |
+    |---------------------------------------|--------------------------------------------------------------------|
+    | `start(parameters)`                   | begins new runs at step 0, for parameters (K, P)                   |
+    | `step(parameters, gradient, progress)`| one step, in place; `progress` in [0, 1) is the fraction of the    |
+    |                                       | run that is done, for schedules                                    |
+    | `per_run`                             | the arguments that may differ between the runs of a stack: each is |
+    |                                       | an attribute of the same name, read in `start` and nowhere else,   |
+    |                                       | where it may be a (K,) tensor                                      |
+    """
+
+    per_run: tuple[str, ...] = ()
+
+    @abstractmethod
+    def start(self, parameters: Tensor) -> None: ...
+
+    @abstractmethod
+    def step(self, parameters: Tensor, gradient: Tensor, progress: float) -> None: ...
+
+
+class Adam(Optimiser):
     """Adam with bias correction, as torch.optim.Adam, each run with its own learning rate.
 
     m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,  p <- p - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
@@ -53,7 +78,6 @@ class Adam:
         self.schedule = one_of("schedule", schedule, list(SCHEDULES))
 
     def start(self, parameters: Tensor) -> None:
-        """Begin a new run at step 0 for `parameters` (K, P)."""
         self._steps_done = 0
         self._m = torch.zeros_like(parameters)
         self._v = torch.zeros_like(parameters)
@@ -62,14 +86,13 @@ class Adam:
         self._decays = bool((self._weight_decay != 0).any())
 
     def step(self, parameters: Tensor, gradient: Tensor, progress: float) -> None:
-        """Update `parameters` in place. `progress` in [0, 1) is the share of the run that is done."""
         self._steps_done += 1
         b1, b2 = self.betas
         if self._decays:
             gradient = gradient + self._weight_decay * parameters
         self._m.lerp_(gradient, 1 - b1)
         self._v.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
-        # sqrt(v / c) + eps = (sqrt(v) + eps sqrt(c)) / sqrt(c): the factor goes into the rate, a pass less over v
+        # sqrt(v / c) + eps = (sqrt(v) + eps sqrt(c)) / sqrt(c): the factor goes into the rate, which saves a pass over v
         root_c = math.sqrt(1 - b2**self._steps_done)
         direction = self._v.sqrt().add_(self.eps * root_c)
         torch.div(self._m, direction, out=direction)

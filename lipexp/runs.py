@@ -13,7 +13,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lipexp.config import GROUPS
-
 if TYPE_CHECKING:
     import numpy.typing as npt
     import pandas as pd
 
-SCHEMA = 1  # of metrics.json
-METRICS = {"accuracy": True, "score": True, "mse": False}  # of train and test, one a task -> larger is better
 HYDRA_FILES = {".hydra", "train.log", "multirun.yaml"}  # what Hydra puts into a folder before the run starts
 
 
@@ -76,71 +72,34 @@ class RunFolder:
         self._write(f"{name}.csv", lambda path: path.write_text(content))
 
     def write_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """`name`.csv from rows with the same keys."""
-        self._write_csv(name, list(rows[0]) if rows else [], (list(row.values()) for row in rows))
-
-    def _write_csv(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        write_file(self.path / f"{name}.csv", lambda path: _write_table(path, header, rows))
+        """`name`.csv from rows; see `write_csv`."""
+        write_csv(self.path / f"{name}.csv", rows)
 
     def write_figure(self, figure: Any) -> None:
         """figure.png from a matplotlib figure."""
         self._write("figure.png", lambda path: figure.savefig(path, format="png"))
 
-    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """metrics.json: from now on the run is complete."""
-        self._write_json("metrics.json", {"schema": SCHEMA, **metrics})
-
-    def update_metrics(self, section: str, update: Callable[[Any], Any]) -> None:
-        """Put update(what is there, or None) into one section of metrics.json, and change nothing else.
-
-        Other processes that do the same wait for one another, so that none of their sections is lost.
-        """
-        with _locked(self.path):
-            metrics = self.metrics()
-            metrics[section] = update(metrics.get(section))
-            self._write_json("metrics.json", metrics)
-
     def write_failure(self, reason: str, step: int) -> None:
         """failed.json: the run ended without a result."""
-        self._write_json("failed.json", {"reason": reason, "step": step})
-
-    def metrics(self) -> dict[str, Any]:
-        """The content of metrics.json."""
-        return self._read_json("metrics.json")
-
-    def failure(self) -> dict[str, Any]:
-        """The content of failed.json."""
-        return self._read_json("failed.json")
+        self.write_json("failed.json", {"reason": reason, "step": step})
 
     def config(self) -> dict[str, Any]:
         """The run's configuration as Hydra composed it, without its own node."""
         return self._read_yaml(".hydra/config.yaml")
 
-    def choices(self) -> dict[str, str]:
-        """The option chosen in each group: {"act": "groupsort", ...}; empty where Hydra did not record it."""
-        if not (self.path / ".hydra" / "hydra.yaml").is_file():
-            return {}
-        hydra = self._read_yaml(".hydra/hydra.yaml").get("hydra", {})
-        return {str(k): str(v) for k, v in hydra.get("runtime", {}).get("choices", {}).items()}
-
-    def settings(self) -> dict[str, Any]:
-        """The option of each group and all settings, with dotted keys; empty where Hydra recorded nothing.
-
-        An option has the name that was chosen, or that of its class where no choice is recorded.
-        """
-        config: dict[str, Any] = {}
-        choices: dict[str, str] = {}
-        with suppress(OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):  # none, or not Hydra's
-            config = flat(self.config())
-            choices = self.choices()
-        classes = {group: str(config.get(f"{group}._target_", "")).rpartition(".")[2] for group in GROUPS}
-        options = {group: choices.get(group) or classes[group] for group in GROUPS}
-        return {group: option for group, option in options.items() if option} | {
-            key: value for key, value in config.items() if key not in GROUPS
-        }
+    def recorded(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """The configuration, and the option chosen in each group; each is empty where Hydra recorded none."""
+        found: list[dict[str, Any]] = [{}, {}]
+        for i, (name, *keys) in enumerate([("config",), ("hydra", "hydra", "runtime", "choices")]):
+            with suppress(OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+                node: Any = self._read_yaml(f".hydra/{name}.yaml")
+                for key in keys:
+                    node = node[key]
+                found[i] = dict(node)
+        return found[0], {str(group): str(option) for group, option in found[1].items()}
 
     def table(self, name: str) -> pd.DataFrame:
-        """`name`.csv, one of history, gradients and layers."""
+        """`name`.csv: history, gradients, radii or layers."""
         import pandas as pd
 
         return pd.read_csv(self.path / f"{name}.csv")
@@ -157,17 +116,30 @@ class RunFolder:
         with suppress(OSError):  # not empty, or the folder that the command runs in
             self.path.parent.rmdir()
 
-    def _read_json(self, name: str) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.path / name).read_text())
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The JSON object in a file; OSError or ValueError where there is none."""
+        content = json.loads((self.path / name).read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
         return content
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        self._write(name, lambda path: path.write_text(text))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process, once others have let go of it; leaves no file behind."""
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
 
     def _read_yaml(self, name: str) -> dict[str, Any]:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser is ten times as fast
         return dict(yaml.load((self.path / name).read_text(), Loader=loader) or {})
-
-    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-        self._write(name, lambda path: path.write_text(text))
 
     def _write(self, name: str, write: Callable[[Path], Any]) -> None:
         write_file(self.path / name, write)
@@ -183,40 +155,30 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds `folder` for this process, once others have let go of it; leaves no file behind."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A CSV file of rows that may lack some keys."""
-    header = list(dict.fromkeys(key for row in rows for key in row))
-    write_file(path, lambda file: _write_table(file, header, ([row.get(key) for key in header] for row in rows)))
+    """A CSV file of rows, whose columns are the keys of all of them in the order of their first appearance."""
 
+    def write(file: Path) -> None:
+        with file.open("w", newline="") as stream:
+            table = csv.DictWriter(stream, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
 
-def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with path.open("w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(header)
-        table.writerows(rows)
+    write_file(path, write)
 
 
 def _texts(column: npt.NDArray[Any]) -> list[str]:
-    """The elements of a column as text. orjson finds the shortest one of a float eight times as fast as repr."""
+    """The elements of a column as text. orjson spells floats in the shortest way, eight times as fast as repr."""
     if not len(column) or column.dtype.kind not in "iuf":
         return [*map(str, column.tolist())]
-    import numpy as np  # neither is needed by a reader of run folders
+    import numpy as np  # readers of run folders need neither
     import orjson
 
     column = np.ascontiguousarray(column)
     texts = orjson.dumps(column, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].decode().split(",")
-    for i in np.flatnonzero(~np.isfinite(column)).tolist():  # JSON has no word for them
+    for i in np.flatnonzero(~np.isfinite(column)).tolist():  # JSON has no name for them
         texts[i] = str(column[i])
     return texts
 

@@ -29,7 +29,7 @@ from hypothesis import settings
 from omegaconf import DictConfig, OmegaConf
 
 from lipexp import cli, config, loop, train
-from lipexp.threads import cpu_threads
+from lipexp.process import cpu_threads
 
 settings.register_profile("lipexp", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("lipexp")

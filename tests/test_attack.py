@@ -13,13 +13,13 @@ import torch
 from test_robustness import exact_f
 
 from lipexp.activations import ReLU
-from lipexp.attack import Falsifier, attack, closer, project, steepest
-from lipexp.bounds import product_certificate
-from lipexp.certificates import dual
+from lipexp.measured.attack import Falsifier, attack, closer, project, steepest
+from lipexp.proven.methods import product_certificate
+from lipexp.norms import dual
 from lipexp.constraints import in_usual_order
 from lipexp.loop import fit
 from lipexp.models import Layer, run_layers
-from lipexp.robustness import certified_radii
+from lipexp.proven.radii import certified_radii
 from lipexp.train import build, stack
 
 NORMS = (1.0, 2.0, math.inf)
@@ -171,12 +171,12 @@ def check_that_only_wrong_radii_are_refuted(layers, act, x, certificate, radius)
 
 
 def test_radii_are_refuted_if_and_only_if_they_are_wrong_for_every_norm(small, constraint_case, monkeypatch):
-    monkeypatch.setattr("lipexp.attack.BEYOND", ())
+    monkeypatch.setattr("lipexp.measured.attack.BEYOND", ())
     check_that_only_wrong_radii_are_refuted(*small(*constraint_case))
 
 
 def test_radii_are_refuted_if_and_only_if_they_are_wrong_for_every_activation(small, act_option, monkeypatch):
-    monkeypatch.setattr("lipexp.attack.BEYOND", ())
+    monkeypatch.setattr("lipexp.measured.attack.BEYOND", ())
     check_that_only_wrong_radii_are_refuted(*small("constraint=none", f"act={act_option}"))
 
 

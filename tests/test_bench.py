@@ -12,9 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from lipexp import bench, loop
+from lipexp import loop
+from lipexp.bench import bench
 from lipexp.activations import GroupSort
-from lipexp.bench import Case, MinimumMaximum, SortedPairs, one_run, quartiles, table, take_turns
+from lipexp.bench.bench import Case, MinimumMaximum, SortedPairs, one_run, quartiles, table, take_turns
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from lipexp import bench, bench_sweep
-from lipexp.bench import Case, take_turns
+from lipexp.bench import bench
+from lipexp.bench import sweep as bench_sweep
+from lipexp.bench.bench import Case, take_turns
 from lipexp.loop import Trainer
 
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from rational import network
 
-from lipexp import bounds
+from lipexp.proven import methods as bounds
 from lipexp.activations import ReLU
-from lipexp.bounds import Certificate, Problem, Proof, product_certificate, prove
+from lipexp.proven.methods import Certificate, Problem, Proof, product_certificate, prove
 from lipexp.config import ConfigError
 from lipexp.constraints import LInf, Spectral, Unconstrained
 from lipexp.evaluate import Evaluator
-from lipexp.measures import Maximum
+from lipexp.measured.gradients import Maximum
 from lipexp.models import Layer
-from lipexp.semidefinite import eclipse, lipsdp
+from lipexp.proven.semidefinite import eclipse, lipsdp
 
 METHODS = {
     "loose": lambda problem: Proof(5.0),
@@ -139,7 +139,7 @@ def test_the_descent_is_for_a_gap_above_a_tenth():
 
 
 def test_a_large_network_is_left_to_those_who_ask(monkeypatch):
-    monkeypatch.setattr("lipexp.bounds.LARGEST", 34)
+    monkeypatch.setattr("lipexp.proven.methods.LARGEST", 34)
     layers = network(3, 16, 16, 1)
     found = prove(of_network(layers, ReLU(), Unconstrained(), measured=0.01))
     assert (found.method, found.proofs["lipsdp"].reason[:23]) == ("eclipse", "35 inputs and features,")

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from lipexp.activations import Abs, GroupSort, LeakyReLU, PiecewiseLinear, ReLU
-from lipexp.branching import _bound, _combinations, _forward, _network, refusal, search
-from lipexp.exact import ExactNetwork
-from lipexp.measures import Maximum, norms, scan
+from lipexp.proven.branching import _bound, _combinations, _forward, _network, refusal, search
+from lipexp.measured.exact import ExactNetwork
+from lipexp.measured.gradients import Maximum, norms, scan
 from lipexp.models import Layer
-from lipexp.regions import constants
+from lipexp.proven.regions.enumeration import constants
 
 ACTS = {
     "relu": ReLU(),

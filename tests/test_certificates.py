@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lipexp.certificates import (
+from lipexp.norms import (
     _proves,
     cholesky_shift,
     dual,

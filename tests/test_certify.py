@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 import torch
 
-from lipexp import bounds
-from lipexp.bounds import Proof
+from lipexp.proven import methods as bounds
+from lipexp.proven.methods import Proof
 from lipexp.runs import RunFolder
 
 CHANGED = "model.pt was changed: its SHA-256 is not the one that the run recorded"

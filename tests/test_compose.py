@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from lipexp import hydra_app, sweep
-from lipexp.compose import Job
+from lipexp import hydra_app
+from lipexp.sweep import launch as sweep
+from lipexp.sweep.compose import Job
 
 BASIC = ("hydra/launcher=basic", "hydra/sweeper=basic")
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from rational import PIECEWISE, by_hand, fraction_gradient, maxmin_piece, network, normal, relu_piece
 
 from lipexp.activations import GroupSort, ReLU
-from lipexp.exact import ExactNetwork, integers
-from lipexp.measures import scan
+from lipexp.measured.exact import ExactNetwork, integers
+from lipexp.measured.gradients import scan
 from lipexp.models import Layer
 
 

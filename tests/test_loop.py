@@ -10,7 +10,7 @@ import torch
 from lipexp.config import conf_dir
 from lipexp.evaluate import Evaluator
 from lipexp.loop import Streams, Trainer, batch_indices, fit, generator
-from lipexp.measures import norms, scan
+from lipexp.measured.gradients import norms, scan
 from lipexp.models import Layer, unflatten
 from lipexp.train import build, signature, stack
 

@@ -22,10 +22,10 @@ from rational import (
     power,
 )
 
-from lipexp import measures
+from lipexp.measured import gradients as measures
 from lipexp.activations import Activation, Piece, ReLU
-from lipexp.certificates import product_bound
-from lipexp.measures import MeasuredNetwork, grid, largest, norms, scan
+from lipexp.norms import product_bound
+from lipexp.measured.gradients import MeasuredNetwork, grid, largest, norms, scan
 from lipexp.models import Layer, Network, forward, state_dict
 
 NORMS = (1, 2, math.inf)

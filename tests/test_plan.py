@@ -11,10 +11,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from lipexp import train
-from lipexp.compose import Job
+from lipexp.sweep.compose import Job
 from lipexp.config import ConfigError
-from lipexp.options import Options
-from lipexp.plan import LARGEST_STACK, Needs, make_plan, split
+from lipexp.sweep.options import Options
+from lipexp.sweep.plan import LARGEST_STACK, Needs, make_plan, split
 
 
 def sizes(stacks: list[list[int]]) -> list[int]:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lipexp.activations import Abs, GroupSort, PiecewiseLinear, ReLU
-from lipexp.bounds import product_certificate
-from lipexp.measures import norms, scan
+from lipexp.proven.methods import product_certificate
+from lipexp.measured.gradients import norms, scan
 from lipexp.models import Layer
-from lipexp.propagation import bound, refusal
+from lipexp.proven.rows import bound, refusal
 
 
 def by_hand(*weights: list[list[float]]) -> list[Layer]:

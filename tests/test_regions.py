@@ -12,13 +12,13 @@ import torch
 from cones import gradients_by_hand, largest
 
 from lipexp.activations import Abs, GroupSort, LeakyReLU, PiecewiseLinear, ReLU
-from lipexp.exact import ExactNetwork
-from lipexp.maps import TooLarge
-from lipexp.measures import norms, scan
+from lipexp.measured.exact import ExactNetwork
+from lipexp.proven.regions.maps import TooLarge
+from lipexp.measured.gradients import norms, scan
 from lipexp.models import Layer
-from lipexp.polygons import Plane
-from lipexp.regions import Enumeration, TooManyRegions, constants, cut_together, refusal
-from lipexp.sheet import Sheet
+from lipexp.proven.regions.polygons import Plane
+from lipexp.proven.regions.enumeration import Enumeration, TooManyRegions, constants, cut_together, refusal
+from lipexp.proven.regions.sheet import Sheet
 
 BOX = (np.array([-4.0, -3.0]), np.array([4.0, 5.0]))
 ACTS = {

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from lipexp.activations import Activation, Elementwise, GroupSort, ReLU
-from lipexp.bounds import product_certificate
-from lipexp.certificates import dual
+from lipexp.proven.methods import product_certificate
+from lipexp.norms import dual
 from lipexp.constraints import in_usual_order
 from lipexp.models import Layer, Network, run_layers, state_dict
-from lipexp.robustness import Robustness, assess, certified_radii, evaluate, float32_error, refusal
+from lipexp.proven.radii import Robustness, assess, certified_radii, evaluate, float32_error, refusal
 
 MAXMIN = GroupSort(group_size=2, neighbours=True)
 

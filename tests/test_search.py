@@ -12,13 +12,13 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
-from lipexp import search as module
+from lipexp.measured import ascent as module
 from lipexp.activations import GroupSort, ReLU
 from lipexp.evaluate import Evaluator
 from lipexp.loop import fit
-from lipexp.measures import norms, scan
+from lipexp.measured.gradients import norms, scan
 from lipexp.models import Layer, hidden_inputs
-from lipexp.search import pieces_of, search
+from lipexp.measured.ascent import pieces_of, search
 from lipexp.train import build, stack
 
 NORMS = (1, 2, math.inf)

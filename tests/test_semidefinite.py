@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from lipexp import semidefinite
+from lipexp.proven import semidefinite
 from lipexp.activations import Abs, GroupSort, LeakyReLU, ReLU
-from lipexp.measures import norms, scan
+from lipexp.measured.gradients import norms, scan
 from lipexp.models import Layer
-from lipexp.regions import constants
-from lipexp.semidefinite import (
+from lipexp.proven.regions.enumeration import constants
+from lipexp.proven.semidefinite import (
     Reduced,
     best_bound,
     eclipse,

@@ -12,13 +12,13 @@ import pytest
 import torch
 from test_sweep import TINY
 
-from lipexp.compose import Job
+from lipexp.sweep.compose import Job
 from lipexp.config import ConfigError
-from lipexp.options import Options
-from lipexp.slurm import SlurmOptions
-from lipexp.slurm import task as slurm_task
-from lipexp.slurm.record import Record
-from lipexp.slurm.task import Progress, Reporter, StackTask
+from lipexp.sweep.options import Options
+from lipexp.sweep.slurm import SlurmOptions
+from lipexp.sweep.slurm import task as slurm_task
+from lipexp.sweep.slurm.record import Record
+from lipexp.sweep.slurm.task import Progress, Reporter, StackTask
 from lipexp.train import build
 
 

@@ -18,11 +18,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from lipexp.config import ConfigError
-from lipexp.study.options import Options
-from lipexp.study.outcome import importances, ranked
-from lipexp.study.rounds import DATABASE, NAME, _sampler, value_of
-from lipexp.study.space import Space
-from lipexp.sweep import End
+from lipexp.sweep.search.options import Options
+from lipexp.sweep.search.outcome import importances, ranked
+from lipexp.sweep.search.rounds import DATABASE, NAME, _sampler, value_of
+from lipexp.sweep.search.space import Space
+from lipexp.sweep.launch import End
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 SMALL = ("steps=5", "eval_every=0", "model.width=8", "dataset.n_train=64", "dataset.n_test=32", "batch_size=32")

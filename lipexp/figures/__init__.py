@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from lipexp.arguments import Parser
 from lipexp.config import ConfigError, no_such
-from lipexp.interrupts import INTERRUPTED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,21 +73,19 @@ def draw_all(names: Sequence[str], fresh: bool) -> int:
     trained: set[str] = set()
     broken = 0
     for name in names:
-        before, started = _cpu_seconds(), time.perf_counter()
+        started = time.perf_counter()
         story = _story(name)
         for experiment in story.experiments:
             if experiment not in trained:
                 from lipexp.figures.experiments import train
 
                 status = train(experiment, OUTPUT / "runs" / experiment, fresh)
-                if status == INTERRUPTED:
-                    return status  # as has been said
                 if status:
                     print(f"lipexp: {name}: not drawn, experiment={experiment} has not finished", file=sys.stderr)
                     return status
                 trained.add(experiment)
         broken += _draw(name, story, console)
-        console.print(f"{_cpu_seconds() - before:.1f} CPU seconds, {time.perf_counter() - started:.1f} seconds\n")
+        console.print(f"{time.perf_counter() - started:.1f} seconds\n")
     if broken:
         print(f"lipexp: {broken} claims do not hold (see {OUTPUT / 'claims.json'})", file=sys.stderr)
     return 1 if broken else 0
@@ -115,10 +112,3 @@ def _draw(name: str, story: Story, console: Console) -> int:
     console.print(f"[bold]{name}[/bold]  {'  '.join(str(file) for file in files)}")
     claims.show(verdicts, console)
     return sum(not verdict.holds for verdict in verdicts)
-
-
-def _cpu_seconds() -> float:
-    """Of this process and of its workers."""
-    from lipexp.executors import spent
-
-    return time.process_time() + sum(spent)

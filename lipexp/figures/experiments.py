@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ import torch
 
 from lipexp.config import ConfigError
 from lipexp.loading import load_run
-from lipexp.measures import scan
-from lipexp.models import Layer
-from lipexp.runs import RunFolder, find, flat
+from lipexp.measured.gradients import scan
+from lipexp.networks import BakedNetwork
+from lipexp.record import Outcome, settings
+from lipexp.runs import RunFolder, find
 
 
 def train(experiment: str, folder: Path, fresh: bool) -> int:
@@ -31,28 +31,25 @@ def train(experiment: str, folder: Path, fresh: bool) -> int:
         made = time.strftime("%Y-%m-%d-%H-%M-%S", time.localtime(folder.stat().st_mtime))
         folder.rename(folder.with_name(f"{folder.name}-until-{made}"))
     where = [f"hydra.sweep.dir={folder}", "resume=true"]
-    how = ["hydra.launcher.executor=process", "hydra.launcher.table=false"]
-    return hydra_app.main(["-m", f"experiment={experiment}", *where, *how])
+    return hydra_app.main(["-m", f"experiment={experiment}", *where, "hydra.launcher.table=false"])
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """The finished runs in `folder`: their settings and metrics with dotted keys, and `run`, the folder.
+    """The finished runs in `folder`: their settings and results with dotted keys, and `run`, the folder.
 
     Raises:
-        ConfigError: there is none, or one of them failed.
+        ConfigError: there is none, or one of them failed or cannot be read.
     """
     runs = find([folder])
-    failed = [run for run in runs if not run.complete]
-    if failed or not runs:
-        raise ConfigError("runs", folder, f"{failed[0].path} failed" if failed else "holds no finished run")
-    return pd.DataFrame([_row(run) for run in runs])
-
-
-def _row(run: RunFolder) -> dict[str, Any]:
-    try:
-        return run.settings() | flat(run.metrics()) | {"run": run}
-    except (OSError, ValueError) as error:
-        raise unreadable(run, error) from None
+    rows = []
+    for run in runs:
+        outcome = Outcome.of(run)
+        if outcome.metrics is None:
+            raise unreadable(run, outcome.reason)
+        rows.append(settings(run) | outcome.results() | {"run": run})
+    if not runs:
+        raise ConfigError("runs", folder, "holds no finished run")
+    return pd.DataFrame(rows)
 
 
 def table(run: RunFolder, name: str) -> pd.DataFrame:
@@ -60,23 +57,19 @@ def table(run: RunFolder, name: str) -> pd.DataFrame:
     try:
         return run.table(name)
     except (OSError, ValueError) as error:
-        raise unreadable(run, error) from None
+        raise unreadable(run, " ".join(str(error).split())) from None
 
 
-def unreadable(run: RunFolder, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())
-    return ConfigError("runs", run.path, f"cannot be read ({reason}); --fresh trains them anew")
+def unreadable(run: RunFolder, reason: str) -> ConfigError:
+    return ConfigError("runs", run.path, f"cannot be used ({reason}); --fresh trains them anew")
+
+
+def loaded(run: RunFolder) -> BakedNetwork:
+    """The network of a run."""
+    return load_run(run.path, trust=True).baked
 
 
 def evaluated(run: RunFolder, points: npt.NDArray[np.float64]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """f (N,) and its gradient (N, D) at points (N, D), in float64, from the run's model.pt."""
-    network = load_run(run.path, trust=True).network
-    layers = [
-        Layer(layer.weight.unsqueeze(0), layer.bias.view(1, 1, -1)) for layer in linear_layers(network.layers)
-    ]
-    scanned = scan(layers, network.act, torch.from_numpy(points).unsqueeze(0))
+    scanned = scan(loaded(run), torch.from_numpy(points).unsqueeze(0))
     return scanned.f[0].numpy(), scanned.gradient[0].numpy()
-
-
-def linear_layers(layers: torch.nn.ModuleList) -> Sequence[torch.nn.Linear]:
-    return [layer for layer in layers if isinstance(layer, torch.nn.Linear)]

@@ -11,10 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lipexp.figures.claims import RELU_CEILING, Verdict, verdict
-from lipexp.figures.experiments import linear_layers, table
+from lipexp.figures.experiments import loaded, table
 from lipexp.figures.story import Runs, Story
 from lipexp.figures.style import ACT_COLOUR, BLACK, GREY, PAGE, label, panels
-from lipexp.loading import load_run
 from lipexp.runs import RunFolder
 
 
@@ -61,7 +60,7 @@ def first_layer_ceiling(run: RunFolder) -> float:
     points = table(run, "gradients")
     points = points[(points["split"] == "test") & (points["y"] == 0)]
     x = points[[column for column in points if str(column).startswith("x")]].to_numpy()
-    weight = linear_layers(load_run(run.path, trust=True).network.layers)[0].weight.double().numpy()
+    weight = loaded(run).layers[0].weight[0].double().numpy()
     return float(np.abs(x @ weight.T).max(axis=1).mean())
 
 

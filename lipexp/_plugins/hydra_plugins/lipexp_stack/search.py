@@ -1,4 +1,4 @@
-"""`lipexp train -m hydra/sweeper=search` searches a space; see lipexp/study, which does the work.
+"""`lipexp train -m hydra/sweeper=search` searches a space; see lipexp/sweep/search, which does the work.
 
 Every Hydra application in this environment imports this file when it starts, so it imports nothing of lipexp.
 """
@@ -16,13 +16,13 @@ class SearchSweeper(Sweeper):
     """Asks for rounds of trials, and trains each as a sweep of its own."""
 
     def __init__(self, **options: Any) -> None:
-        self.options = options
+        pass  # they are read from the configuration
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.context, self.task, self.config = hydra_context, task_function, config
+        self.context, self.config = hydra_context, config
 
     def sweep(self, arguments: list[str]) -> Any:
-        from lipexp.study import search
+        from lipexp.sweep.search.rounds import search
 
         assert self.config is not None
-        return search(self.context, self.task, self.config, arguments, self.options)
+        return search(self.context, self.config, arguments)

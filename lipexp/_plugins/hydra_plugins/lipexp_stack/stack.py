@@ -1,4 +1,4 @@
-"""`lipexp train -m` trains the jobs of a sweep as stacked models; see lipexp/sweep.py, which does the work.
+"""`lipexp train -m` trains the jobs of a sweep as stacked models; see lipexp/sweep/launch.py, which does the work.
 
 Every Hydra application in this environment imports this file when it starts, so it imports nothing of lipexp.
 """
@@ -20,13 +20,13 @@ class StackLauncher(Launcher):
     """Trains all jobs of a sweep as a few stacked models."""
 
     def __init__(self, **options: Any) -> None:
-        self.options = options
+        pass  # they are read from the configuration
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.context, self.task, self.config = hydra_context, task_function, config
+        self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from lipexp.sweep import launch
+        from lipexp.sweep.launch import launch
 
         return launch(self.context, self.task, self.config, job_overrides, initial_job_idx, options=self.options)
 

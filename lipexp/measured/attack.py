@@ -1,0 +1,284 @@
+"""The falsifier: tries to refute certified radii, and shows that it could.
+
+Inside the ball ||x' - x||_p < r around each test point it looks for a change of sign, by projected gradient steps
+and along the secants to points of the other class; and it compares the slopes of secants with L. Finding nothing
+proves nothing, so it also reports its power: the fraction of the same points that it flips in balls only a little
+larger than what is proven.
+
+Shapes: N points, D inputs, of one network, K = 1, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lipexp.measured.gradients import norms, scan
+from lipexp.networks import BakedNetwork
+from lipexp.norms import UNIT_ROUNDOFF
+from lipexp.proven.radii import evaluate
+
+STEPS = 100
+RESTARTS = 4
+RATE = 1.0  # the length of the first step, in radii; the steps shrink to zero
+INSIDE = 1 - 1e-9  # of the radius: rounding must not lead out of the ball
+BEYOND = (1.05, 1.5, 2.0)  # times the radius
+NEIGHBOURS = 8  # of the other class, to which the secants of a point lead
+SECANTS = 2**12  # points whose secants to each other are all tried
+RECORDED = 10  # counterexamples in metrics.json
+PAIRS = 2**22  # of points compared at once
+
+
+@dataclass
+class Flip:
+    """A counterexample: f changes its sign within the radius. Both signs are certain, and so is the distance."""
+
+    index: int
+    point: list[float]
+    moved: list[float]
+    f: float
+    f_moved: float
+    radius: float
+
+
+@dataclass
+class Secant:
+    """The largest |f(x) - f(y)| / ||x - y||_p that was found, rounded down."""
+
+    slope: float
+    x: list[float]
+    y: list[float]
+
+
+@dataclass
+class Attack:
+    """What the falsifier found."""
+
+    points: int  # with a radius to attack
+    flips: list[Flip]  # inside the radius
+    power: dict[float, float]  # factor on the radius -> the fraction of points flipped there
+    secant: Secant | None
+    lipschitz: float
+
+    @property
+    def refuted(self) -> bool:
+        return bool(self.flips) or (self.secant is not None and self.secant.slope > self.lipschitz)
+
+    def record(self) -> dict[str, Any]:
+        """What metrics.json says of it."""
+        return {
+            "lipschitz": self.lipschitz,
+            "points": self.points,
+            "steps": STEPS,
+            "restarts": RESTARTS,
+            "flips_inside": len(self.flips),
+            "flipped": {f"{times:g}": fraction for times, fraction in self.power.items()},
+            "secant": None if self.secant is None else asdict(self.secant),
+            "counterexamples": [asdict(flip) for flip in self.flips[:RECORDED]],
+        }
+
+
+def attack(
+    network: BakedNetwork,
+    x: Tensor,
+    radius: npt.NDArray[np.float64],
+    p: float,
+    lipschitz: float,
+    generator: torch.Generator,
+) -> Attack:
+    """Attack the balls of `radius` (N,) around points x (N, D), and larger ones.
+
+    Args:
+        lipschitz: L, from which the radii come; the slopes of secants are held against it, too.
+        generator: of the random starts.
+    """
+    chosen = np.flatnonzero((radius > 0) & np.isfinite(radius))
+    reach = torch.from_numpy(radius[chosen])
+    falsifier = Falsifier(network, x[chosen], p, generator)
+    moved, margin = falsifier.lowest(INSIDE * reach)
+    found = [
+        falsifier.confirmed(i, moved[i], float(reach[i]))
+        for i in falsifier.flipped(margin).nonzero()[:, 0].tolist()
+    ]
+    flips = [flip for flip in found if flip is not None]
+    for flip in flips:
+        flip.index = int(chosen[flip.index])
+    power = {}
+    for times in BEYOND if len(chosen) else ():
+        power[times] = float(falsifier.flipped(falsifier.lowest(times * reach)[1]).double().mean())
+    return Attack(len(chosen), flips, power, falsifier.steepest_secant(moved), lipschitz)
+
+
+class Falsifier:
+    """Attacks on the sign of f at points x (N, D), which move in the norm p."""
+
+    def __init__(self, network: BakedNetwork, x: Tensor, p: float, generator: torch.Generator) -> None:
+        self.network, self.x, self.p, self.generator = network, x, p, generator
+        self.f, self.error = evaluate(network, x)
+        self.sign = torch.from_numpy(np.sign(self.f))
+        self.certain = torch.from_numpy(2 * self.error)  # |f| near x above which its sign is beyond doubt
+        self.rivals = self._rivals()
+
+    # Projected gradients
+
+    def lowest(self, reach: Tensor) -> tuple[Tensor, Tensor]:
+        """The points (N, D) within `reach` (N,) of x with the lowest sign(f(x)) f that is found, and these values.
+
+        The first start is x, the second the lowest point on its secants, the others are random. A point that has
+        flipped is left alone.
+        """
+        best, margin = self.x.clone(), torch.full_like(reach, math.inf)
+        for restart in range(RESTARTS):
+            rows = (~self.flipped(margin)).nonzero()[:, 0]
+            if len(rows) == 0:
+                break
+            start = self._start(restart, rows, reach[rows])
+            at, value = self._descend(start, rows, reach[rows])
+            better = value < margin[rows]
+            best[rows[better]], margin[rows[better]] = at[better], value[better]
+        return best, margin
+
+    def flipped(self, margin: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Where sign(f(x)) f is clearly negative."""
+        return margin < -self.certain[rows]
+
+    def _start(self, restart: int, rows: Tensor, reach: Tensor) -> Tensor:
+        x = self.x[rows]
+        if restart == 0:
+            return x
+        if restart == 1:
+            return self._on_secants(rows, reach)
+        draw = torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+        return x + draw * (reach / norms(draw, self.p)).unsqueeze(1)
+
+    def _descend(self, at: Tensor, rows: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+        """The lowest points on the way of projected gradient steps that shrink to zero, and their values."""
+        best, margin = at.clone(), torch.full_like(reach, math.inf)
+        active = torch.arange(len(rows))
+        for step in range(STEPS + 1):
+            x, sign = self.x[rows[active]], self.sign[rows[active]]
+            scanned = scan(self.network, at.unsqueeze(0))
+            value = sign * scanned.f[0]
+            better = value < margin[active]
+            best[active[better]], margin[active[better]] = at[better], value[better]
+            left = ~self.flipped(value, rows[active])
+            if step == STEPS or not left.any():
+                break
+            active, at, x, sign = active[left], at[left], x[left], sign[left]
+            towards = -sign.unsqueeze(1) * steepest_direction(scanned.gradient[0][left], self.p)
+            rate = RATE * (1 - step / STEPS) * reach[active].unsqueeze(1)
+            at = x + project(at - x + rate * towards, reach[active], self.p)
+        return best, margin
+
+    # Secants
+
+    def _rivals(self) -> Tensor:
+        """(N, M) the nearest points of the other sign; M = 0 where all signs are the same."""
+        sides = [(self.sign == sign).nonzero()[:, 0] for sign in (1, -1)]
+        nearest = min(NEIGHBOURS, *map(len, sides))
+        rivals = torch.zeros(len(self.x), nearest, dtype=torch.long)
+        for own, other in (sides, sides[::-1]):
+            if nearest == 0:
+                break
+            for part in own.split(max(1, PAIRS // len(other))):
+                distances = torch.cdist(self.x[part], self.x[other], p=self.p)
+                rivals[part] = other[distances.topk(nearest, dim=1, largest=False).indices]
+        return rivals
+
+    def _on_secants(self, rows: Tensor, reach: Tensor) -> Tensor:
+        """The lowest of the points that lie `reach` (N,) away from x on the way to one of its rivals."""
+        x, rivals = self.x[rows], self.x[self.rivals[rows]]  # (N, M, D)
+        if rivals.shape[1] == 0:
+            return x
+        away = rivals - x.unsqueeze(1)
+        part = (reach.unsqueeze(1) / norms(away, self.p).clamp_min(1e-300)).clamp_max(1)
+        points = x.unsqueeze(1) + part.unsqueeze(2) * away
+        f = scan(self.network, points.flatten(0, 1).unsqueeze(0)).f.view(points.shape[:2])
+        lowest = (self.sign[rows].unsqueeze(1) * f).argmin(dim=1)
+        return points[torch.arange(len(rows)), lowest]
+
+    def steepest_secant(self, moved: Tensor) -> Secant | None:
+        """The steepest secant between two of the points, or from one of them to where it was `moved` (N, D)."""
+        n = len(self.x)
+        if n == 0:
+            return None
+        f_moved, error_moved = evaluate(self.network, moved)
+        points = torch.cat([self.x, moved])
+        f, error = np.concatenate([self.f, f_moved]), np.concatenate([self.error, error_moved])
+        others = self._steepest_partners()
+        first = np.concatenate([np.arange(n), np.arange(len(others))])
+        second = np.concatenate([n + np.arange(n), others])
+        rise = np.abs(f[first] - f[second]) - error[first] - error[second]
+        distance = norms(points[first] - points[second], self.p).numpy()
+        # A norm in float64 is off by a factor of at most 1 +- (D + 4) u; a difference, a quotient by 1 +- u.
+        slack = 1 - 2 * (points.shape[1] + 16) * UNIT_ROUNDOFF
+        slope = slack * np.divide(rise, distance, out=np.zeros_like(rise), where=distance > 0)
+        top = int(slope.argmax())
+        return Secant(max(0.0, float(slope[top])), points[first[top]].tolist(), points[second[top]].tolist())
+
+    def _steepest_partners(self) -> npt.NDArray[np.int64]:
+        """For each of the first points, that with the steepest secant to it."""
+        x, f = self.x[:SECANTS], torch.from_numpy(self.f[:SECANTS])
+        best = []
+        for rows in torch.arange(len(x)).split(max(1, PAIRS // len(x))):
+            distance = torch.cdist(x[rows], x, p=self.p, compute_mode="donot_use_mm_for_euclid_dist")
+            rise = (f[rows].unsqueeze(1) - f).abs()
+            best.append((rise / distance).nan_to_num(nan=0, posinf=0).argmax(dim=1))
+        return torch.cat(best).numpy()
+
+    # Counterexamples
+
+    def confirmed(self, i: int, moved: Tensor, radius: float) -> Flip | None:
+        """Point i, moved (D,), as a counterexample to its radius, if signs and distance are beyond doubt."""
+        (f_moved,), (error,) = evaluate(self.network, moved.unsqueeze(0))
+        f = self.f[i]
+        certain = f * f_moved < 0 and abs(f) > self.error[i] and abs(f_moved) > error
+        if not certain or not closer(self.x[i], moved, radius, self.p):
+            return None
+        return Flip(i, self.x[i].tolist(), moved.tolist(), float(f), float(f_moved), radius)
+
+
+def closer(x: Tensor, y: Tensor, radius: float, p: float) -> bool:
+    """||x - y||_p <= radius, in rational arithmetic."""
+    sizes = [abs(Fraction(a) - Fraction(b)) for a, b in zip(x.tolist(), y.tolist(), strict=True)]
+    if p == 2:
+        return sum(size * size for size in sizes) <= Fraction(radius) ** 2
+    return (max(sizes) if math.isinf(p) else sum(sizes)) <= Fraction(radius)
+
+
+# The geometry of a norm ------------------------------------------------------------------------------------------
+
+
+def steepest_direction(gradient: Tensor, p: float) -> Tensor:
+    """The direction v (N, D) with ||v||_p = 1 and the largest gradient . v; 0 where there is no gradient."""
+    if math.isinf(p):
+        return gradient.sign()
+    if p == 2:
+        return torch.nn.functional.normalize(gradient, dim=1, eps=1e-300)
+    largest = gradient.abs().argmax(dim=1, keepdim=True)
+    return torch.zeros_like(gradient).scatter(1, largest, gradient.gather(1, largest).sign())
+
+
+def project(offset: Tensor, reach: Tensor, p: float) -> Tensor:
+    """The point nearest to `offset` (N, D), in the 2-norm, of the ball of radius `reach` (N,) in the p-norm.
+
+    Reference: Duchi, Shalev-Shwartz, Singer and Chandra 2008, "Efficient projections onto the l1-ball", figure 1.
+    """
+    limit = reach.unsqueeze(1)
+    if math.isinf(p):
+        return torch.minimum(torch.maximum(offset, -limit), limit)
+    if p == 2:
+        return offset * (limit / norms(offset, 2).unsqueeze(1).clamp_min(1e-300)).clamp_max(1)
+    size = offset.abs()
+    sorted_size = size.sort(dim=1, descending=True).values
+    rank = torch.arange(1, size.shape[1] + 1, dtype=size.dtype)
+    thresholds = (sorted_size.cumsum(dim=1) - limit) / rank
+    last = (sorted_size > thresholds).sum(dim=1, keepdim=True).clamp_min(1) - 1
+    return offset.sign() * (size - thresholds.gather(1, last).clamp_min(0)).clamp_min(0)

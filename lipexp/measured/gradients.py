@@ -1,0 +1,161 @@
+"""Measured gradient norms: rigorous lower bounds on the Lipschitz constant.
+
+Shapes: K runs, N points, D inputs. Points are (K, N, D) in float64, weights the stored float32 numbers.
+
+Points are scanned in float64. The largest value found is then computed again at its point in exact integer
+arithmetic: the point and the weights are rational numbers and the activations piecewise linear, so the gradient is
+known exactly, and only the last step, the norm, is rounded: down. So what is reported is never above the true
+constant, not even by rounding, and a point on a breakpoint, where autograd can return a value that no gradient
+takes, is moved off it.
+
+That holds for activations that declare their active linear map, as all of lipexp's do. For others the value is an
+estimate in float64, and is called one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lipexp.exact import norm_below
+from lipexp.networks import BakedNetwork
+from lipexp.norms import UNIT_ROUNDOFF
+
+GRID_POINTS = {1: 2001, 2: 64}  # per axis, for inputs of so many dimensions
+_CANDIDATES = 8  # points tried in exact arithmetic before a source is given up; more than one is rarely needed
+_CHUNK = 2**18  # features of one layer held at once while scanning: 2 MB in float64, which fit the cache
+
+
+class Maximum(NamedTuple):
+    """A lower bound on the Lipschitz constant and the point that shows it."""
+
+    value: float
+    point: tuple[float, ...]
+    exact: bool = True  # from exact arithmetic; else an estimate in float64
+
+
+class Scan(NamedTuple):
+    """Outputs and gradients at points, in float64."""
+
+    f: Tensor  # (K, N)
+    gradient: Tensor  # (K, N, D) of f to x
+    hidden: list[Tensor]  # (K, N) each, the norms of the gradients of f to the input of each later layer
+
+
+def scan(network: BakedNetwork, x: Tensor, hidden_q: float | None = None) -> Scan:
+    """f and its gradient at points x (K, N, D); with `hidden_q`, also the q-norms of the hidden gradients.
+
+    Raises:
+        ValueError: the network has more than one output.
+    """
+    if network.n_outputs != 1:
+        raise ValueError(f"gradients are measured for one output; this network has {network.n_outputs}")
+    double = network.double
+    widest = max([1, *network.hidden_widths])
+    parts = [
+        _scan_part(double, part, hidden_q)
+        for part in x.double().split(max(1, _CHUNK // (widest * x.shape[0])), dim=1)
+    ]
+    f, gradient, hidden = zip(*parts, strict=True)
+    along = [torch.cat(part, dim=1) for part in zip(*hidden, strict=True)]
+    return Scan(torch.cat(f, dim=1), torch.cat(gradient, dim=1), along)
+
+
+def _scan_part(network: BakedNetwork, x: Tensor, hidden_q: float | None) -> Scan:
+    with torch.enable_grad():
+        inputs, out = network.inputs_and_output(x.requires_grad_())
+        f = out.squeeze(-1)
+        gradient, *hidden = torch.autograd.grad(f.sum(), inputs[:1] if hidden_q is None else inputs)
+    return Scan(f.detach(), gradient, [norms(one, hidden_q) for one in hidden] if hidden_q is not None else [])
+
+
+def norms(gradients: Tensor, q: float) -> Tensor:
+    """||.||_q along the last axis; torch's own vector_norm is slow for q = 1 and inf."""
+    if q == 2:
+        return torch.linalg.vector_norm(gradients, dim=-1)
+    sizes = gradients.abs()
+    return sizes.sum(dim=-1) if q == 1 else sizes.amax(dim=-1)
+
+
+def grid(low: Tensor, high: Tensor, generators: Sequence[torch.Generator]) -> Tensor | None:
+    """Jittered grid points (K, N, D) in the boxes low..high (K, D); None in more than two dimensions.
+
+    Each point is moved at random within its cell, as breakpoints of networks often lie at round numbers.
+    """
+    dims = low.shape[1]
+    if dims not in GRID_POINTS:
+        return None
+    n = GRID_POINTS[dims]
+    axes = [torch.arange(n, dtype=torch.float64)] * dims
+    cells = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, dims)  # (N, D)
+    jitter = torch.stack([torch.rand(cells.shape, generator=g, dtype=torch.float64) for g in generators])
+    return low.unsqueeze(1) + (high - low).unsqueeze(1) * (cells + jitter) / n
+
+
+def largest(network: BakedNetwork, points: Tensor, gradients: Tensor, q: float) -> Maximum | None:
+    """The largest ||grad f||_q of one network, K = 1, over points (N, D): at most the true constant, or an estimate.
+
+    Args:
+        gradients: (N, D) float64, as scanned.
+
+    Returns:
+        None if every candidate lies on a breakpoint even after it was moved, or has no finite gradient.
+
+    Raises:
+        ArithmeticError: the activation declares an active linear map that contradicts what it computes.
+    """
+    values = norms(gradients, q).nan_to_num(nan=-1, posinf=-1)
+    candidates = [i for i in values.topk(min(_CANDIDATES, len(values))).indices.tolist() if values[i] >= 0]
+    if not candidates:
+        return None
+    if not network.act.is_piecewise_linear:
+        return _estimate(network, points[candidates[0]], q)
+    contradicted = False
+    for i in candidates:
+        for moved, point in enumerate(_nearby(points[i])):
+            region = network.linear_region(point.numpy())
+            if region is None:
+                continue
+            value, scanned = norm_below(region.gradient[0], region.exponent, q), float(values[i])
+            # Rounding can put float64 on the other side of a breakpoint at one candidate, but not at all of them;
+            # and where the layers cancel, rounding is all that float64 sees.
+            negligible = 1e-6 * max(value, scanned) + 1e-12 * _norm_product(network)
+            if moved == 0 and abs(value - scanned) > negligible:
+                contradicted = True
+                break
+            return Maximum(value, tuple(point.tolist()))
+    if contradicted:
+        raise ArithmeticError(f"{network.act.label}.active_map contradicts its forward")
+    return None
+
+
+def _nearby(point: Tensor) -> Iterator[Tensor]:
+    """`point` (D,) itself, then two points so close that only a breakpoint at the point itself can lie between."""
+    yield point
+    for shift in (2.0**-40, -(2.0**-36)):
+        yield point + shift * (1 + point.abs()) * torch.linspace(1.0, 0.6, len(point), dtype=point.dtype)
+
+
+def _norm_product(network: BakedNetwork) -> float:
+    """About what rounding errors in the gradient are relative to, in the 2-norm and in the inf-norm."""
+    matrices = [layer.weight[0].double().numpy() for layer in network.layers]
+    return max(math.prod(float(np.linalg.norm(matrix, q)) for matrix in matrices) for q in (None, math.inf))
+
+
+def _estimate(network: BakedNetwork, point: Tensor, q: float) -> Maximum:
+    """The smallest of the gradient norms at and next to `point`, less its rounding errors, for an unknown activation.
+
+    The neighbours unmask a breakpoint, where autograd may return what no gradient is. The value is lowered by a bound
+    on the rounding error of backpropagation through n matrices of at most H columns, gamma_{n (H + 2)} times the
+    product of their norms. The derivative of the activation itself is taken on trust, so this is an estimate.
+    """
+    around = torch.stack(list(_nearby(point)))
+    value = float(norms(scan(network, around.unsqueeze(0)).gradient[0], q).nan_to_num(nan=0).min())
+    widest = max(network.n_inputs, *network.hidden_widths, 1)
+    error = 4 * len(network.layers) * (widest + 2) * UNIT_ROUNDOFF * _norm_product(network) * math.sqrt(len(point))
+    return Maximum(max(0.0, value - error), tuple(point.tolist()), exact=False)

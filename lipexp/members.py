@@ -1,0 +1,244 @@
+"""One configuration as checked objects, and runs of one signature as a stack."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import MISSING, DictConfig
+
+from lipexp.activations import as_activation
+from lipexp.config import (
+    GROUPS,
+    ConfigError,
+    Settings,
+    instantiate,
+    lipschitz_constant,
+    number,
+    one_of,
+    plain,
+    whole,
+)
+from lipexp.constraints import Constraint
+from lipexp.datasets import Data, Dataset
+from lipexp.loop import Stack, Streams
+from lipexp.losses import Loss, as_loss
+from lipexp.models import Model
+from lipexp.optim import Optimiser
+from lipexp.tasks import TASKS
+
+SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
+BASES = {"dataset": Dataset, "constraint": Constraint, "model": Model, "optim": Optimiser}
+
+
+@dataclass
+class Member:
+    """One run before training: its settings, its objects, and what names them on the command line."""
+
+    config: Settings
+    names: dict[str, str]  # group -> the option chosen
+    parts: dict[str, Any]  # group -> object
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(out, in) of each weight matrix."""
+        dataset: Dataset = self.parts["dataset"]
+        return self.parts["model"].shapes(dataset.n_inputs, dataset.n_outputs)  # type: ignore[no-any-return]
+
+
+def build(
+    content: DictConfig | Mapping[str, Any],
+    choices: Mapping[str, Any] = {},
+    here: bool = True,
+    made: dict[str, Any] | None = None,
+) -> Member:
+    """Check one configuration and make its objects.
+
+    Args:
+        content: the composed configuration, without Hydra's own node.
+        choices: the option chosen in each group, for messages.
+        here: it will be trained on this machine, which must have its device.
+        made: the objects that earlier calls have made, by their configuration: they are shared.
+
+    Raises:
+        ConfigError: whatever is wrong with it, by the name that the command line uses.
+    """
+    config = _settings(plain(content))
+    if here and config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", "cuda", "no CUDA device is available here (auto, cpu)")
+    names = {
+        group: str(choices.get(group) or str(plain(getattr(config, group)).get("_target_", "")).rpartition(".")[2])
+        for group in GROUPS
+    }
+    parts: dict[str, Any] = {} if made is None else made
+    keys = {group: repr((group, sorted(plain(getattr(config, group)).items()))) for group in GROUPS}
+    for group, key in keys.items():
+        if key not in parts:
+            parts[key] = part(getattr(config, group), group, names[group])
+    member = Member(config, names, {group: parts[key] for group, key in keys.items()})
+    dataset, loss, constraint, act = (member.parts[group] for group in ("dataset", "loss", "constraint", "act"))
+    if config.batch_size > dataset.n_train:
+        raise ConfigError("batch_size", config.batch_size, f"must be at most dataset.n_train={dataset.n_train}")
+    if loss.task and loss.task != dataset.task:
+        suitable = ", ".join(cls.__name__.lower() for cls in Loss.__subclasses__() if cls.task == dataset.task)
+        allowed = f"is for {loss.task}, but dataset={names['dataset']} is {dataset.task} ({suitable})"
+        raise ConfigError("loss", names["loss"], allowed)
+    if dataset.p is not None and dataset.p != constraint.p:
+        moving = f"must be the norm that constraint={names['constraint']} is for, p={constraint.p:g}"
+        raise ConfigError("dataset.p", f"{dataset.p:g}", moving)
+    for width, _ in member.shapes[:-1]:
+        act.check_width(width)
+    if member.shapes[0][1] != dataset.n_inputs or member.shapes[-1][0] != dataset.n_outputs:
+        allowed = f"must lead from {dataset.n_inputs} inputs to {dataset.n_outputs} output, its shapes are {member.shapes}"
+        raise ConfigError("model", names["model"], allowed)
+    constraint.check(act, names["act"])
+    return member
+
+
+def part(node: Any, group: str, name: str, trust: bool = True) -> Any:
+    """The object of one group, checked against what the program asks of it.
+
+    Args:
+        name: the option chosen, for messages.
+        trust: see `config.instantiate`.
+
+    Raises:
+        ConfigError: it cannot be made, or is none of its group.
+    """
+    found = instantiate(node, group, trust=trust)
+    if group == "act":
+        return as_activation(found)
+    for argument in _per_run(found):
+        if not hasattr(found, argument):
+            raise ConfigError(group, name, f"names {argument} in per_run, but has no attribute of that name")
+    if group == "loss":
+        return as_loss(found, name)
+    base = BASES[group]
+    if not isinstance(found, base):
+        allowed = f"cannot be used as {group}: it does not derive from {base.__module__}.{base.__name__}"
+        raise ConfigError(group, name, allowed)
+    if isinstance(found, Dataset):
+        one_of(f"{group}.task", found.task, list(TASKS))
+        if found.n_outputs != 1:
+            raise ConfigError(group, name, f"has {found.n_outputs} outputs; only one is supported so far")
+        for count in ("n_inputs", "n_train", "n_test"):
+            whole(f"{group}.{count}", getattr(found, count), least=1)
+    return found
+
+
+def _settings(content: Mapping[str, Any]) -> Settings:
+    for key in SETTINGS:
+        if content.get(key) in (None, MISSING):
+            raise ConfigError(key, "null", "must be set")
+    config = Settings(**{key: content[key] for key in SETTINGS})
+    whole("seed", config.seed, least=0)
+    lipschitz_constant("lipschitz", config.lipschitz)
+    for key, least in (("steps", 0), ("batch_size", 1), ("eval_every", 0), ("threads", 1), ("max_regions", 0)):
+        whole(key, content[key], least=least)
+    for radius in config.radii:
+        number("radii", radius, above=0)
+    one_of("device", config.device, ["auto", "cpu", "cuda"])
+    return config
+
+
+# Stacks ----------------------------------------------------------------------------------------------------------
+
+
+def signature(member: Member) -> str:
+    """What runs of one stack must share: every argument but those that may differ between its runs."""
+    shared: dict[str, Any] = {
+        key: getattr(member.config, key) for key in SETTINGS if key not in (*GROUPS, "seed", "lipschitz", "resume")
+    }
+    for group in GROUPS:
+        own = _per_run(member.parts[group])
+        shared[group] = {k: v for k, v in getattr(member.config, group).items() if k not in own}
+    return repr(sorted(shared.items()))
+
+
+def _per_run(part: Any) -> tuple[str, ...]:
+    """The arguments that may differ between the runs of a stack.
+
+    Activations have none: networks are also evaluated one at a time, which must not change what they do.
+    """
+    return tuple(getattr(part, "per_run", ()))
+
+
+def run_bytes(member: Member) -> int:
+    """About how much memory one run of a stack takes: what grows with the number of runs, at its largest.
+
+    In training: the batch at each layer, eight times, and the parameters, twelve times, in float32. In evaluation:
+    the points, their targets, values, gradients and norms in float64, as numbers and as the text of gradients.csv.
+    The factors were fitted to the peak of sweeps of 32 to 128 runs.
+    """
+    dataset = member.parts["dataset"]
+    features = sum(n_out for n_out, _ in member.shapes)
+    parameters = sum(n_out * (n_in + 1) for n_out, n_in in member.shapes)
+    points = (dataset.n_train + dataset.n_test) * (8 * dataset.n_inputs + 40)
+    return 4 * (8 * member.config.batch_size * features + 12 * parameters) + 8 * points
+
+
+def preferred_stack_size(member: Member) -> int:
+    """The number of runs of a stack on a CPU whose features behind a layer together take 1 MiB.
+
+    That is about the second-level cache of a core, in which one operation finds what the one before has left.
+    With fewer than four runs, too little of what a step costs by itself would be shared.
+    """
+    widest = max(n_out for n_out, _ in member.shapes)
+    return max(4, 2**20 // (4 * member.config.batch_size * widest))
+
+
+def stack(members: Sequence[Member]) -> Stack:
+    """One stack of runs that share their signature, with their data drawn.
+
+    Raises:
+        ValueError: they do not share it.
+        ConfigError: a dataset draws something else than it declares.
+    """
+    if len({signature(member) for member in members}) > 1:
+        raise ValueError("runs of different signatures cannot be trained as one stack")
+    config = members[0].config
+    streams = [Streams.of(int(member.config.seed)) for member in members]
+    return Stack(
+        **{group: _stacked(group, members) for group in ("model", "act", "constraint", "loss", "optim")},
+        shapes=members[0].shapes,
+        task=TASKS[members[0].parts["dataset"].task],
+        data=[_drawn(member, own) for member, own in zip(members, streams, strict=True)],
+        streams=streams,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        eval_every=config.eval_every,
+        max_regions=config.max_regions,
+    )
+
+
+def _stacked(group: str, members: Sequence[Member]) -> Any:
+    """The object of `group` for all members: a copy of the first one's, in which what may differ is (K,) tensors."""
+    one = copy.deepcopy(members[0].parts[group])
+    for name in _per_run(one):
+        values = [float(getattr(member.parts[group], name)) for member in members]
+        setattr(one, name, torch.tensor(values, dtype=torch.float64))
+    return one
+
+
+def _drawn(member: Member, streams: Streams) -> Data:
+    """The data of one run, checked against what its dataset declares."""
+    dataset: Dataset = member.parts["dataset"]
+    data = Data(*(np.asarray(array, dtype=np.float32) for array in dataset.draw(streams.data)))
+    for split, n in (("train", dataset.n_train), ("test", dataset.n_test)):
+        for what, shape in ((f"{split}_x", (n, dataset.n_inputs)), (f"{split}_y", (n,))):
+            array = getattr(data, what)
+            if array.shape != shape:
+                allowed = f"draws {what} of shape {array.shape}, but declares {shape}"
+                raise ConfigError("dataset", member.names["dataset"], allowed)
+            if not np.isfinite(array).all():
+                raise ConfigError("dataset", member.names["dataset"], f"draws {what} with numbers that are not finite")
+        targets = getattr(data, f"{split}_y")
+        if TASKS[dataset.task].has_classes and not np.isin(targets, (0, 1)).all():
+            allowed = f"draws targets that are not {TASKS[dataset.task].targets}, as {dataset.task} needs"
+            raise ConfigError("dataset", member.names["dataset"], allowed)
+    return data

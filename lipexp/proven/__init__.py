@@ -1,0 +1,100 @@
+"""Upper bounds on the Lipschitz constant: `prove` takes the best of all methods and says what each of them found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lipexp import record
+from lipexp.config import ConfigError
+from lipexp.measured.gradients import Maximum
+from lipexp.networks import BakedNetwork
+from lipexp.norms import norm_name
+from lipexp.proven.methods import METHODS, ON_REQUEST, Chain, Problem, Proof
+
+__all__ = ["METHODS", "Certificate", "Chain", "Problem", "Proof", "prove", "prove_quickly"]
+
+
+@dataclass
+class Certificate:
+    """The best proven upper bound on the Lipschitz constant of one network, or why there is none."""
+
+    chain: Chain
+    value: float | None  # the smallest bound that holds everywhere
+    reason: str | None  # why `value` is None
+    method: str  # behind `value`; "none" without one
+    proofs: dict[str, Proof] = field(default_factory=dict)  # of every method that was asked
+
+    def verdict(self, measured: float) -> str:
+        """PASS, or FAIL when the exact comparison measured <= certified <= L does not hold; OPEN: no bound.
+
+        A bound over the box of the data counts as well: that is where `measured` was found. Where that comes from
+        exact arithmetic both sides are rigorous, and a FAIL is a bug in lipexp.
+        """
+        if self.value is None:
+            return "OPEN"
+        bounds = [self.value, *(proof.value for proof in self.proofs.values() if proof.value is not None)]
+        boxes = [proof.constants.box for proof in self.proofs.values() if proof.constants is not None]
+        bounds += [box.value for box in boxes if box is not None]
+        holds = measured <= min(bounds) and (self.chain.target is None or self.value <= self.chain.target)
+        return "PASS" if holds else "FAIL"
+
+    def interval(self, measured: Maximum) -> record.Interval:
+        """What metrics.json says of the Lipschitz constant."""
+        product, exact = self.proofs.get("product"), self.proofs.get("exact")
+        constants = None if exact is None else exact.constants
+        return record.Interval(
+            p=norm_name(self.chain.p),
+            q=norm_name(self.chain.q),
+            target=self.chain.target,
+            measured=measured.value,
+            measured_by="exact arithmetic" if measured.exact else "float64 estimate",
+            certified=self.value,
+            method=self.method,
+            reason=self.reason,
+            product=None if product is None else product.value,
+            exact=None if constants is None else constants.everywhere.value,
+            exact_box=None if constants is None else constants.in_box(),
+            regions=None if constants is None else constants.regions,
+            open=exact.reason if exact is not None and exact.gave_up else None,
+            verdict=self.verdict(measured.value),
+        )
+
+
+def prove(problem: Problem, method: str | None = None) -> Certificate:
+    """The certificate with the smallest bound that holds everywhere, and the proof of every method.
+
+    Args:
+        method: the one to take besides the product; None: all, until the exact constant is known. Branch and bound
+            is only taken when it is named, and starts from what the others prove everywhere.
+
+    Raises:
+        ConfigError: `method` has no bound for this network.
+    """
+    proofs: dict[str, Proof] = {}
+    several = method is None or method in ON_REQUEST
+    for name in METHODS if several else dict.fromkeys(["product", str(method)]):
+        if name != method and (name in ON_REQUEST or (name == "exact" and method in ON_REQUEST)):
+            continue
+        proofs[name] = METHODS[name](problem)
+        if proofs[name].constants is not None:
+            break  # nothing proves less than the exact constant
+        if several:
+            problem = problem._replace(best=_smallest(proofs))
+    if method is not None and proofs[method].value is None and method != "product":
+        raise ConfigError("--method", method, f"has no bound for this network: {proofs[method].reason}")
+    value = _smallest(proofs)
+    if value is None:
+        return Certificate(problem.chain, None, proofs["product"].reason, "none", proofs)
+    best = next(name for name, proof in proofs.items() if proof.everywhere and proof.value == value)
+    return Certificate(problem.chain, value, None, best, proofs)
+
+
+def prove_quickly(problem: Problem) -> Certificate:
+    """The certificate that follows from the norms proven when the network was baked."""
+    return prove(problem, "product")
+
+
+def _smallest(proofs: dict[str, Proof]) -> float | None:
+    """The smallest bound that holds everywhere."""
+    values = [proof.value for proof in proofs.values() if proof.value is not None and proof.everywhere]
+    return min(values, default=None)

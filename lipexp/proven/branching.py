@@ -1,0 +1,375 @@
+"""Branch and bound: an upper bound on ||grad f||_q over a box of up to four dimensions.
+
+On a small box most breakpoints are out of reach, and interval arithmetic bounds the Jacobian: behind each layer it
+is known up to a radius, J = J_c +- J_r, and z(x) lies within z(c) +- |J| r of its value at the centre c. A box whose
+bound is too large is halved; one that few breakpoints cross is settled at once by all combinations of their sides.
+
+All of it is float64 arithmetic whose rounding errors are added to the radii, so the bound is proven. It holds over
+the box only.
+
+Reference: Jordan and Dimakis 2020, "Exactly computing the local Lipschitz constant of ReLU networks", whose
+interval Jacobians these are; sorted groups take the hull of the members that a place may get.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lipexp.activations import Activation
+from lipexp.measured.gradients import Maximum, largest, norms, scan
+from lipexp.networks import BakedNetwork
+from lipexp.norms import UNIT_ROUNDOFF
+
+DIMS = 4  # in more, boxes are too many
+LEAF = 8  # breakpoints whose sides are combined
+BATCH = 512  # boxes that are bounded together
+MOST_BOXES = 2_000_000
+_CHUNK = 2**21  # numbers in one temporary array
+_UP = 1 + 2.0**-40  # covers all rounding errors of one line of arithmetic on numbers that are not negative
+
+
+class Found(NamedTuple):
+    """The interval that a search has reached."""
+
+    upper: float
+    best: Maximum  # the steepest point seen
+    boxes: int  # that were bounded
+
+
+class Hidden(NamedTuple):
+    """The activation behind one hidden layer: two slopes, or sorted groups."""
+
+    pairs: Tensor  # (M, 2) its breakpoints
+    slopes: tuple[float, float] | None  # below and above 0
+    groups: Tensor | None  # (groups, size)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether any choice of sides is a linear region: not where three or more features are sorted together."""
+        return self.groups is None or self.groups.shape[1] <= 2
+
+
+class Network(NamedTuple):
+    """One network in float64."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    act: Activation
+    hidden: list[Hidden]
+
+
+class Jacobian(NamedTuple):
+    """Bounds on the Jacobians of the features of P boxes: all lie within `radius` of `centre`, (P, H, D) each."""
+
+    centre: Tensor
+    radius: Tensor
+
+
+def why_not_applicable(network: BakedNetwork) -> str | None:
+    """Why the search is not for this network; None if it is."""
+    if network.n_inputs > DIMS:
+        return f"is for {DIMS} inputs or fewer"
+    if network.n_outputs != 1:
+        return "is for one output"
+    if not network.act.is_piecewise_linear or any(hidden is None for hidden in _hidden(network)):
+        return f"is not for {network.act.label}"
+    return None
+
+
+def _hidden(network: BakedNetwork) -> list[Hidden | None]:
+    """The activation behind each hidden layer; None where it neither has two slopes nor sorts."""
+    found: list[Hidden | None] = []
+    for width in network.hidden_widths:
+        pairs, slopes, groups = (
+            part(width) for part in (network.act.breakpoints, network.act.two_slopes, network.act.groups)
+        )
+        known = pairs is not None and (slopes is not None or groups is not None)
+        members = None if groups is None else torch.from_numpy(groups)
+        found.append(Hidden(torch.from_numpy(pairs), slopes, members) if known else None)
+    return found
+
+
+def branch_and_bound(
+    network: BakedNetwork,
+    box: tuple[Tensor, Tensor],
+    q: float,
+    root: float | None,
+    best: Maximum,
+    gap: float,
+    seconds: float | None,
+    report: Callable[[str], None] | None = None,
+) -> Found:
+    """Halve boxes until upper / lower - 1 <= gap, or the time is over.
+
+    Args:
+        network: K = 1; `why_not_applicable` must be None.
+        box: low and high, (D,).
+        root: a bound that is known for the whole box.
+        best: a point whose gradient norm is a lower bound.
+        report: is told the interval now and then.
+    """
+    own = _network(network)
+    started = reported = time.monotonic()
+    low, high = (end.double().unsqueeze(0) for end in box)
+    upper, side = _bound(own, low, high, q)
+    best = _steeper(network, low, high, q, best)
+    settled, boxes = best.value, 1  # the largest bound of the boxes that are done
+    while len(low):
+        enough = upper <= best.value * (1 + gap)
+        settled = max(settled, float(upper[enough].max()) if enough.any() else 0.0)
+        low, high, upper, side = (part[~enough] for part in (low, high, upper, side))
+        now = time.monotonic()
+        over = (seconds is not None and now - started > seconds) or len(low) > MOST_BOXES
+        if over or not len(low):
+            break
+        if report is not None and now - reported > 2:
+            reported = now
+            ceiling = max(settled, min(float(upper.max()), root or math.inf))
+            report(f"bnb: [{best.value:.6g}, {ceiling:.6g}] after {boxes:,} boxes, {len(low):,} are open")
+        order = upper.argsort(descending=True)
+        worst, rest = order[:BATCH], order[BATCH:]
+        halves = _halve(low[worst], high[worst], side[worst])
+        if halves is None:  # float64 cannot halve them
+            break
+        bounds, sides = _bound(own, *halves, q)
+        best = _steeper(network, *halves, q, best)
+        boxes += len(bounds)
+        low, high = torch.cat([low[rest], halves[0]]), torch.cat([high[rest], halves[1]])
+        upper = torch.cat([upper[rest], torch.minimum(bounds, upper[worst].repeat(2))])
+        side = torch.cat([side[rest], sides])
+    found = max(settled, float(upper.max()) if len(upper) else 0.0)
+    return Found(found if root is None else min(found, root), best, boxes)
+
+
+# One batch of boxes ----------------------------------------------------------------------------------------------
+
+
+def _network(network: BakedNetwork) -> Network:
+    weights = [layer.weight[0].double() for layer in network.layers]
+    biases = [layer.bias[0, 0].double() for layer in network.layers]
+    return Network(weights, biases, network.act, [hidden for hidden in _hidden(network) if hidden is not None])
+
+
+def _bound(network: Network, low: Tensor, high: Tensor, q: float) -> tuple[Tensor, Tensor]:
+    """Bounds (P,) on ||grad f||_q over boxes (P, D), and the side along which each should be halved."""
+    states, sensitivity, gradient = _forward(network, low, high)
+    upper = _norm_above(gradient, q)
+    # The side on which the open breakpoints depend most; where none is open, the longest one.
+    open_ = sensitivity.sum(dim=1, keepdim=True) > 0
+    side = ((high - low) * torch.where(open_, sensitivity, 1.0)).argmax(dim=1)
+    if not states or not all(hidden.is_free for hidden in network.hidden):
+        return upper, side
+    n_open = torch.stack([(state == 0).sum(dim=1) for state in states]).sum(dim=0)
+    widest = max(weight.shape[0] for weight in network.weights)
+    for n in range(1, LEAF + 1):
+        leaves = (n_open == n).nonzero().squeeze(1)
+        if not len(leaves):
+            continue
+        for part in leaves.split(max(1, _CHUNK // (2**n * widest))):
+            gradients = _gradients(network, _combinations([state[part] for state in states], n))
+            tight = _norm_above(gradients, q).view(len(part), -1).amax(dim=1)
+            upper[part] = torch.minimum(upper[part], tight)
+    return upper, side
+
+
+def _combinations(states: Sequence[Tensor], n: int) -> list[Tensor]:
+    """The states of P boxes with n open breakpoints each, 2^n times, with all choices of their sides."""
+    sides = torch.tensor([[1 - 2 * (i >> bit & 1) for bit in range(n)] for i in range(2**n)])  # (2^n, n)
+    together = torch.cat(list(states), dim=1)  # (P, M of all layers)
+    places = (together == 0).nonzero()[:, 1].view(-1, 1, n)  # (P, 1, n)
+    chosen = together.unsqueeze(1).repeat(1, 2**n, 1)
+    chosen.scatter_(2, places.expand(-1, 2**n, -1), sides.to(chosen.dtype).expand(len(together), -1, -1))
+    return list(chosen.flatten(0, 1).split([state.shape[1] for state in states], dim=1))
+
+
+def _forward(network: Network, low: Tensor, high: Tensor) -> tuple[list[Tensor], Tensor, Jacobian]:
+    """Over P boxes: the states of all breakpoints, how much the open ones depend on each side (P, D), and the hull
+    of the gradient.
+
+    A state is the sign of z_i - z_j, or of z_i, on the whole box; 0: it is open, both signs may occur.
+    """
+    centre = (low + high) / 2
+    reach = torch.maximum(high - centre, centre - low) * _UP  # (P, D)
+    x, error = centre, torch.zeros_like(centre)
+    identity = torch.eye(low.shape[1], dtype=low.dtype).expand(len(low), -1, -1)
+    jacobian = Jacobian(identity, torch.zeros_like(identity))
+    states, sensitivity = [], torch.zeros_like(low)
+    for i, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
+        jacobian = _through(weight, jacobian)
+        gamma = 2 * (weight.shape[1] + 2) * UNIT_ROUNDOFF
+        size = x.abs() + error
+        z = x @ weight.T + bias
+        error = ((error + gamma * size) @ weight.abs().T + gamma * bias.abs()) * _UP + 2.0**-1000
+        if i == len(network.hidden):
+            break
+        hidden = network.hidden[i]
+        state, slope = _states(hidden, z, error, jacobian, reach)
+        states.append(state)
+        sensitivity += ((state == 0).to(slope.dtype).unsqueeze(-1) * slope).sum(dim=1)
+        jacobian = _activated(hidden, state, jacobian)
+        x, error = _applied(network.act, hidden, z, error)
+    return states, sensitivity, jacobian
+
+
+def _gradients(network: Network, states: Sequence[Tensor]) -> Jacobian:
+    """The gradients where all breakpoints have the given states, none of them open; (P, 1, D).
+
+    Backwards, a row at a time, and with one bound on all rounding errors: entries of w W_n ... W_1 are at most
+    ||w||_1 ||W_n||_inf ... ||W_1||_inf, each of the n products being off by gamma times that.
+    """
+    *weights, last = network.weights
+    row = last.expand(len(states[0]), -1)
+    largest_row, n = float(last.abs().sum()), len(network.weights)
+    for weight, hidden, state in zip(reversed(weights), reversed(network.hidden), reversed(states), strict=True):
+        row = _pulled_back(hidden, state, row) @ weight
+        largest_row *= float(weight.abs().sum(dim=1).max())
+    widest = max(max(weight.shape) for weight in network.weights)
+    error = 4 * n * (widest + 4) * UNIT_ROUNDOFF * largest_row * _UP + 2.0**-1000
+    return Jacobian(row.unsqueeze(1), torch.full_like(row, error).unsqueeze(1))
+
+
+def _pulled_back(hidden: Hidden, state: Tensor, row: Tensor) -> Tensor:
+    """Rows (P, H) behind the activation as rows in front of it, for pairs or feature by feature."""
+    if hidden.slopes is not None:
+        below, above = hidden.slopes
+        return torch.where(state > 0, above * row, below * row)
+    first, second = hidden.pairs.T
+    out = row.clone()
+    # Where z_first > z_second they change places.
+    out[:, first] = torch.where(state > 0, row[:, second], row[:, first])
+    out[:, second] = torch.where(state > 0, row[:, first], row[:, second])
+    return out
+
+
+def _through(weight: Tensor, jacobian: Jacobian) -> Jacobian:
+    """W J, with the rounding errors of the product added to its radius."""
+    gamma = 2 * (weight.shape[1] + 2) * UNIT_ROUNDOFF
+    unsure = jacobian.radius + gamma * (jacobian.centre.abs() + jacobian.radius)
+    return Jacobian(weight @ jacobian.centre, weight.abs() @ unsure * _UP + 2.0**-1000)
+
+
+def _states(
+    hidden: Hidden, z: Tensor, error: Tensor, jacobian: Jacobian, reach: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(P, M) the sign of each pair's difference on the whole box, or 0; and its largest slopes (P, M, D)."""
+    first, second = hidden.pairs.T
+    single = bool((second < 0).all())
+
+    def combined(values: Tensor, sign: int) -> Tensor:
+        """values_i + sign values_j for each pair (i, j)."""
+        return values[:, first] if single else values[:, first] + sign * values[:, second]
+
+    gap = combined(z, -1)
+    slope = combined(jacobian.centre, -1).abs() + combined(jacobian.radius, 1)
+    around = (slope * reach.unsqueeze(1)).sum(dim=2) + combined(error, 1)
+    # The rounding of these lines themselves: of the difference of slopes, and of sums that are not negative.
+    sizes = jacobian.centre.abs().amax(dim=(1, 2)) * reach.sum(dim=1) + z.abs().amax(dim=1)
+    around = around * _UP + 8 * UNIT_ROUNDOFF * sizes.unsqueeze(1)
+    return gap.sign().where(gap.abs() > around, torch.zeros((), dtype=gap.dtype)), slope
+
+
+def _activated(hidden: Hidden, state: Tensor, jacobian: Jacobian) -> Jacobian:
+    """The hull of the Jacobians behind the activation for breakpoints with the given states."""
+    if hidden.slopes is not None:
+        below, above = hidden.slopes
+        # Where the side is open, the centre of the two slopes and half of their range.
+        middle = torch.full_like(state, (above + below) / 2)
+        middle = middle.masked_fill(state > 0, above).masked_fill(state < 0, below).unsqueeze(-1)
+        half = torch.full_like(state, abs(above - below) / 2).masked_fill(state != 0, 0).unsqueeze(-1)
+        centre = middle * jacobian.centre
+        radius = middle.abs() * jacobian.radius + half * (jacobian.centre.abs() + jacobian.radius)
+        return Jacobian(centre, (radius + 4 * UNIT_ROUNDOFF * jacobian.centre.abs()) * _UP)
+    groups = hidden.groups
+    assert groups is not None
+    size = groups.shape[1]
+    if size == 2:
+        return _exchanged(jacobian, state, *groups.T)
+    allowed = _places(state, len(groups), size)  # (P, G, place, member)
+    centre, radius = jacobian.centre[:, groups], jacobian.radius[:, groups]  # (P, G, member, D)
+    infinite = torch.tensor(math.inf, dtype=centre.dtype)
+    mask = allowed.unsqueeze(-1)
+    most = torch.where(mask, (centre + radius).unsqueeze(2), -infinite).amax(dim=3)
+    least = torch.where(mask, (centre - radius).unsqueeze(2), infinite).amin(dim=3)
+    middle = (most + least) / 2
+    half = torch.maximum(most - middle, middle - least) * _UP
+    half = half + 8 * UNIT_ROUNDOFF * torch.maximum(most.abs(), least.abs())
+    out = Jacobian(torch.empty_like(jacobian.centre), torch.empty_like(jacobian.radius))
+    out.centre[:, groups], out.radius[:, groups] = middle, half
+    return out
+
+
+def _exchanged(jacobian: Jacobian, state: Tensor, first: Tensor, second: Tensor) -> Jacobian:
+    """The hull behind sorted pairs: exchanged where z_first > z_second, and either where that is open."""
+    (a, b), (a_radius, b_radius) = ((part[:, first], part[:, second]) for part in jacobian)
+    swap, open_ = (state > 0).unsqueeze(-1), (state == 0).unsqueeze(-1)
+    either = torch.maximum(a_radius, b_radius) + (a - b).abs() / 2 + 4 * UNIT_ROUNDOFF * (a.abs() + b.abs())
+    middle = (a + b) / 2
+    out = Jacobian(torch.empty_like(jacobian.centre), torch.empty_like(jacobian.radius))
+    for place, one, other, one_radius, other_radius in (
+        (first, a, b, a_radius, b_radius),
+        (second, b, a, b_radius, a_radius),
+    ):
+        out.centre[:, place] = torch.where(open_, middle, torch.where(swap, other, one))
+        out.radius[:, place] = torch.where(open_, either * _UP, torch.where(swap, other_radius, one_radius))
+    return out
+
+
+def _places(state: Tensor, n_groups: int, size: int) -> Tensor:
+    """(P, G, place, member) whether a member may get a place, by those that are surely below and above it."""
+    first, second = torch.triu_indices(size, size, offset=1)
+    signs = state.view(len(state), n_groups, -1)  # of z_first - z_second
+    below = torch.zeros(len(state), n_groups, size, dtype=torch.long)
+    above = torch.zeros_like(below)
+    for pair, (a, b) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
+        larger, smaller = signs[:, :, pair] > 0, signs[:, :, pair] < 0
+        below[:, :, a] += larger
+        above[:, :, b] += larger
+        below[:, :, b] += smaller
+        above[:, :, a] += smaller
+    place = torch.arange(size).view(-1, 1)
+    return (below.unsqueeze(2) <= place) & (place <= (size - 1 - above).unsqueeze(2))
+
+
+def _applied(act: Activation, hidden: Hidden, z: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """The activation and the errors behind it: feature by feature, or the largest of a group."""
+    x = act(z.unsqueeze(0))[0]
+    groups = hidden.groups
+    if groups is not None:
+        spread = torch.empty_like(error)
+        spread[:, groups] = error[:, groups].amax(dim=2, keepdim=True).expand(-1, -1, groups.shape[1])
+        return x, spread
+    steepest = max(1.0, *map(abs, hidden.slopes or (1.0,)))
+    return x, steepest * error * _UP + 2 * UNIT_ROUNDOFF * x.abs()
+
+
+def _norm_above(gradient: Jacobian, q: float) -> Tensor:
+    """||.||_q, at least that of every gradient in the hulls (P, 1, D)."""
+    most = gradient.centre[:, 0].abs() + gradient.radius[:, 0]
+    # 2^-500 covers squares that underflow. NaN is no bound, so it is treated as infinite.
+    norm = torch.linalg.vector_norm(most, ord=q, dim=1) * _UP + 2.0**-500
+    return norm.nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _halve(low: Tensor, high: Tensor, side: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(low, high) of both halves of boxes; None if one is too small to be halved in float64."""
+    side = side.unsqueeze(1)
+    middle = ((low + high) / 2).gather(1, side)
+    if not ((middle > low.gather(1, side)) & (middle < high.gather(1, side))).all():
+        return None
+    return torch.cat([low, low.scatter(1, side, middle)]), torch.cat([high.scatter(1, side, middle), high])
+
+
+def _steeper(network: BakedNetwork, low: Tensor, high: Tensor, q: float, best: Maximum) -> Maximum:
+    """The steeper of `best` and the centres of boxes."""
+    centres = (low + high) / 2
+    gradients = scan(network, centres.unsqueeze(0)).gradient[0]
+    if float(norms(gradients, q).max()) <= best.value:
+        return best
+    found = largest(network, centres, gradients, q)
+    return found if found is not None and found.value > best.value else best

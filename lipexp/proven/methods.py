@@ -1,0 +1,162 @@
+"""The methods that bound the Lipschitz constant of one network, one function each, and what each of them found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lipexp.constraints import Constraint
+from lipexp.measured.gradients import Maximum
+from lipexp.networks import BakedNetwork
+from lipexp.norms import product_bound
+from lipexp.proven import branching, rows, semidefinite
+from lipexp.proven.regions import Constants, TooLarge, TooManyRegions, constants, why_not_enumerable
+
+OVERFLOW = "its numbers overflow float64"
+WORTHWHILE = 1.1  # certified / measured above which LipSDP is tried without being asked for
+LARGEST = 640  # inputs and features of a network for which it is; some 5 s of one core
+
+
+class Proof(NamedTuple):
+    """A proven upper bound on the Lipschitz constant, or why a method has none for this network."""
+
+    value: float | None
+    reason: str | None = None
+    everywhere: bool = True  # else over the box only: no bound for a point that may leave it
+    constants: Constants | None = None  # where all linear regions are known
+    best: Maximum | None = None  # the steepest point that the method came across
+    gave_up: bool = False  # the method applies to this network, but reached its limit
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The norms and the bound that one run was trained under."""
+
+    p: float  # inputs move in this norm
+    q: float  # gradients are measured in this one, its dual
+    hidden_p: float  # the norm of the hidden spaces
+    target: float | None  # L; None without a constraint
+    layer_bound: float | None  # b
+    layer_norms: tuple[str, ...]  # what the norm of each layer is called
+
+    @classmethod
+    def of(cls, constraint: Constraint, n_layers: int, run: int = 0) -> Chain:
+        """The chain of one run of a stack."""
+        bound = constraint.bound(n_layers)
+        return cls(
+            constraint.p,
+            constraint.q,
+            constraint.hidden_p,
+            constraint.target(run),
+            None if bound is None else float(bound[run if len(bound) > 1 else 0]),
+            tuple(norm.name for norm in constraint.norms(n_layers)),
+        )
+
+
+class Problem(NamedTuple):
+    """What a method may use."""
+
+    network: BakedNetwork  # K = 1, with the proven norms of its layers
+    chain: Chain
+    box: tuple[Tensor, Tensor]  # low and high (D,), of the data
+    measured: Maximum
+    max_regions: int  # to be enumerated; 0: none
+    best: float | None = None  # what is proven so far; None: prove it whether that helps or not
+    gap: float = 1e-3  # upper / lower - 1, below which a method that searches may stop
+    seconds: float | None = None  # after which it must
+    report: Callable[[str], None] | None = None  # is told the progress of a search
+
+
+def by_product(problem: Problem) -> Proof:
+    """The product of the layers' norms, for activations that are 1-Lipschitz in the norm of the hidden spaces."""
+    if problem.chain.hidden_p not in problem.network.act.norms:
+        return Proof(None, f"the activation declares no bound in the {problem.chain.hidden_p:g}-norm")
+    return Proof(product_bound([norm for (norm,) in problem.network.norms]))
+
+
+def by_regions(problem: Problem) -> Proof:
+    """The largest gradient norm of all linear regions, for one or two inputs; see `regions`."""
+    reason = why_not_enumerable(problem.network)
+    if reason is not None or problem.max_regions == 0:
+        return Proof(None, reason or "max_regions=0")
+    low, high = (end.numpy() for end in problem.box)
+    try:
+        found = constants(problem.network, (low, high), problem.chain.q, problem.max_regions)
+    except TooManyRegions:
+        reason = f"more than {problem.max_regions:,} linear regions (max_regions)"
+        return Proof(None, reason, gave_up=True)
+    except TooLarge:
+        return Proof(None, OVERFLOW)
+    return Proof(found.everywhere.value, constants=found)
+
+
+def by_rows(problem: Problem) -> Proof:
+    """Bounds on the gradient of every feature, layer by layer, everywhere and in any norm; see `rows`."""
+    reason = rows.why_not_applicable(problem.network)
+    if reason is not None:
+        return Proof(None, reason)
+    value = rows.bound(problem.network, problem.chain.q)
+    return Proof(value) if math.isfinite(value) else Proof(None, OVERFLOW)
+
+
+def by_eclipse(problem: Problem) -> Proof:
+    """ECLipsE-Fast, for slopes in [0, 1] and the 2-norm, everywhere; see `semidefinite`."""
+    reason = semidefinite.why_not_applicable(problem.network, problem.chain.q)
+    return Proof(None, reason) if reason else _semidefinite(semidefinite.eclipse(problem.network))
+
+
+def by_lipsdp(problem: Problem) -> Proof:
+    """LipSDP, for slopes in [0, 1] and the 2-norm, everywhere; see `semidefinite`.
+
+    Unless it is asked for alone, only where the gap is above 10 % and the matrix of moderate size: the time grows
+    with the cube of that.
+    """
+    reason = semidefinite.why_not_applicable(problem.network, problem.chain.q)
+    measured, size = problem.measured.value, semidefinite.size(problem.network)
+    if reason is None and problem.best is not None:
+        if problem.best <= WORTHWHILE * measured:
+            reason = "the gap is below 10 %"
+        elif size > LARGEST:
+            reason = f"{size} inputs and features, more than {LARGEST}; --method lipsdp takes its time"
+    if reason is not None:
+        return Proof(None, reason)
+    return _semidefinite(semidefinite.lipsdp(problem.network, measured * (1 + problem.gap), problem.seconds))
+
+
+def _semidefinite(value: float | None) -> Proof:
+    return Proof(value, None if value is not None else "rounding errors leave nothing proven")
+
+
+def by_branching(problem: Problem) -> Proof:
+    """Branch and bound over the box of the data, for up to four inputs; see `branching`."""
+    reason = branching.why_not_applicable(problem.network)
+    if reason is not None:
+        return Proof(None, reason)
+    found = branching.branch_and_bound(
+        problem.network,
+        problem.box,
+        problem.chain.q,
+        problem.best,
+        problem.measured,
+        problem.gap,
+        problem.seconds,
+        problem.report,
+    )
+    if not math.isfinite(found.upper):
+        return Proof(None, OVERFLOW, best=found.best)
+    return Proof(found.upper, everywhere=False, best=found.best)
+
+
+METHODS: dict[str, Callable[[Problem], Proof]] = {
+    "product": by_product,
+    "rows": by_rows,
+    "exact": by_regions,
+    "eclipse": by_eclipse,
+    "lipsdp": by_lipsdp,
+    "bnb": by_branching,
+}
+ON_REQUEST = {"bnb"}  # takes long

@@ -1,0 +1,223 @@
+"""Certified robustness: how far a test point can move before the network can decide otherwise.
+
+f is L-Lipschitz for the norm p, so f(x') has the sign of f(x) wherever ||x' - x||_p < |f(x)| / L. That is a fact
+about the stored weights in real arithmetic. Two things stand between it and a number, and both are bounded here:
+|f(x)| is only known in float64, and a network that is used evaluates f(x') in float32.
+
+Shapes: N points, D inputs, H features, of one network, K = 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lipexp import record
+from lipexp.activations import Activation
+from lipexp.networks import Affine, BakedNetwork
+from lipexp.norms import UNIT_ROUNDOFF, norm_name
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class Arithmetic(NamedTuple):
+    """An IEEE format with gradual underflow."""
+
+    unit_roundoff: float  # u: an operation is off by a factor of at most 1 +- u ...
+    smallest: float  # ... or, where its result underflows, by at most this
+    largest: float  # what does not overflow
+
+
+FLOAT64 = Arithmetic(UNIT_ROUNDOFF, 2.0**-1074, 2.0**1023)
+FLOAT32 = Arithmetic(2.0**-24, 2.0**-149, 2.0**127)
+
+
+class Radii(NamedTuple):
+    """The certified radii of N points, each rounded down; 0 where not even the sign of f(x) is certain."""
+
+    f: FloatArray  # in float64
+    radius: FloatArray  # in real arithmetic
+    radius_float32: FloatArray  # for a network that is evaluated in float32, as torch does
+
+
+def why_no_radii(act: Activation) -> str | None:
+    """Why no radius can be proven for networks with the activation `act`; None if one can."""
+    if not act.is_piecewise_linear:
+        return f"nothing is known about the rounding errors of {act.label}"
+    if math.inf not in act.norms:
+        return f"{act.label} declares no bound in the inf-norm, in which rounding errors are followed"
+    return None
+
+
+def certified_radii(network: BakedNetwork, x: Tensor, lipschitz: float) -> Radii:
+    """|f(x)| / L at points x (N, D), less the rounding errors, rounded down.
+
+    `radius`: f(x') has the sign of f(x) for every real x' with ||x' - x||_p <= radius. From |f(x)|, as float64
+    finds it, the error of finding it is taken off.
+
+    `radius_float32`: so has what a float32 network returns for every float32 vector x' within it. The largest
+    error of such an evaluation anywhere within `radius` is taken off as well.
+
+    Args:
+        network: K = 1, float32, with the proven norms of its layers, p -> h and then h -> h, with h the norm of the
+            hidden spaces. `why_no_radii` of its activation must be None.
+        x: float64; the numbers themselves count, as exact.
+        lipschitz: L, a proven bound for the norm p.
+    """
+    *inputs, output = _inputs(network, x)
+    f, error = _evaluated(output)
+    known = _less(np.abs(f), error)
+    radius = _quotient(known, lipschitz)
+    wrong = _float32_error(network, inputs, radius)
+    return Radii(f, radius, _quotient(_less(known, wrong), lipschitz))
+
+
+def evaluate(network: BakedNetwork, x: Tensor) -> tuple[FloatArray, FloatArray]:
+    """f at points x (N, D) as float64 computes it, and a bound on |float64's f(x) - the real f(x)|, both (N,).
+
+    The bound holds for every order of summation, with or without fused multiply-adds: see `_layer_error`.
+    """
+    *_, output = _inputs(network, x)
+    return _evaluated(output)
+
+
+def _evaluated(output: tuple[Tensor, Tensor]) -> tuple[FloatArray, FloatArray]:
+    f, error = output
+    if f.shape[1] != 1:
+        raise ValueError(f"a sign needs one output; this network has {f.shape[1]}")
+    return f[:, 0].numpy(), error.nan_to_num(nan=math.inf, posinf=math.inf).numpy()
+
+
+def float32_error(network: BakedNetwork, x: Tensor, radius: FloatArray) -> FloatArray:
+    """A bound (N,) on |float32's f(x') - the real f(x')| over all float32 vectors x' with ||x' - x||_p <= radius.
+
+    A coordinate of x' differs by at most `radius` from that of x, whatever p is, and the features behind a layer
+    by at most radius times the norms of the layers so far. The arithmetic is IEEE's float32, as on a CPU; TF32 and
+    bfloat16 round more.
+    """
+    *inputs, _ = _inputs(network, x)
+    return _float32_error(network, inputs, radius)
+
+
+def _float32_error(
+    network: BakedNetwork, inputs: Sequence[tuple[Tensor, Tensor]], radius: FloatArray
+) -> FloatArray:
+    """`float32_error` from the inputs of the layers at x."""
+    moved = torch.from_numpy(radius)
+    error = torch.zeros_like(moved)
+    for layer, (norm,), (h, unsure) in zip(network.layers, network.norms, inputs, strict=True):
+        error = _layer_error(FLOAT32, layer, h.abs() + (unsure + moved).unsqueeze(1), error)
+        moved = moved * norm * (1 + 4 * UNIT_ROUNDOFF)
+    return error.nan_to_num(nan=math.inf, posinf=math.inf).numpy()
+
+
+def _inputs(network: BakedNetwork, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The input of each layer, at last the output, in float64 (N, in), each with a bound (N,) on its error."""
+    h, error = x, x.new_zeros(len(x))
+    for i, layer in enumerate(network.layers):
+        yield h, error
+        error = _layer_error(FLOAT64, layer, h.abs() + error.unsqueeze(1), error)
+        h = torch.addmm(layer.bias[0, 0].double(), h, layer.weight[0].double().T)
+        if i < len(network.layers) - 1:
+            h = network.act(h.unsqueeze(0))[0]
+    yield h, error
+
+
+def _layer_error(arithmetic: Arithmetic, layer: Affine, size: Tensor, error: Tensor) -> Tensor:
+    """A bound (N,) on the error of each feature behind a layer z = W h + b and the activation that follows it.
+
+    With computed inputs h^, |h^ - h| <= error, a sum of n products and a bias is computed as
+    |z^ - z| <= gamma_{n+1} (|W| |h^| + |b|) + |W| |h^ - h|, with gamma_k = k u / (1 - k u), in whatever order. An
+    activation is 1-Lipschitz in the inf-norm with act(0) = 0, so it passes on the largest of these errors and adds
+    one rounding of a product at most (sorting and ReLU add none).
+
+    Args:
+        size: (N, in), at least |h|.
+        error: (N,).
+
+    Reference: Higham 2002, "Accuracy and Stability of Numerical Algorithms", section 3.1.
+    """
+    unit, n = arithmetic.unit_roundoff, layer.weight.shape[2]
+    gamma = (n + 1) * unit / (1 - (n + 1) * unit) if (n + 1) * unit < 1 else math.inf
+    weight = layer.weight[0].double().abs()
+    terms = torch.addmm(layer.bias[0, 0].double().abs(), size + error.unsqueeze(1), weight.T)  # |W| |h^| + |b|
+    found = (gamma + 2 * unit) * terms + torch.outer(error, weight.sum(dim=1)) + (n + 2) * arithmetic.smallest
+    found = found.masked_fill(~(terms <= arithmetic.largest), math.inf)
+    # This very bound is a float64 sum of n + 1 terms that are not negative, and of few others.
+    return found.amax(dim=1) * (1 + 4 * (n + 8) * UNIT_ROUNDOFF)
+
+
+def _less(value: FloatArray, error: FloatArray) -> FloatArray:
+    """value - error, rounded down; 0 where nothing is left, or the error has no bound."""
+    left = np.subtract(value, error, out=np.zeros_like(value), where=np.isfinite(error))
+    return np.nextafter(np.maximum(left, 0), 0)
+
+
+def _quotient(value: FloatArray, lipschitz: float) -> FloatArray:
+    """value / L, rounded down, for values that are not negative; a constant function moves nowhere."""
+    if lipschitz == 0:
+        return np.where(value > 0, np.inf, 0.0)
+    with np.errstate(over="ignore"):
+        return np.nextafter(value / lipschitz, 0)
+
+
+# What is reported ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Robustness:
+    """The certified radii of a classifier's test points, or why there are none."""
+
+    p: float
+    lipschitz: float | None  # the proven bound behind the radii
+    columns: dict[str, npt.NDArray[Any]] | None  # of radii.csv
+    reason: str | None  # why `columns` is None
+
+    def summary(self, radii: Iterable[float]) -> record.Robustness:
+        """Certified accuracy within each radius: the fraction of points whose class is right and proven to stay so.
+
+        The median radius counts 0 for a point whose class is wrong: half of all points are right, and stay so.
+        """
+        if self.columns is None:
+            return record.Robustness(norm_name(self.p), self.lipschitz, None, None, self.reason)
+        held = np.where(self.columns["correct"] == 1, self.columns["radius"], 0.0)
+        median = float(np.median(held))
+        return record.Robustness(
+            norm_name(self.p),
+            self.lipschitz,
+            {record.radius_name(radius): float((held >= radius).mean()) for radius in radii},
+            median if math.isfinite(median) else None,
+            None,
+        )
+
+
+def assess(
+    network: BakedNetwork, x: Tensor, y: Tensor, p: float, lipschitz: float | None, reason: str | None
+) -> Robustness:
+    """The certified radii of a classifier at test points x (N, D) of classes y (N,).
+
+    Args:
+        network: K = 1, with its proven norms.
+        lipschitz: the proven bound for the norm p; None: there is none, for this `reason`.
+    """
+    reason = reason or why_no_radii(network.act)
+    if lipschitz is None or reason is not None:
+        return Robustness(p, None, None, reason)
+    radii = certified_radii(network, x, lipschitz)
+    prediction = (radii.f > 0).astype(np.int64)
+    columns = {
+        "index": np.arange(len(x)),
+        **{f"x{i}": x[:, i].numpy() for i in range(x.shape[1])},
+        "y": y.numpy().astype(np.int64),
+        "prediction": prediction,
+        "correct": (prediction == y.numpy()).astype(np.int64),
+        **radii._asdict(),
+    }
+    return Robustness(p, lipschitz, columns, None)

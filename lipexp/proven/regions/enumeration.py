@@ -1,0 +1,326 @@
+"""Exact Lipschitz constants: the linear regions of a network of one or two inputs, all of them.
+
+A network with piecewise linear activations is affine on each of finitely many convex regions, so its Lipschitz
+constant is the largest gradient norm among them. Layer by layer, the regions found so far are cut along the
+breakpoints of the next activation: where z_i = 0 for ReLU, where z_i = z_j for features that are sorted together.
+The enumeration starts from the box of the data and the parts of the plane around it, so that it gives both the
+constant over the box and the one over the whole plane.
+
+Which side of a breakpoint a region lies on is decided exactly (see `polygons`), so no region is lost. The gradients
+are computed in float64 with bounds on their rounding errors, and the norm is rounded up: the constants are proven
+upper bounds, some 1e-12 above the largest gradient norm.
+
+References: Anil, Lucas and Grosse 2019 (GroupSort networks); Hanin and Rolnick 2019, "Complexity of linear regions
+in deep networks" (few regions, in practice).
+"""
+
+from __future__ import annotations
+
+import bisect
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lipexp.exact import Exact, break_ties, integers
+from lipexp.networks import BakedNetwork
+from lipexp.norms import UNIT_ROUNDOFF
+from lipexp.proven.regions.domain import Domain
+from lipexp.proven.regions.maps import Maps
+from lipexp.proven.regions.polygons import SAFETY, TINY, ExactLine, Floats, Integers, Plane, Polygons, offsets
+
+_CHUNK = 2**18  # numbers in one temporary array
+_CACHED_MAPS = 1000  # exact maps that are kept
+
+
+class Steepest(NamedTuple):
+    """The largest gradient norm, rounded up, and the centre of a region that has it."""
+
+    value: float
+    point: tuple[float, ...]
+
+
+class Constants(NamedTuple):
+    """What an enumeration finds."""
+
+    everywhere: Steepest
+    box: Steepest | None  # None: the box has no interior
+    domain: list[list[float]]  # [low, high] of each coordinate of the box
+    regions: int  # in the whole plane or line; the edges of the box count as kinks
+
+    def in_box(self) -> dict[str, Any] | None:
+        """What metrics.json says of the constant over the box."""
+        return None if self.box is None else {**self.box._asdict(), "domain": self.domain}
+
+
+class TooManyRegions(Exception):
+    """The cap on the number of regions is passed."""
+
+
+def why_not_enumerable(network: BakedNetwork) -> str | None:
+    """Why the regions of this network cannot be enumerated; None if they can."""
+    if network.n_inputs > 2:
+        return "is for one or two inputs"
+    if network.n_outputs != 1:
+        return "is for one output"
+    if not network.act.is_piecewise_linear:
+        return f"{network.act.label} does not declare its active linear map"
+    if network.hidden_widths and network.act.breakpoints(network.hidden_widths[0]) is None:
+        return f"{network.act.label} does not declare its breakpoints"
+    return None
+
+
+def constants(network: BakedNetwork, box: tuple[Floats, Floats], q: float, max_regions: int) -> Constants:
+    """sup ||grad f||_q over the box and everywhere.
+
+    Args:
+        network: K = 1; `why_not_enumerable` must be None.
+        box: low and high, (D,).
+
+    Raises:
+        TooManyRegions: there are more than `max_regions`.
+        TooLarge: float64 does not hold the numbers of the network.
+    """
+    return Enumeration(network, box, max_regions).constants(q)
+
+
+class Enumeration:
+    """The linear regions of one network.
+
+    Args:
+        max_regions: the number of regions at which it is given up.
+
+    Raises:
+        TooManyRegions: there are more.
+        TooLarge: float64 does not hold the numbers of the network.
+    """
+
+    def __init__(self, network: BakedNetwork, box: tuple[Floats, Floats], max_regions: int) -> None:
+        self.act = network.act
+        self.dims = network.n_inputs
+        self.weights = [layer.weight[0].numpy() for layer in network.layers]
+        self.biases = [layer.bias[0, 0].numpy() for layer in network.layers]
+        if self.dims == 1:  # a plane on which f does not depend on y
+            self.weights[0] = np.concatenate([self.weights[0], np.zeros_like(self.weights[0])], axis=1)
+        self.plane = Plane(self._exact_line)
+        low, high = (np.asarray(end, dtype=np.float64) for end in box)
+        self.domain = Domain(self.plane, low, high)
+        self.cells, self.inside = self.domain.cells, self.domain.inside
+        # For each hidden layer: the region of the layer before that a region is part of, and the active map there.
+        self.parents: list[Integers] = []
+        self.active: list[tuple[Integers, npt.NDArray[np.int64]]] = []
+        # Regions are counted on through all layers; this is the number of the first region before each layer.
+        self._first_region = [0]
+        self._exact_maps: dict[tuple[int, int], Exact] = {}
+        self._exact_layers: dict[int, tuple[Exact, Exact]] = {}
+        self.exponent = 0  # of the activation's factors
+        self.maps = Maps.identity(len(self.cells), self.dims)
+        for layer in range(len(self.weights) - 1):
+            self._cut(layer, max_regions)
+
+    # Layers ------------------------------------------------------------------------------------------------------
+
+    def _cut(self, layer: int, max_regions: int) -> None:
+        """Replace the regions by their parts on which the activation behind `layer` is linear."""
+        self.maps = maps = self.maps.affine(self.weights[layer], self.biases[layer])
+        pairs = self._pairs()
+        cells = Polygons(self.cells.start, self.cells.corner, self.cells.edge, np.arange(len(self.cells)))
+        where, which = self._cutting(cells, maps, layer, pairs)
+        value, error = self._lines(maps, where, pairs[which])
+        lines = self.plane.add_lines(value, error, self._first_region[layer] + where, pairs[which])
+        self._first_region.append(self._first_region[layer] + len(cells))
+        parts = self.plane.arrange(cells, (where, lines), max_regions)
+        if parts is None:
+            raise TooManyRegions
+        self.inside = self.inside[parts.parent]
+        index, factor = self._active_maps(parts, maps, layer, pairs)
+        self.parents.append(parts.parent)
+        self.active.append((index, factor))
+        self.cells = parts
+        # The maps behind the last hidden layer are needed once, a few at a time.
+        if layer < len(self.weights) - 2:
+            self.maps = maps.activated(parts.parent, index, factor, self.exponent)
+
+    def _pairs(self) -> Integers:
+        pairs = self.act.breakpoints(self.maps.value.shape[2])
+        assert pairs is not None
+        return pairs
+
+    # Breakpoints -------------------------------------------------------------------------------------------------
+
+    def _cutting(self, cells: Polygons, maps: Maps, layer: int, pairs: Integers) -> tuple[Integers, Integers]:
+        """(where, which): the line of pair which[i] cuts the interior of cell where[i]; `where` ascending."""
+        found = []
+        counts = np.diff(cells.start)
+        value, error = self.plane.corners["value"], self.plane.corners["error"]
+        for n in np.unique(counts):  # all cells with n corners, as one array
+            alike = np.flatnonzero(counts == n)
+            for block in _blocks(alike, n * max(len(pairs), maps.value.shape[2])):
+                corner = cells.corner[cells.start[block][:, None] + np.arange(n)]  # (P, n)
+                z = value[corner] @ maps.value[block]  # (P, n, H)
+                unsure = _error_bound(value[corner], error[corner], maps, block)[..., None]  # (P, n, 1)
+                gap = _differences(z, pairs)
+                sides = np.stack([gap < -unsure, gap > unsure]).any(axis=2)
+                cut = np.logical_and.reduce(sides)
+                # Where a sign is open, and would matter, it is decided in integers.
+                open_ = ((np.abs(gap) <= unsure) & (unsure > 0)).any(axis=1)
+                for row, pair in np.argwhere(~cut & open_):
+                    cut[row, pair] = self._exactly_cut(corner[row], layer, int(block[row]), pairs[pair])
+                rows, which = np.nonzero(cut)
+                found.append((block[rows], which))
+        where, which = (np.concatenate([part[i] for part in found]) for i in (0, 1))
+        order = np.lexsort((which, where))
+        return where[order], which[order]
+
+    def _exactly_cut(self, corners: Integers, layer: int, region: int, pair: Integers) -> bool:
+        line = self._exact_breakpoint(layer, region, pair)
+        if not any(line):
+            return False
+        signs = [
+            sum(a * b for a, b in zip(self.plane.exact_corner(int(corner)), line, strict=True))
+            for corner in corners
+        ]
+        return min(signs) < 0 < max(signs)
+
+    def _lines(self, maps: Maps, where: Integers, pairs: Integers) -> tuple[Floats, Floats]:
+        """The lines z_i - z_j = 0 of the regions `where`, (N, 3), with their error bounds."""
+        first = maps.value[where, :, pairs[:, 0]]
+        second = np.where(pairs[:, 1:] < 0, 0.0, maps.value[where, :, pairs[:, 1]])
+        value = first - second
+        return value, SAFETY * (2 * maps.error[where] + UNIT_ROUNDOFF * np.abs(value))
+
+    def _active_maps(
+        self, parts: Polygons, maps: Maps, layer: int, pairs: Integers
+    ) -> tuple[Integers, npt.NDArray[np.int64]]:
+        """The active map of the activation on each part, (P, H) `index` and `factor`."""
+        value, error = self.plane.corners["value"], self.plane.corners["error"]
+        index = np.empty((len(parts), maps.value.shape[2]), dtype=np.int64)
+        factor = np.empty_like(index)
+        counts = np.diff(parts.start)
+        middle = np.add.reduceat(value[parts.corner], parts.start[:-1]) / counts[:, None]
+        middle_error = np.add.reduceat(error[parts.corner], parts.start[:-1]) / counts[:, None]
+        middle_error = SAFETY * (middle_error + (counts[:, None] + 2) * UNIT_ROUNDOFF)  # entries are at most 1
+        for block in _blocks(np.arange(len(parts)), max(len(pairs), maps.value.shape[2])):
+            region = parts.parent[block]
+            z = (middle[block, None] @ maps.value[region])[:, 0]  # (P, H)
+            unsure = _error_bound(middle[block], middle_error[block], maps, region)[:, None]
+            # A difference of exactly zero, which no rounding explains, is a tie as well.
+            for row in np.flatnonzero((np.abs(_differences(z, pairs)) <= unsure).any(axis=1)):
+                z[row] = self._untied(parts, int(block[row]), layer)
+            active = self.act.active_map(z)
+            assert active is not None
+            index[block], factor[block], self.exponent = active.index, active.factor, active.exponent
+        return index, factor
+
+    def _untied(self, parts: Polygons, part: int, layer: int) -> Floats:
+        """The exact z at the middle of a part, without ties: what is equal there, or zero, is so on all of it."""
+        corners = parts.corner[parts.start[part] : parts.start[part + 1]]
+        exact = [self.plane.exact_corner(int(corner)) for corner in corners]
+        # Corners have any positive scale here, so this is no longer the centroid; it is an interior point.
+        bits = max(max(abs(entry) for entry in corner).bit_length() for corner in exact)
+        middle = [0, 0, 0]
+        for corner in exact:
+            shift = bits - max(abs(entry) for entry in corner).bit_length()
+            middle = [total + (entry << shift) for total, entry in zip(middle, corner, strict=True)]
+        rows, _ = self._exact_map(layer, int(parts.parent[part]))
+        return break_ties(rows.dot(np.array(middle, dtype=object)))
+
+    # Exact arithmetic --------------------------------------------------------------------------------------------
+
+    def _exact_line(self, line: int) -> ExactLine:
+        """Line number `line` of the plane in integers, up to a positive factor."""
+        if line in self.domain.lines:
+            return self.domain.lines[line]
+        region, pair = int(self.plane.lines["owner"][line]), self.plane.lines["pair"][line]
+        layer = bisect.bisect_right(self._first_region, region) - 1
+        return self._exact_breakpoint(layer, region - self._first_region[layer], pair)
+
+    def _exact_breakpoint(self, layer: int, region: int, pair: Integers) -> ExactLine:
+        """The line z_i - z_j = 0 of a region in integers, up to a positive factor."""
+        rows, _ = self._exact_map(layer, region)
+        x, y, t = rows[pair[0]] if pair[1] < 0 else rows[pair[0]] - rows[pair[1]]
+        return x, y, t
+
+    def _exact_map(self, layer: int, region: int) -> Exact:
+        """The affine map behind `layer` on a region of the layer before, (H, 3) integers times 2^exponent."""
+        known = self._exact_maps.get((layer, region))
+        if known is not None:
+            return known
+        if layer == 0:
+            before, exponent = np.array([[1, 0, 0], [0, 1, 0]], dtype=object), 0
+        else:
+            index, factor = (part[region] for part in self.active[layer - 1])
+            rows, exponent = self._exact_map(layer - 1, int(self.parents[layer - 1][region]))
+            before, exponent = factor[:, None].astype(object) * rows[index], exponent + self.exponent
+        if layer not in self._exact_layers:  # most layers never need them
+            self._exact_layers[layer] = integers(self.weights[layer]), integers(self.biases[layer])
+        (weight, weight_exponent), (bias, bias_exponent) = self._exact_layers[layer]
+        exponent += weight_exponent
+        lowest = min(exponent, bias_exponent)
+        rows = weight.dot(before) << (exponent - lowest)
+        rows[:, 2] += bias << (bias_exponent - lowest)
+        if len(self._exact_maps) > _CACHED_MAPS:
+            self._exact_maps.clear()
+        self._exact_maps[layer, region] = rows, lowest
+        return rows, lowest
+
+    # The result --------------------------------------------------------------------------------------------------
+
+    def constants(self, q: float) -> Constants:
+        """The largest gradient norms, and where they are."""
+        norm = np.empty(len(self.cells))
+        width = self.weights[-1].shape[1]
+        for block in _blocks(np.arange(len(self.cells)), 3 * width):
+            gradient = self._gradients(block)
+            norm[block] = _norm_above(np.abs(gradient.value[:, :2, 0]) + gradient.error[:, :2], q)
+        inside = np.flatnonzero(self.inside)
+        box = self._steepest(norm, inside) if len(inside) else None
+        everywhere = self._steepest(norm, np.arange(len(norm)))
+        if box is not None and box.value == everywhere.value:
+            everywhere = box
+        return Constants(everywhere, box, self.domain.sides, len(norm))
+
+    def _gradients(self, block: Integers) -> Maps:
+        """The map onto the output on some regions."""
+        if not self.active:
+            before = self.maps.take(block)
+        else:
+            index, factor = self.active[-1]
+            before = self.maps.activated(self.cells.parent[block], index[block], factor[block], self.exponent)
+        return before.affine(self.weights[-1], self.biases[-1])
+
+    def _steepest(self, norm: Floats, among: Integers) -> Steepest:
+        region = int(among[norm[among].argmax()])
+        corners = self.plane.corners["value"][self.cells.corner[slice(*self.cells.start[region : region + 2])]]
+        x, y, t = corners.mean(axis=0)
+        return Steepest(float(norm[region]), (x / t, y / t)[: self.dims])
+
+
+def _blocks(chosen: Integers, numbers: int) -> list[Integers]:
+    """`chosen` in parts, so that temporary arrays with `numbers` entries for each of them stay in the cache."""
+    step = max(1, _CHUNK // numbers)
+    return [chosen[i : i + step] for i in range(0, len(chosen), step)]
+
+
+def _differences(z: Floats, pairs: Integers) -> Floats:
+    """z_i - z_j along the last axis for each pair, z_i where j is -1."""
+    first, second = pairs.T
+    if (second < 0).all():
+        return z[..., first]
+    return z[..., first] - np.where(second < 0, 0.0, z[..., second])
+
+
+def _error_bound(points: Floats, error: Floats, maps: Maps, regions: Integers) -> Floats:
+    """A bound on the errors of differences of the features of points (P, ..., 3), as float64 computes them."""
+    shape = (len(regions), *[1] * (points.ndim - 2), 3)
+    size, own = maps.size[regions].reshape(shape), maps.error[regions].reshape(shape)
+    most = np.abs(points) + error
+    single = size * error + own * most + 4 * UNIT_ROUNDOFF * size * most + TINY * ((size + own > 0) & (most > 0))
+    return 3 * single.sum(axis=-1)  # of two features, and of their difference
+
+
+def _norm_above(sizes: Floats, q: float) -> Floats:
+    """||.||_q of rows (N, 2) of non-negative numbers, rounded up."""
+    # Squares may underflow; hypot's do not.
+    value = np.hypot(*sizes.T) if q == 2 else np.linalg.norm(sizes, q, axis=1)
+    return np.where(value > 0, value * (1 + 8 * UNIT_ROUNDOFF) + TINY, 0.0)

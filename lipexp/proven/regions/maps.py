@@ -1,0 +1,120 @@
+"""The affine maps of many regions onto the features of a layer, with bounds on their rounding errors.
+
+Shapes: P regions, H features. A map has three columns: the gradient in x and in y, and the constant.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from lipexp.norms import UNIT_ROUNDOFF, spectral_norm_bound
+from lipexp.proven.regions.polygons import SAFETY, TINY, Floats, Integers
+
+
+class TooLarge(Exception):
+    """Numbers of the network, or bounds on their errors, overflow float64."""
+
+
+@dataclass
+class Maps:
+    """The affine maps of P regions onto H features: value[r, c, h], c = 0, 1 the gradient, 2 the constant.
+
+    Scalars for each region and c: the entries are off by at most `error` and at most `size` large, in the inf-norm
+    over the H features; `error_2` and `size_2` are the same in the 2-norm. A layer multiplies an error by its own
+    norm, and one of spectral norm 1 may have row sums of sqrt(H): followed in the inf-norm alone, the errors of
+    deep networks would grow until only integers told the sides of their kinks.
+    """
+
+    value: Floats  # (P, 3, H)
+    error: Floats  # (P, 3)
+    error_2: Floats  # (P, 3)
+
+    @cached_property
+    def size(self) -> Floats:
+        """(P, 3)"""
+        return np.abs(self.value).max(axis=2)
+
+    @cached_property
+    def size_2(self) -> Floats:
+        """(P, 3), rounded up; the squares of numbers below 2^-500 may vanish, and others overflow."""
+        with np.errstate(over="ignore"):
+            small = math.sqrt(self.value.shape[2]) * 2.0**-500 * (self.size > 0)
+            return SAFETY * (np.linalg.norm(self.value, axis=2) + small)
+
+    @classmethod
+    def identity(cls, n: int, dims: int) -> Maps:
+        """The inputs themselves as two features, of n regions; in one dimension the second is zero."""
+        value = np.zeros((n, 3, 2))
+        value[:, 0, 0] = 1.0
+        value[:, 1, 1] = 1.0 if dims == 2 else 0.0
+        return cls(value, np.zeros((n, 3)), np.zeros((n, 3)))
+
+    def take(self, regions: Integers) -> Maps:
+        return Maps(self.value[regions], self.error[regions], self.error_2[regions])
+
+    def affine(self, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32]) -> Maps:
+        """The maps behind an affine layer, W (out, H) and b (out,).
+
+        Raises:
+            TooLarge: float64 does not hold the numbers.
+
+        Reference for the rounding errors: Higham 2002, "Accuracy and stability of numerical algorithms", (3.5).
+        """
+        n_out, n_in = weight.shape
+        gamma = SAFETY * (n_in + 2) * UNIT_ROUNDOFF
+        matrix, offset = weight.astype(np.float64), bias.astype(np.float64)
+        rows, spectral = float(np.abs(matrix).sum(axis=1).max()), spectral_norm_bound(weight)
+        with np.errstate(over="ignore", invalid="ignore"):
+            value = self.value @ matrix.T
+            value[:, 2] += offset
+            # A feature is off by |W| |error| + gamma (|W| |size| + |b|), and || |W| ||_2 <= ||W||_F.
+            error = rows * (self.error + gamma * (self.size + self.error))
+            error[:, 2] += gamma * float(np.abs(offset).max())
+            frobenius = SAFETY * float(np.linalg.norm(matrix))
+            error_2 = spectral * self.error_2 + gamma * frobenius * (self.size_2 + self.error_2)
+            error_2[:, 2] += gamma * SAFETY * float(np.linalg.norm(offset))
+        # Where all products are of zeros the result is exact; elsewhere they may underflow.
+        underflow = TINY * n_in * (self.size + self.error > 0)
+        return _checked(value, SAFETY * error + underflow, SAFETY * error_2 + n_out * underflow)
+
+    def activated(self, parent: Integers, index: Integers, factor: Integers, exponent: int) -> Maps:
+        """Behind an activation, out[j] = factor[j] 2^exponent z[index[j]], of regions that are parts of others.
+
+        Args:
+            parent: (P',) the region here of which each is a part.
+            index, factor: (P', H).
+        """
+        width = index.shape[1]
+        scale = factor * 2.0**exponent
+        rows = 3 * parent[:, None] + np.arange(3)  # (P', 3) of `value` as a matrix of H columns
+        places_before = self.value.shape[2] * rows[:, :, None] + index[:, None, :]
+        value = self.value.reshape(-1).take(places_before)
+        if (scale != 1).any():  # sorting only moves features
+            value *= scale[:, None, :]
+        most = np.abs(scale).max(axis=1, keepdims=True)
+        underflow = TINY * ((self.size[parent] > 0) & (most > 0))
+        error = SAFETY * most * (self.error[parent] + UNIT_ROUNDOFF * self.size[parent]) + underflow
+        # A feature may be handed on several times.
+        places = (index + width * np.arange(len(index))[:, None]).ravel()
+        copies = math.sqrt(np.bincount(places).max(initial=1))
+        with np.errstate(over="ignore", invalid="ignore"):
+            error_2 = self.error_2[parent] + UNIT_ROUNDOFF * self.size_2[parent]
+            error_2 = SAFETY * copies * most * error_2 + width * underflow
+        return _checked(value, error, error_2)
+
+
+def _checked(value: Floats, error: Floats, error_2: Floats) -> Maps:
+    """Maps, each error no larger than what the other says: ||.||_inf <= ||.||_2 <= sqrt(H) ||.||_inf.
+
+    The squares of large numbers overflow: then the inf-norm is left, and an `error_2` that is not finite.
+    """
+    error = np.fmin(error, error_2)
+    error_2 = np.fmin(error_2, SAFETY * math.sqrt(value.shape[2]) * error)
+    if not (np.isfinite(value).all() and np.isfinite(error).all()):
+        raise TooLarge
+    return Maps(value, error, error_2)

@@ -1,0 +1,252 @@
+"""Upper bounds on the Lipschitz constant in the 2-norm from a matrix inequality: ECLipsE-Fast and LipSDP.
+
+Take two inputs and let x_0 be their difference, x_k that of the features behind layer k and its activation. If
+every activation acts feature by feature with slopes in [alpha, beta], then z_k = W_k x_{k-1} gives
+(x_k - alpha z_k)_i (x_k - beta z_k)_i <= 0. So for any multipliers T_k >= 0, a diagonal matrix a layer, and all x,
+
+    L^2 |x_0|^2 - |W_n x_{n-1}|^2  >=  x^T M x,
+    x^T M x  =  L^2 |x_0|^2 - |W_n x_{n-1}|^2 + 2 sum_k (x_k - alpha z_k)^T T_k (x_k - beta z_k),
+
+and L is a Lipschitz constant whenever M is positive semidefinite. It holds everywhere, for any biases, and for
+more than one output in their 2-norm. Any multipliers T will do, wherever they come from:
+
+- ECLipsE-Fast takes T_k = I / sigma, with sigma the largest eigenvalue of W_k S_{k-1}^-1 W_k^T, S_0 = I and
+  S_k = 2 T_k - T_k W_k S_{k-1}^-1 W_k^T T_k, in units of L^2: a closed form, for slopes in [0, 1];
+- LipSDP takes nearly the best T, found by `interior`. Only diagonal T_k are used; the multipliers that couple
+  features ("LipSDP-Network") prove too much (Pauli et al. 2021).
+
+The proof that M is positive semidefinite is a Cholesky factorisation that allows for its own rounding errors.
+
+Shapes: weights (out, in) of each layer; multipliers (H,) of all hidden features together.
+
+References: Fazlyab, Robey, Hassani, Morari and Pappas 2019, "Efficient and accurate estimation of Lipschitz
+constants for deep neural networks" (arXiv 1906.04893), theorem 2; Xu and Sivaranjani 2024, "ECLipsE: efficient
+compositional Lipschitz constant estimation for deep neural networks" (arXiv 2404.04375); Pauli, Koch, Berberich,
+Kohler and Allgöwer 2021, "Training robust neural networks using Lipschitz bounds" (arXiv 2005.02929), on coupling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lipexp.networks import BakedNetwork
+from lipexp.norms import UNIT_ROUNDOFF, is_semidefinite, round_up
+from lipexp.proven.interior import Inequality, maximise
+
+Array = npt.NDArray[np.float64]
+Slopes = tuple[float, float]
+
+_FIRST_EXCESS = 2.0**-36  # of a bound over what its multipliers allow; more, until the proof goes through
+_LARGEST_EXCESS = 2.0**-6
+
+
+def why_not_applicable(network: BakedNetwork, q: float) -> str | None:
+    """Why these bounds do not hold for the network and the gradient norm q; None if they do."""
+    if q != 2:
+        return "bounds the 2-norm of gradients only"
+    slopes = network.act.slopes
+    if slopes is None:
+        return f"{network.act.label} declares no slopes"
+    if not 0 <= slopes[0] <= slopes[1] <= 1:
+        return f"needs slopes in [0, 1]; {network.act.label} has [{slopes[0]:g}, {slopes[1]:g}]"
+    return None
+
+
+def eclipse(network: BakedNetwork) -> float | None:
+    """A proven bound by the multipliers of ECLipsE-Fast, for slopes in [0, 1]; None where no proof is found.
+
+    Args:
+        network: K = 1, float32; `why_not_applicable` must be None.
+    """
+    reduced = Reduced.of(network)
+    if reduced is None:
+        return 0.0
+    return reduced.bound((0.0, 1.0), eclipse_multipliers(reduced.weights))
+
+
+def lipsdp(network: BakedNetwork, enough: float = 0.0, seconds: float | None = None) -> float | None:
+    """A proven bound by nearly the best multipliers, for the slopes of the activation; None where no proof is found.
+
+    Args:
+        network: K = 1, float32; `why_not_applicable` must be None.
+        enough: the search for multipliers stops at a bound this small.
+        seconds: the search stops after this time.
+    """
+    slopes = network.act.slopes
+    assert slopes is not None
+    reduced = Reduced.of(network)
+    if reduced is None:
+        return 0.0
+    sigma = _inverse_square(math.ldexp(enough, -reduced.exponent)) if enough else math.inf
+    return reduced.bound(slopes, lipsdp_multipliers(reduced.weights, slopes, sigma, seconds))
+
+
+def size(network: BakedNetwork) -> int:
+    """The number of rows of the matrices that `lipsdp` factorises in every step."""
+    first, *rest = (layer.weight.shape[1:] for layer in network.layers)
+    return min(first) + sum(n_in for _, n_in in rest)
+
+
+class Reduced(NamedTuple):
+    """The weights that take part in the inequality; their product is 2^exponent times smaller than the network's."""
+
+    weights: list[Array]  # float64, exactly
+    exponent: int
+
+    @classmethod
+    def of(cls, network: BakedNetwork) -> Reduced | None:
+        """Without features that are constant or unused, each layer scaled to a Frobenius norm in [1/2, 1).
+
+        Both are exact: the differences x_i of such features are 0 or multiplied by 0, and the inequality is
+        homogeneous. None for a constant function.
+        """
+        weights = [layer.weight[0].numpy().astype(np.float64) for layer in network.layers]
+        before = None
+        while before != (shapes := [weight.shape for weight in weights]):
+            before = shapes
+            weights[0] = weights[0][:, weights[0].any(axis=0)]
+            for k in range(len(weights) - 1):
+                alive = weights[k].any(axis=1) & weights[k + 1].any(axis=0)
+                weights[k], weights[k + 1] = weights[k][alive], weights[k + 1][:, alive]
+        if not all(weight.any() for weight in weights):
+            return None
+        exponents = [math.frexp(float(np.linalg.norm(weight)))[1] for weight in weights]
+        return cls([np.ldexp(w, -e) for w, e in zip(weights, exponents, strict=True)], sum(exponents))
+
+    def bound(self, slopes: Slopes, multipliers: Array) -> float | None:
+        """The Lipschitz constant of the network itself that these multipliers prove, in units of L^2."""
+        excess, allowed = _FIRST_EXCESS, best_bound(self.weights, slopes, multipliers)
+        while allowed is not None and excess <= _LARGEST_EXCESS:
+            lipschitz = allowed * (1 + excess)
+            if proves(lipschitz, self.weights, slopes, multipliers * lipschitz**2):
+                return round_up(Fraction(lipschitz) * Fraction(2) ** self.exponent)
+            excess *= 8
+        return None
+
+
+# Multipliers, in units of L^2 ------------------------------------------------------------------------------------
+
+
+def eclipse_multipliers(weights: Sequence[Array]) -> Array:
+    """(H,) those of ECLipsE-Fast, which exist for every network without zero rows and columns."""
+    multipliers = [np.empty(0)]
+    inverse: npt.NDArray[Any] = np.eye(weights[0].shape[1])
+    for weight in weights[:-1]:
+        gram = weight @ inverse @ weight.T
+        t = 1 / float(np.linalg.eigvalsh(gram)[-1])
+        multipliers.append(np.full(len(weight), t))
+        inverse = np.linalg.inv(t * (2 * np.eye(len(weight)) - t * gram))
+    return np.concatenate(multipliers)
+
+
+def lipsdp_multipliers(
+    weights: Sequence[Array], slopes: Slopes, enough: float = math.inf, seconds: float | None = None
+) -> Array:
+    """(H,) those of nearly the smallest L.
+
+    Args:
+        enough: stop at this 1 / L^2.
+    """
+    if len(weights) == 1:
+        return np.empty(0)
+    weights = _without_idle_inputs(weights)
+    inequality = Inequality([torch.from_numpy(weight) for weight in weights], slopes)
+    start = torch.from_numpy(eclipse_multipliers(weights))
+    depths = torch.cat([torch.full((len(weight),), float(k)) for k, weight in enumerate(weights[:-1], start=1)])
+    # ECLipsE's are feasible for slopes in [0, 1]; for alpha > 0 they may have to fall off faster with the depth.
+    while not _is_feasible(inequality, start):
+        start = start * 0.5**depths
+    return maximise(inequality, start, enough, seconds).numpy()
+
+
+def _is_feasible(inequality: Inequality, multipliers: torch.Tensor) -> bool:
+    matrix = inequality.combine(1, torch.cat([multipliers.new_zeros(1), multipliers]))
+    return not torch.linalg.cholesky_ex(matrix)[1]
+
+
+def _without_idle_inputs(weights: Sequence[Array]) -> list[Array]:
+    """Weights of the same W_1 W_1^T, on which alone the multipliers depend, with no more inputs than features."""
+    first, *rest = weights
+    return [np.asarray(np.linalg.qr(first.T, mode="r")).T if first.shape[0] < first.shape[1] else first, *rest]
+
+
+def best_bound(weights: Sequence[Array], slopes: Slopes, multipliers: Array) -> float | None:
+    """The smallest L for which M is positive semidefinite, up to rounding; None if there is none.
+
+    With multipliers in units of L^2, M / L^2 = K - W_n^T W_n / L^2, so that L^2 is the largest eigenvalue of
+    W_n K^-1 W_n^T.
+    """
+    *hidden, out = weights
+    inside, _ = inequality_matrix([*hidden, np.zeros_like(out)], slopes, multipliers, 1.0)
+    last = np.zeros((len(inside), len(out)))
+    last[-out.shape[1] :] = out.T
+    try:
+        half = np.linalg.solve(np.linalg.cholesky(inside), last)
+    except np.linalg.LinAlgError:
+        return None
+    return float(np.linalg.norm(half, ord=2))
+
+
+def _inverse_square(value: float) -> float:
+    square = value * value
+    return 1 / square if square > 0 else math.inf
+
+
+# The proof -------------------------------------------------------------------------------------------------------
+
+
+def proves(lipschitz: float, weights: Sequence[Array], slopes: Slopes, multipliers: Array) -> bool:
+    """Whether M is proven positive semidefinite, for L and T as these very numbers; see `is_semidefinite`.
+
+    Each entry of M is a sum of at most m + 2 terms, m the width of the largest layer, each a product of at most
+    four factors of which some are rounded. In float64 it is off by at most gamma_{m+8} B, with B the sum of the
+    terms' absolute values and gamma_k = k u / (1 - k u), and by what underflows, at most (m + 8) 2^-1074 as no
+    weight exceeds 1. `is_semidefinite` allows for twice the error that it is given, which covers the denominator
+    and the rounding of B.
+
+    Args:
+        weights: float64, entries at most 1.
+        multipliers: (H,) T.
+
+    Reference: Higham 2002, "Accuracy and Stability of Numerical Algorithms", section 3.1.
+    """
+    if not (math.isfinite(lipschitz) and np.isfinite(multipliers).all() and np.all(multipliers >= 0)):
+        return False
+    matrix, terms = inequality_matrix(weights, slopes, multipliers, math.nextafter(lipschitz * lipschitz, 0))
+    m = max(len(weight) for weight in weights)
+    return is_semidefinite(matrix, (m + 8) * (UNIT_ROUNDOFF * terms + 2.0**-1074))
+
+
+def inequality_matrix(
+    weights: Sequence[Array], slopes: Slopes, multipliers: Array, square: float
+) -> tuple[Array, Array]:
+    """M (N, N) for L^2 = `square`, and the sums of the absolute values of the terms of its entries."""
+    alpha, beta = slopes
+    *hidden, out = weights
+    sizes = [weights[0].shape[1], *(len(weight) for weight in hidden)]
+    ends = np.cumsum(sizes)
+    blocks = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    matrix = np.diag(np.concatenate([np.full(sizes[0], square), 2 * multipliers]))
+    terms = matrix.copy()
+    for k, weight in enumerate(hidden, start=1):
+        before, rows = blocks[k - 1], blocks[k]
+        t = multipliers[rows.start - sizes[0] : rows.stop - sizes[0], None]
+        matrix[rows, before] = -((alpha + beta) * t) * weight
+        matrix[before, rows] = matrix[rows, before].T
+        terms[rows, before], terms[before, rows] = (
+            np.abs(matrix[r, c]) for r, c in ((rows, before), (before, rows))
+        )
+        if alpha:
+            t = 2 * alpha * beta * t
+            matrix[before, before] += weight.T @ (t * weight)
+            terms[before, before] += np.abs(weight).T @ (t * np.abs(weight))
+    matrix[blocks[-1], blocks[-1]] -= out.T @ out
+    terms[blocks[-1], blocks[-1]] += np.abs(out).T @ np.abs(out)
+    return matrix, terms

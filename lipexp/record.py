@@ -1,0 +1,240 @@
+"""The record of a finished run: the schema of metrics.json, and a run as one row of a table.
+
+Every number of metrics.json stands in a dataclass of this module, is written from it and read back into it. Whatever
+shows several runs (report, sweep.csv, search, figures) takes its rows from `results` and `settings`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from lipexp.config import GROUPS
+from lipexp.runs import RunFolder, flat
+from lipexp.tasks import TASKS
+from lipexp.wording import broken_bound
+
+SCHEMA = 2  # of metrics.json; raised when its content changes
+
+Norm = int | str  # 1, 2 or "inf"
+Name = TypeVar("Name")
+
+
+@dataclass
+class GradientNorm:
+    """Gradient norms in q: over the data, and the largest that any source of points showed."""
+
+    q: Norm
+    max: float  # over all sources
+    mean: float  # over the data, as the next four
+    median: float
+    p05: float
+    p95: float
+    argmax: list[float]  # the point that has `max`
+    by: dict[str, float]  # data, grid, search -> the largest there
+    data_max: dict[str, float]  # over the data, in the norms 1, 2 and inf
+
+
+@dataclass
+class Interval:
+    """What is known of the Lipschitz constant: measured <= constant <= certified."""
+
+    p: Norm  # inputs move in this norm
+    q: Norm  # gradients are measured in this one, its dual
+    target: float | None  # L; None without a constraint
+    measured: float
+    measured_by: str  # "exact arithmetic" or "float64 estimate"
+    certified: float | None  # the smallest bound proven to hold everywhere
+    method: str  # behind `certified`, an identifier; "none" where nothing is certified
+    reason: str | None  # why nothing is certified
+    product: float | None  # the product of the layers' norms
+    exact: float | None  # the constant itself, where all linear regions are known
+    exact_box: dict[str, Any] | None  # the same over the box of the data: value, point, domain
+    regions: int | None
+    open: str | None  # why the exact constant is not known, where enumerating was tried
+    verdict: str  # PASS, FAIL, or OPEN where nothing is certified
+
+
+@dataclass
+class Robustness:
+    """Certified accuracy of a classifier's test points: the fraction that is right, and stays so within a radius."""
+
+    p: Norm
+    lipschitz: float | None  # the proven bound behind the radii
+    certified_accuracy: dict[str, float] | None  # radius -> fraction
+    median_radius: float | None  # None also where it is infinite
+    reason: str | None  # why there are no radii
+
+
+@dataclass
+class SearchedBox:
+    """Where gradients were searched."""
+
+    box: list[list[float]]  # [low, high] of each input
+    starts: int
+    seed: int
+
+
+@dataclass
+class Bound:
+    """What one method proved, or why it did not."""
+
+    value: float | None
+    reason: str | None
+    everywhere: bool  # else over the box of the data only
+
+
+@dataclass
+class Certification:
+    """The section `certify` of metrics.json: what `lipexp certify` found since."""
+
+    model_sha256: str
+    changed: bool | None  # model.pt is not the one that the run recorded; None: it recorded none
+    lipschitz: Interval
+    bounds: dict[str, Bound]
+    broken_layers: list[str]
+    gradient_norm: dict[str, Any]  # source -> the steepest point
+    robustness: Robustness | None
+    attack: dict[str, Any] | None = None
+
+
+@dataclass
+class Metrics:
+    """metrics.json."""
+
+    seed: int
+    train: dict[str, float]  # loss and the task's metric
+    test: dict[str, float]
+    gradient_norm: GradientNorm
+    lipschitz: Interval
+    robustness: Robustness | None  # None where nothing is classified
+    search: SearchedBox
+    model_sha256: str
+    timing: dict[str, float]
+    environment: dict[str, Any]
+    certify: Certification | None = None
+
+    def write(self, folder: RunFolder) -> None:
+        """Write metrics.json: from now on the run is complete."""
+        folder.write_json("metrics.json", {"schema": SCHEMA, **dataclasses.asdict(self)})
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> Metrics:
+        """The content of metrics.json.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is torn, or of another schema; one line says so.
+        """
+        content = folder.read_json("metrics.json")
+        schema = content.pop("schema", None)
+        if schema != SCHEMA:
+            raise ValueError(f"its schema is {schema}, this lipexp reads {SCHEMA}: train it again")
+        return _parse(cls, content)
+
+
+def _parse(cls: type[Name], content: Any) -> Name:
+    """A dataclass of this module from its JSON; ValueError if a key is missing, unknown, or no object."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{cls.__name__} must be an object, not {content!r:.40}")
+    kinds = get_type_hints(cls)
+    lacking = [f.name for f in dataclasses.fields(cls) if f.name not in content and f.default is dataclasses.MISSING]  # type: ignore[arg-type]
+    foreign = [str(key) for key in content if key not in kinds]
+    if lacking or foreign:
+        raise ValueError(f"{cls.__name__} {'lacks' if lacking else 'does not know'} {(lacking or foreign)[0]!r:.40}")
+    return cls(**{key: _value(kinds[key], value) for key, value in content.items()})
+
+
+def _value(kind: Any, value: Any) -> Any:
+    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if value is None and type(None) in options:
+        return None
+    (inner, *_) = [option for option in options if option is not type(None)]
+    if dataclasses.is_dataclass(inner):
+        return _parse(inner, value)  # type: ignore[arg-type]
+    if get_origin(inner) is dict and dataclasses.is_dataclass(get_args(inner)[1]):
+        return {key: _parse(get_args(inner)[1], entry) for key, entry in dict(value).items()}
+    return value
+
+
+def certify(folder: RunFolder, found: Certification) -> None:
+    """Put the findings of `lipexp certify` into metrics.json.
+
+    Results of earlier calls for the same model.pt that this call did not recompute, such as an attack, are kept.
+    """
+    with folder.locked():
+        metrics = Metrics.read(folder)
+        old = metrics.certify
+        if old is not None and old.model_sha256 == found.model_sha256:
+            found = dataclasses.replace(found, bounds=old.bounds | found.bounds, attack=found.attack or old.attack)
+        dataclasses.replace(metrics, certify=found).write(folder)
+
+
+# A run as a row --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """How a run ended: `ok`, `failed`, `missing` (never started, or interrupted), or `queued` (still in SLURM)."""
+
+    status: str
+    reason: str = ""
+    step: int = 0  # at which it failed
+    metrics: Metrics | None = None
+
+    @classmethod
+    def of(cls, folder: RunFolder) -> Outcome:
+        """The outcome that the files of a run's folder tell."""
+        try:
+            if folder.complete:
+                metrics = Metrics.read(folder)
+                if metrics.lipschitz.verdict == "FAIL":
+                    return cls("failed", broken_bound(metrics.lipschitz), metrics=metrics)
+                return cls("ok", metrics=metrics)
+            if folder.failed:
+                failure = folder.read_json("failed.json")
+                return cls("failed", str(failure["reason"]), int(failure["step"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            name = "metrics.json" if folder.complete else "failed.json"
+            return cls("failed", f"{name} cannot be read: {error}")
+        return cls("missing")
+
+    def results(self) -> dict[str, Any]:
+        """The numbers of the run as one row, with dotted keys such as `lipschitz.certified`."""
+        row: dict[str, Any] = {"status": self.status, "reason": self.reason}
+        return row if self.metrics is None else row | flat(dataclasses.asdict(self.metrics))
+
+
+def settings(folder: RunFolder) -> dict[str, Any]:
+    """The option of each group and all settings of a run, with dotted keys; empty where Hydra recorded nothing.
+
+    An option has the name that was chosen, or that of its class where no choice is recorded.
+    """
+    config, choices = folder.recorded()
+    leaves = flat(config)
+    classes = {group: str(leaves.get(f"{group}._target_", "")).rpartition(".")[2] for group in GROUPS}
+    options = {group: choices.get(group) or classes[group] for group in GROUPS}
+    return {group: option for group, option in options.items() if option} | {
+        key: value for key, value in leaves.items() if key not in GROUPS
+    }
+
+
+def numeric_keys(task: str, radii: Iterable[float]) -> list[str]:
+    """The dotted keys of all numbers that a finished run of this task records, for the goal of a search."""
+    keys = [f"{split}.{name}" for split in ("train", "test") for name in ("loss", TASKS[task].metric)]
+    if TASKS[task].decides:
+        keys += [f"robustness.certified_accuracy.{radius_name(radius)}" for radius in radii]
+    sections = {"gradient_norm": GradientNorm, "lipschitz": Interval, "robustness": Robustness}
+    for section, cls in sections.items():
+        for name, kind in get_type_hints(cls).items():
+            numeric = kind in (float, float | None, int | None)
+            keys += [f"{section}.{name}"] * (numeric and (section != "robustness" or TASKS[task].decides))
+    return keys
+
+
+def radius_name(radius: float) -> str:
+    """A radius as it is spelled in metrics.json: 0.5, 1."""
+    return repr(float(radius)).removesuffix(".0")

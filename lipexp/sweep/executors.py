@@ -1,0 +1,82 @@
+"""Where the stacks of a sweep train: in this process, in worker processes, or in SLURM."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing import connection, forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from lipexp.config import ConfigError
+from lipexp.display import StackDisplay, SweepDisplay
+from lipexp.sweep.compose import Job
+from lipexp.sweep.progress import REPORT_SECONDS, Progress
+
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def inline(stacks: Sequence[Sequence[Job]], display: SweepDisplay, made: dict[str, Any]) -> None:
+    """Train the stacks here, one after the other."""
+    from lipexp.sweep.work import train_stack
+
+    for number, jobs in enumerate(stacks):
+        part = StackDisplay(display.update, number)
+        train_stack(jobs, part, made)
+        part.done()
+
+
+def start_server() -> None:
+    """Start importing what worker processes need, while this process does something else.
+
+    Ctrl-C stays blocked in the server and the workers: they end with this process.
+
+    Raises:
+        ConfigError: no process can be started here.
+    """
+    CONTEXT.set_forkserver_preload(["lipexp.sweep.work"])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    except OSError as error:  # such as a temporary folder whose name is too long for a socket
+        raise ConfigError("hydra.launcher.executor", "process", f"cannot start a process here: {error}") from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def in_processes(stacks: Sequence[Sequence[Job]], processes: int, display: SweepDisplay) -> None:
+    """Train each stack in a worker process of its own, several at a time.
+
+    A worker that dies leaves jobs without a result and without a failure; the other stacks go on.
+    """
+    from lipexp.sweep.work import train_and_report
+
+    start_server()
+    # The largest first, so that all processes end at about the same time.
+    waiting = deque(sorted(range(len(stacks)), key=lambda number: -len(stacks[number])))
+    running: dict[int, BaseProcess] = {}
+    with tempfile.TemporaryDirectory(prefix="lipexp-") as folder:
+        try:
+            while waiting or running:
+                while waiting and len(running) < processes:
+                    number = waiting.popleft()
+                    arguments = (stacks[number], Path(folder, str(number)))
+                    running[number] = CONTEXT.Process(target=train_and_report, args=arguments)
+                    running[number].start()
+                connection.wait([worker.sentinel for worker in running.values()], timeout=REPORT_SECONDS)
+                for number, worker in list(running.items()):
+                    code = worker.exitcode
+                    progress = Progress.read(Path(folder, str(number))) or Progress()
+                    display.update(number, progress.step, progress.total, progress.live, done=code == 0)
+                    if code is not None:
+                        del running[number]
+                    if progress.given_up or code not in (None, 0):
+                        display.died(number, progress.given_up)
+        finally:
+            for worker in running.values():
+                worker.kill()
+                worker.join()

@@ -1,0 +1,69 @@
+"""Training one stack of a sweep: the one door from sweeps to training, here, in a worker process and in SLURM.
+
+Worker processes are forked from a server that has imported this module, so that none of them imports torch anew.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import sklearn.datasets  # noqa: F401  # for the worker processes
+
+from lipexp.config import one_line
+from lipexp.display import StackDisplay
+from lipexp.members import build
+from lipexp.runs import RunFolder
+from lipexp.sweep.compose import Job
+from lipexp.sweep.progress import Reporter
+from lipexp.train import train_many
+
+
+def train_stack(jobs: Sequence[Job], display: StackDisplay, made: dict[str, Any] | None = None) -> None:
+    """Train jobs of one signature as one stack; each leaves a result or a failure in its folder.
+
+    A user's class that raises an exception breaks the whole stack; then each job is trained alone, so that only
+    those that cannot be trained fail.
+
+    Args:
+        made: see `members.build`.
+    """
+    folders = [RunFolder(job.folder) for job in jobs]
+    for job in jobs:
+        job.write_hydra_files()
+    try:
+        members = [build(job.resolved, job.choices, made=made) for job in jobs]
+        train_many(members, folders, display, figures=False)
+    except Exception as error:
+        if len(jobs) == 1:
+            (folders[0].path / "train.log").write_text(traceback.format_exc())
+            folders[0].write_failure(one_line(error), display.step)
+            return
+        for job, folder in zip(jobs, folders, strict=True):
+            if not folder.ended:
+                train_stack([job], display, made)
+
+
+def train_and_report(jobs: Sequence[Job], file: Path) -> None:
+    """Train one stack in a process of its own."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    reporter = Reporter(file)
+    display = StackDisplay(reporter.update, 0)
+    try:
+        train_stack(jobs, display)
+        display.done()
+    except OSError as error:  # nothing can be written
+        reporter.give_up(one_line(error))
+
+
+def _end_with_parent() -> None:
+    """End this process when the command that started it does, however it ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
