@@ -9,11 +9,9 @@ The rule of the house: configuration group (singular) = module (plural) = test f
     conf/model/       -> lipexp/models.py
     conf/optim/       -> lipexp/optim.py
 
-The road of a command: cli -> train (configurations -> objects) -> loop (K stacked runs) -> evaluate, with
-measures and search (lower bounds), bounds and what stands behind it (upper bounds: certificates, propagation,
-semidefinite, regions) and robustness (radii) -> runs (the folder of a run) -> figures, display. A sweep takes the
-side road sweep (with compose, options, executors and slurm) -> train; a search, study -> sweep. What is finished
-is read back by loading, for report, figures and certify (with attack).
+The road of a command: cli -> hydra_app -> members (configurations -> objects) -> loop (K stacked runs) -> evaluate,
+with measured (lower bounds) and proven (upper bounds) -> record and runs (the folder of a run). A sweep takes the
+side road sweep -> train. What is finished is read back by loading, for certify, report and figures.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ def load(run: str | PathLike[str], trust: bool = False) -> LoadedRun:
     """The baked network of a finished run as a torch module, with its configuration and its metrics.
 
         run = lipexp.load("outputs/2026-01-31/12-00-00-000000")
-        run.network(torch.zeros(1, 2)), run.config["lipschitz"], run.metrics["lipschitz"]["certified"]
+        run.network(torch.zeros(1, 2)), run.config["lipschitz"], run.metrics.lipschitz.certified
 
     Args:
         run: the run's folder.

@@ -2,8 +2,8 @@
 
 Shapes: K runs, B points, H features; every map takes and returns (K, B, H).
 
-To add one: a class derived from `Activation` with a `forward`, and one file in conf/act/. The table in `Activation`
-says what else it may declare, and what each declaration buys.
+To add one: a class derived from `Activation` with a `forward`, and one file in conf/act/. The table in
+`Activation` says what else it may declare, and what each declaration buys.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class ActiveMap:
 class Activation(nn.Module):
     """A map between layers, `forward`: (K, B, H) -> (K, B, H).
 
-    | declaration          | what it says                                              | what it buys               |
-    |----------------------|-----------------------------------------------------------|----------------------------|
-    | `norms`              | the p-norms, of 1, 2 and inf, in which it is 1-Lipschitz  | training under constraints |
-    |                      |                                                           | and the bound `product`    |
-    | `slopes`             | it acts feature by feature, and its difference quotients  | `rows`, `eclipse` and      |
-    |                      | lie between these two numbers                             | `lipsdp`                   |
-    | `groups(width)`      | it sorts the features within these groups, ascending      | `rows`                     |
-    | `active_map(z)`      | it is piecewise linear, and this is its linear map at z   | measurement in exact       |
-    |                      |                                                           | arithmetic, certified radii|
-    | `breakpoints(width)` | where that linear map changes                             | `exact`, and `bnb` for     |
-    |                      |                                                           | groups and for two slopes  |
-    | `check_width(width)` | which numbers of features suit it                         | one clear line otherwise   |
+    | declaration          | what it says                                             | what it buys             |
+    |----------------------|----------------------------------------------------------|--------------------------|
+    | `norms`              | the p-norms, of 1, 2 and inf, in which it is 1-Lipschitz | training under a bound,  |
+    |                      |                                                          | and the bound `product`  |
+    | `slopes`             | it acts feature by feature, and its difference quotients | `rows`, `eclipse` and    |
+    |                      | lie between these two numbers                            | `lipsdp`                 |
+    | `groups(width)`      | it sorts the features within these groups, ascending     | `rows`                   |
+    | `active_map(z)`      | it is piecewise linear, and this is its linear map at z  | exact measurement, and   |
+    |                      |                                                          | certified radii          |
+    | `breakpoints(width)` | where that linear map changes                            | `exact`; `bnb` where it  |
+    |                      |                                                          | sorts or has two slopes  |
+    | `check_width(width)` | which numbers of features suit it                        | one clear line otherwise |
 
     Nothing else is asked of it. A class that declares nothing trains with constraint=none, and is measured in
     float64. What a class inherits describes the map of its base: a class that overrides `forward` therefore starts
@@ -105,7 +105,12 @@ class Activation(nn.Module):
     def two_slopes(self, width: int) -> tuple[float, float] | None:
         """The slopes below and above 0, if it acts feature by feature and has no other breakpoint; else None."""
         breakpoints = self.breakpoints(width)
-        if self.slopes is None or not self.is_piecewise_linear or breakpoints is None or (breakpoints[:, 1] >= 0).any():
+        if (
+            self.slopes is None
+            or not self.is_piecewise_linear
+            or breakpoints is None
+            or (breakpoints[:, 1] >= 0).any()
+        ):
             return None
         below, above = (self.active_map(np.full(width, sign)) for sign in (-1.0, 1.0))
         if below is None or above is None:
@@ -114,7 +119,7 @@ class Activation(nn.Module):
 
 
 class Undeclared(Activation):
-    """Any other module or function as an activation, such as torch.nn.Tanh: of it only `norms` and `slopes` count."""
+    """Any other module or function, such as torch.nn.Tanh: of its attributes only `norms` and `slopes` count."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -154,7 +159,9 @@ def as_activation(thing: Any) -> Activation:
         except (TypeError, ValueError):
             low = high = math.nan
         if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-            raise ConfigError("act", act.label, f"declares slopes = {act.slopes}; they are the least and the largest")
+            raise ConfigError(
+                "act", act.label, f"declares slopes = {act.slopes}; they are the least and the largest"
+            )
     return act
 
 
@@ -236,7 +243,8 @@ class GroupSort(Activation):
     The output holds the same floats, bit for bit.
 
     Feature j belongs to group j mod n_groups, so the members of a group stand H / size apart and sorting compares
-    contiguous slabs, which is the faster layout. In torch: x.unflatten(-1, (size, -1)).sort(-2).values.flatten(-2).
+    contiguous slabs, which is the faster layout. In torch: x.unflatten(-1, (size,
+    -1)).sort(-2).values.flatten(-2).
 
     Args:
         n_groups: the number of groups; 1 is FullSort, H / 2 is MaxMin.
@@ -313,7 +321,7 @@ class GroupSort(Activation):
 
 
 class _Exchange(torch.autograd.Function):
-    """Sorts the halves a, b of the last axis of x (..., H) as pairs (a_i, b_i); given `swap`, exchanges those pairs.
+    """Sorts the halves a, b of the last axis of x (..., H) as pairs (a_i, b_i); with `swap`, exchanges those.
 
     The backward pass exchanges the same pairs of the gradient.
     """

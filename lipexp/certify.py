@@ -31,11 +31,11 @@ from lipexp.measured import overall, sources, steepest
 from lipexp.measured.attack import RECORDED, Attack, attack
 from lipexp.measured.gradients import Maximum, scan
 from lipexp.networks import BakedNetwork
+from lipexp.process import cpu_threads
 from lipexp.proven import METHODS, Certificate, Chain, Problem, Proof, prove
 from lipexp.proven.radii import Robustness, assess
 from lipexp.runs import RunFolder, find
 from lipexp.tasks import TASKS
-from lipexp.process import cpu_threads
 from lipexp.wording import above, broken_bound, interval_line, robustness_line
 
 CONTENTS = conf_dir() / "config.yaml"

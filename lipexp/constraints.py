@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,16 +46,16 @@ SPECTRAL_SHRINK = 1 - 2.0**-20
 class OperatorNorm(ABC):
     """The norm of one layer: how training keeps it, how baking does, and its proof.
 
-    | member                     | what it is                                                                        |
-    |----------------------------|-----------------------------------------------------------------------------------|
-    | `name`                     | what screens and layers.csv call it                                               |
-    | `start(weight)`            | the state that `within_one` is handed at every step; None: it needs none          |
-    | `within_one(weight, state)`| free parameters (K, out, in) as matrices of norm at most 1, or nearly so,         |
-    |                            | differentiably; it may update its state in place                                  |
-    | `scaled(weight, bound)`    | the matrices (K, out, in) in float64 that training has arrived at, scaled to norm |
-    |                            | `bound` (K,) or just below                                                        |
-    | `rounded(weight)`          | float64 to float32 in the way that enlarges the norm least                        |
-    | `proven(weight)`           | an upper bound on the norm of one stored float32 matrix (out, in)                 |
+    | member                      | what it is                                                              |
+    |-----------------------------|-------------------------------------------------------------------------|
+    | `name`                      | what screens and layers.csv call it                                     |
+    | `start(weight)`             | the state that `within_one` is handed at every step; None: it needs none|
+    | `within_one(weight, state)` | free parameters (K, out, in) as matrices of norm at most 1, or nearly   |
+    |                             | so, differentiably; it may update its state in place                    |
+    | `scaled(weight, bound)`     | the float64 matrices (K, out, in) that training has arrived at, scaled  |
+    |                             | to norm `bound` (K,) or just below                                      |
+    | `rounded(weight)`           | float64 to float32 in the way that enlarges the norm least              |
+    | `proven(weight)`            | an upper bound on the norm of one stored float32 matrix (out, in)       |
     """
 
     name = ""
@@ -95,7 +95,7 @@ class OperatorNorm(ABC):
 
 
 class RowNorm(OperatorNorm):
-    """The operator norm p -> inf, the largest ||row||_q with 1/p + 1/q = 1: longer rows are scaled back to length 1."""
+    """The operator norm p -> inf, the largest ||row||_q with 1/p + 1/q = 1: longer rows are scaled to length 1."""
 
     def __init__(self, q: float) -> None:
         self.q = q
@@ -222,17 +222,17 @@ def toward_zero(x: Tensor) -> Tensor:
 class Constraint(ABC):
     """The chain of operator norms, and the two maps from free parameters to weights.
 
-    | member                 | what it is                                                                            |
-    |------------------------|---------------------------------------------------------------------------------------|
-    | `p`                    | the norm in which inputs move: 1, 2 or inf                                            |
-    | `hidden_p`             | the norm of the hidden spaces, in which activations must be 1-Lipschitz               |
-    | `lipschitz`            | L; None: there is no bound                                                            |
-    | `norms(n_layers)`      | the operator norm of each layer, first layer first                                    |
-    | `per_run`              | the arguments that may differ between the runs of a stack: each is an attribute of the|
-    |                        | same name, which may be a (K,) tensor wherever it is read after construction          |
-    | `start(layers)`        | begins training from these free parameters                                            |
-    | `apply(layers)`        | the weights for free parameters, differentiable, once per step                        |
-    | `bake(layers, act)`    | the network to report, float32 on the CPU, with its proven norms                      |
+    | member              | what it is                                                                      |
+    |---------------------|---------------------------------------------------------------------------------|
+    | `p`                 | the norm in which inputs move: 1, 2 or inf                                      |
+    | `hidden_p`          | the norm of the hidden spaces, in which activations must be 1-Lipschitz         |
+    | `lipschitz`         | L; None: there is no bound                                                      |
+    | `norms(n_layers)`   | the operator norm of each layer, first layer first                              |
+    | `per_run`           | the arguments that may differ between the runs of a stack: each is an attribute |
+    |                     | of the same name, which may be a (K,) tensor whenever it is read later          |
+    | `start(layers)`     | begins training from these free parameters                                      |
+    | `apply(layers)`     | the weights for free parameters, differentiable, once per step                  |
+    | `bake(layers, act)` | the network to report, float32 on the CPU, with its proven norms                |
 
     Only `norms` has to be written; the others follow from it unless the constraint is of another kind.
     """

@@ -149,7 +149,7 @@ class Cones(Generated):
         self.n_inputs = whole("n_inputs", n_inputs, least=1)
         self.n_cones = whole("n_cones", n_cones, least=1)
         self.spacing = number("spacing", spacing, least=2)
-        self.p = norm_order("p", p)
+        self.p: float = norm_order("p", p)
 
     def sample(self, n: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         y = np.arange(n) % 2

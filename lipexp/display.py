@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from lipexp.tasks import METRICS, metric_in
+from lipexp.tasks import METRICS
 from lipexp.wording import above, below, count, gradient_line, interval_line, robustness_line, rounded, shown_path
 
 if TYPE_CHECKING:
@@ -43,9 +43,8 @@ class Display:
         config, names = member.config, member.names
         lipschitz = member.parts["constraint"].lipschitz
         bound = "no bound" if lipschitz is None else f"L = {lipschitz:g}"
-        line = (
-            f"{names['dataset']}  {names['act']}  {names['constraint']} ({bound})  {names['loss']}  seed {config.seed}"
-        )
+        line = f"{names['dataset']}  {names['act']}  {names['constraint']} ({bound})  {names['loss']}"
+        line += f"  seed {config.seed}"
         if self.brief:
             self._print(line)
             return
@@ -199,14 +198,21 @@ class SweepDisplay:
         """A line, on stack `number` or on all of them."""
         self._print(escape(text if number is None else f"{self._name(number)}: {text}"))
 
-    def result(self, rows: Sequence[Mapping[str, Any]], csv_file: Path, table: bool = True) -> None:
-        """The table of the jobs, best first and failed last, and where all of it lies."""
+    def result(self, rows: Sequence[Mapping[str, Any]], overrides: Sequence[str], file: Path, table: bool) -> None:
+        """The table of the jobs, best first and failed last, and where all of it lies.
+
+        Args:
+            rows: those of sweep.csv.
+            overrides: the keys that the jobs override.
+            file: sweep.csv.
+            table: print the table.
+        """
         if table and any(row["status"] != "queued" for row in rows):
-            self._print(sweep_table(rows))
+            self._print(sweep_table(rows, overrides))
         statuses = ("ok", "failed", "missing", "queued")
         counts = {status: sum(row["status"] == status for row in rows) for status in statuses}
         self._print(", ".join(f"{count} {status}" for status, count in counts.items() if count))
-        self._print(shown_path(csv_file))
+        self._print(shown_path(file))
 
     def _print(self, what: Any) -> None:
         self.console.print(what, soft_wrap=True)
@@ -256,11 +262,9 @@ def live_summary(rows: Sequence[Mapping[str, float | None]]) -> str:
 SHOWN_ROWS = 40  # of a sweep's table, and as many failed ones; sweep.csv has them all
 
 
-def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def sweep_table(rows: Sequence[Mapping[str, Any]], overrides: Sequence[str]) -> Table:
     """What differs between the jobs of a sweep, their metric and their interval, best first, failed last."""
     metrics = [f"test.{key}" for key in METRICS if any(f"test.{key}" in row for row in rows)]
-    keys = list(dict.fromkeys(key for row in rows for key in row))[3:]  # without job, status, reason
-    overrides = keys[: keys.index("schema") if "schema" in keys else None]
     varied = [key for key in overrides if len({row.get(key) for row in rows}) > 1]
     table = Table(show_edge=False, box=None, pad_edge=False, header_style="bold")
     for name in ("job", *varied):

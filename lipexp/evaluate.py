@@ -25,6 +25,7 @@ from lipexp.proven import Certificate, Chain, Problem, prove, prove_quickly
 from lipexp.proven.radii import Robustness, assess
 
 NORMS = (1.0, 2.0, float("inf"))
+NOTHING = Maximum(0.0, ())  # a lower bound before anything is measured
 
 
 @dataclass
@@ -103,14 +104,16 @@ class Evaluator:
         for f_part, y in zip(self._split(f), self._split(self.y), strict=True):
             loss, score = self.stack.loss(f_part, y).mean(dim=1), self.stack.task.score(f_part, y)
             columns.append(zip(loss.tolist(), score.tolist(), strict=True))
-        train, test = ([dict(zip(("loss", self.stack.task.metric), row, strict=True)) for row in c] for c in columns)
+        train, test = (
+            [dict(zip(("loss", self.stack.task.metric), row, strict=True)) for row in c] for c in columns
+        )
         return list(zip(train, test, strict=True))
 
     def _split(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The train and the test part of (K, N)."""
         return values[:, : self.n_train], values[:, self.n_train :]
 
-    def _problem(self, network: BakedNetwork, run: int, measured: Maximum = Maximum(0.0, ())) -> Problem:
+    def _problem(self, network: BakedNetwork, run: int, measured: Maximum = NOTHING) -> Problem:
         chain = Chain.of(self.stack.constraint, len(network.layers), run)
         box = self.x[run].amin(dim=0), self.x[run].amax(dim=0)
         return Problem(network, chain, box, measured, self.stack.max_regions)
@@ -195,9 +198,7 @@ def _layer_rows(
     """One row per layer: its norm and bound, its singular values, and the gradient norm (N,) at its input."""
     chain = certificate.chain
     rows = []
-    for i, (layer, name, (norm,)) in enumerate(
-        zip(network.layers, chain.layer_norms, network.norms, strict=True)
-    ):
+    for i, (layer, name, (norm,)) in enumerate(zip(network.layers, chain.layer_norms, network.norms, strict=True)):
         singular = torch.linalg.svdvals(layer.weight[0].double())
         rows.append(
             {

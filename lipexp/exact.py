@@ -26,7 +26,7 @@ def integers(values: npt.NDArray[Any]) -> Exact:
     whole = np.ldexp(mantissas, 53).astype(np.int64)
     exponents = np.where(mantissas == 0, exponents.max(), exponents) - 53
     lowest = int(exponents.min())
-    # A float32 number ends in at least 29 zeros here. Without them arithmetic is faster, and most shifts fit 64 bits.
+    # A float32 number ends in at least 29 zeros here. Without them most shifts fit 64 bits, which is faster.
     zeros = _trailing_zeros(int(np.bitwise_or.reduce(whole, axis=None)))
     whole, shifts = whole >> zeros, exponents - lowest
     if 53 - zeros + int(shifts.max(initial=0)) < 63:

@@ -107,7 +107,7 @@ class Trainer:
 
         starts = [stack.model.initial(stack.shapes, generator(s.weights)) for s in stack.streams]
         parameters = torch.stack(starts)
-        self.parameters = _aligned(parameters.to(device, dtype))  # (K, P)
+        self.parameters = parameters.to(device, dtype)  # (K, P)
         # The layers are views of them that are leaves of the autograd graph.
         self.layers = [
             Affine(*(part.detach().requires_grad_() for part in layer))
@@ -188,17 +188,6 @@ def batch_indices(n: int, batch_size: int, generators: Sequence[torch.Generator]
         shuffled = torch.stack([torch.randperm(n, generator=g) for g in generators])
         for start in range(0, n - batch_size + 1, batch_size):
             yield shuffled[:, start : start + batch_size]
-
-
-def _aligned(rows: Tensor) -> Tensor:
-    """A copy of (K, P) whose rows begin 64 bytes apart, or a multiple: a vector's width.
-
-    How some routines add depends on where their operands begin; so a run does not depend on its place in a stack.
-    """
-    runs, n = rows.shape
-    padded = rows.new_zeros(runs, -(-n // 16) * 16)
-    padded[:, :n] = rows
-    return padded[:, :n]
 
 
 def _keep_freed_memory() -> None:

@@ -123,8 +123,8 @@ class Kantorovich(Loss):
 
     Over all L-Lipschitz f the largest difference of means is L times that distance (Kantorovich and Rubinstein).
     A batch holds any number of points of each class, so a sample counts as one part of its own class: the mean
-    over the batch is the loss above exactly, and a constant added to f changes nothing. The mean of a class without
-    a point is 0.
+    over the batch is the loss above exactly, and a constant added to f changes nothing. The mean of a class
+    without a point is 0.
 
     Reference: Anil, Lucas and Grosse 2019, "Sorting out Lipschitz function approximation", section 2.3.
     """

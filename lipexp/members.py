@@ -48,7 +48,7 @@ class Member:
     def shapes(self) -> list[tuple[int, int]]:
         """(out, in) of each weight matrix."""
         dataset: Dataset = self.parts["dataset"]
-        return self.parts["model"].shapes(dataset.n_inputs, dataset.n_outputs)  # type: ignore[no-any-return]
+        return self.parts["model"].shapes(dataset.n_inputs, dataset.n_outputs)
 
 
 def build(
@@ -94,7 +94,7 @@ def build(
     for width, _ in member.shapes[:-1]:
         act.check_width(width)
     if member.shapes[0][1] != dataset.n_inputs or member.shapes[-1][0] != dataset.n_outputs:
-        allowed = f"must lead from {dataset.n_inputs} inputs to {dataset.n_outputs} output, its shapes are {member.shapes}"
+        allowed = f"must lead from {dataset.n_inputs} inputs to {dataset.n_outputs} output, not by {member.shapes}"
         raise ConfigError("model", names["model"], allowed)
     constraint.check(act, names["act"])
     return member
@@ -217,7 +217,7 @@ def stack(members: Sequence[Member]) -> Stack:
 
 
 def _stacked(group: str, members: Sequence[Member]) -> Any:
-    """The object of `group` for all members: a copy of the first one's, in which what may differ is (K,) tensors."""
+    """The object of `group` for all members: a copy of the first one's, with (K,) tensors for what may differ."""
     one = copy.deepcopy(members[0].parts[group])
     for name in _per_run(one):
         values = [float(getattr(member.parts[group], name)) for member in members]
@@ -236,7 +236,9 @@ def _drawn(member: Member, streams: Streams) -> Data:
                 allowed = f"draws {what} of shape {array.shape}, but declares {shape}"
                 raise ConfigError("dataset", member.names["dataset"], allowed)
             if not np.isfinite(array).all():
-                raise ConfigError("dataset", member.names["dataset"], f"draws {what} with numbers that are not finite")
+                raise ConfigError(
+                    "dataset", member.names["dataset"], f"draws {what} with numbers that are not finite"
+                )
         targets = getattr(data, f"{split}_y")
         if TASKS[dataset.task].has_classes and not np.isin(targets, (0, 1)).all():
             allowed = f"draws targets that are not {TASKS[dataset.task].targets}, as {dataset.task} needs"

@@ -43,7 +43,7 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.baddbmm(*_as_of_several(bias, x, weight.mT))[: len(x)]
+        return torch.baddbmm(bias, x, weight.mT)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -52,14 +52,9 @@ class _Affine(torch.autograd.Function):
         wanted_x, wanted_weight, wanted_bias = ctx.needs_input_grad
         return (
             (gradient * weight if weight.shape[1] == 1 else torch.bmm(gradient, weight)) if wanted_x else None,
-            torch.bmm(*_as_of_several(gradient.mT, x))[: len(x)] if wanted_weight else None,
+            torch.bmm(gradient.mT, x) if wanted_weight else None,
             gradient.sum(dim=1, keepdim=True) if wanted_bias else None,
         )
-
-
-def _as_of_several(*operands: Tensor) -> Sequence[Tensor]:
-    several = len(operands[-1]) > 1 or min(operands[-2].shape[1], operands[-1].shape[2]) > 1
-    return operands if several else [operand.expand(2, -1, -1) for operand in operands]
 
 
 def inputs_and_output(layers: Sequence[Affine], act: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -74,7 +69,7 @@ def inputs_and_output(layers: Sequence[Affine], act: nn.Module, x: Tensor) -> tu
 
 
 class LinearRegion(NamedTuple):
-    """The affine map x -> gradient x + offset of a network on one linear region: exact, integers times 2^exponent."""
+    """The affine map x -> gradient x + offset on one linear region, exactly: integers times 2^exponent."""
 
     gradient: ExactArray  # (C, D)
     offset: ExactArray  # (C,)
@@ -86,13 +81,15 @@ class BakedNetwork:
     """K networks of one shape with their final, stored numbers: what is measured, proven, drawn, saved and loaded.
 
     f = layer_n o act o ... o act o layer_1 with plain float32 weights on the CPU. Callers ask for outputs,
-    gradients (by autograd through `inputs_and_output`), the linear region around a point and the proven norms; only
-    the proofs look at the numbers in `layers`.
+    gradients (by autograd through `inputs_and_output`), the linear region around a point and the proven norms;
+    only the proofs look at the numbers in `layers`.
     """
 
     layers: Sequence[Affine]
     act: Activation  # on the CPU
-    norms: Sequence[Sequence[float]] = ()  # norms[i][k]: proven for layer i of run k, as the constraint chains them
+    norms: Sequence[
+        Sequence[float]
+    ] = ()  # norms[i][k]: proven for layer i of run k, as the constraint chains them
 
     @property
     def n_runs(self) -> int:
@@ -132,7 +129,7 @@ class BakedNetwork:
         """Whether all numbers of network k are finite."""
         return all(bool(torch.isfinite(part[k]).all()) for layer in self.layers for part in layer)
 
-    # Saving and loading ----------------------------------------------------------------------------------------------
+    # Saving and loading ------------------------------------------------------------------------------------------
 
     def state_dict(self, k: int = 0) -> dict[str, Tensor]:
         """The plain state dict of network k: `layers.<i>.weight` (out, in) and `layers.<i>.bias` (out,)."""
@@ -153,7 +150,7 @@ class BakedNetwork:
         names = set(state)
         while names:
             i = len(layers)
-            parts = []
+            parts: list[Tensor] = []
             for name, dims in ((f"layers.{i}.weight", 2), (f"layers.{i}.bias", 1)):
                 part = state.get(name)
                 if part is None:
@@ -170,7 +167,9 @@ class BakedNetwork:
                 raise ValueError(f"layers.{i} has {layer.weight.shape[1]} rows and {layer.bias.shape[2]} biases")
             if layers and layer.weight.shape[2] != layers[-1].weight.shape[1]:
                 given = layers[-1].weight.shape[1]
-                raise ValueError(f"layers.{i} takes {layer.weight.shape[2]} features, layers.{i - 1} gives {given}")
+                raise ValueError(
+                    f"layers.{i} takes {layer.weight.shape[2]} features, layers.{i - 1} gives {given}"
+                )
             if layers:
                 act.check_width(layers[-1].weight.shape[1])
             layers.append(layer)
@@ -178,7 +177,7 @@ class BakedNetwork:
             raise ValueError("there are no layers in it")
         return cls(layers, act)
 
-    # The linear region around a point ------------------------------------------------------------------------------
+    # The linear region around a point ----------------------------------------------------------------------------
 
     @cached_property
     def _exact_layers(self) -> list[tuple[Exact, Exact]]:
@@ -223,8 +222,9 @@ class BakedNetwork:
     def _active_maps_with_ties(self, point: npt.NDArray[np.float64]) -> tuple[list[ActiveMap], Exact] | None:
         """As `_active_maps`, for points where some features are equal, or zero, in a whole neighbourhood.
 
-        Such ties are no breakpoints: any order gives the same gradient. Training produces them, and no point avoids
-        them. They show in the affine maps of the features near the point, whose rows are value and gradient.
+        Such ties are no breakpoints: any order gives the same gradient. Training produces them, and no point
+        avoids them. They show in the affine maps of the features near the point, whose rows are value and
+        gradient.
         """
         x, exponent = integers(point)
         lowest = min(exponent, 0)

@@ -2,8 +2,8 @@
 
 Every bound is a float64 that is at least the exact value for the real numbers that float32 weights stand for: sums
 and products are exact or rounded up, and the spectral norm is proven by a Cholesky factorisation that allows for
-its own rounding errors. No tolerance is involved. Weights are numpy arrays (out, in) in float32; float64 holds each
-of them, and each product of two, exactly.
+its own rounding errors. No tolerance is involved. Weights are numpy arrays (out, in) in float32; float64 holds
+each of them, and each product of two, exactly.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Adam(Optimiser):
             gradient = gradient + self._weight_decay * parameters
         self._m.lerp_(gradient, 1 - b1)
         self._v.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
-        # sqrt(v / c) + eps = (sqrt(v) + eps sqrt(c)) / sqrt(c): the factor goes into the rate, which saves a pass over v
+        # As sqrt(v / c) + eps = (sqrt(v) + eps sqrt(c)) / sqrt(c), the factor moves into the rate: one pass less.
         root_c = math.sqrt(1 - b2**self._steps_done)
         direction = self._v.sqrt().add_(self.eps * root_c)
         torch.div(self._m, direction, out=direction)

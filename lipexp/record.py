@@ -1,7 +1,7 @@
 """The record of a finished run: the schema of metrics.json, and a run as one row of a table.
 
-Every number of metrics.json stands in a dataclass of this module, is written from it and read back into it. Whatever
-shows several runs (report, sweep.csv, search, figures) takes its rows from `results` and `settings`.
+Every number of metrics.json stands in a dataclass of this module, is written from it and read back into it.
+Whatever shows several runs (report, sweep.csv, search, figures) takes its rows from `results` and `settings`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from lipexp.config import GROUPS
 from lipexp.runs import RunFolder, flat
@@ -20,7 +20,6 @@ from lipexp.wording import broken_bound
 SCHEMA = 2  # of metrics.json; raised when its content changes
 
 Norm = int | str  # 1, 2 or "inf"
-Name = TypeVar("Name")
 
 
 @dataclass
@@ -60,7 +59,7 @@ class Interval:
 
 @dataclass
 class Robustness:
-    """Certified accuracy of a classifier's test points: the fraction that is right, and stays so within a radius."""
+    """Certified accuracy of test points: the fraction whose class is right, and stays so within a radius."""
 
     p: Norm
     lipschitz: float | None  # the proven bound behind the radii
@@ -136,15 +135,19 @@ class Metrics:
         return _parse(cls, content)
 
 
-def _parse(cls: type[Name], content: Any) -> Name:
+def _parse(cls: Any, content: Any) -> Any:
     """A dataclass of this module from its JSON; ValueError if a key is missing, unknown, or no object."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{cls.__name__} must be an object, not {content!r:.40}")
     kinds = get_type_hints(cls)
-    lacking = [f.name for f in dataclasses.fields(cls) if f.name not in content and f.default is dataclasses.MISSING]  # type: ignore[arg-type]
+    lacking = [
+        f.name for f in dataclasses.fields(cls) if f.name not in content and f.default is dataclasses.MISSING
+    ]
     foreign = [str(key) for key in content if key not in kinds]
     if lacking or foreign:
-        raise ValueError(f"{cls.__name__} {'lacks' if lacking else 'does not know'} {(lacking or foreign)[0]!r:.40}")
+        raise ValueError(
+            f"{cls.__name__} {'lacks' if lacking else 'does not know'} {(lacking or foreign)[0]!r:.40}"
+        )
     return cls(**{key: _value(kinds[key], value) for key, value in content.items()})
 
 
@@ -154,7 +157,7 @@ def _value(kind: Any, value: Any) -> Any:
         return None
     (inner, *_) = [option for option in options if option is not type(None)]
     if dataclasses.is_dataclass(inner):
-        return _parse(inner, value)  # type: ignore[arg-type]
+        return _parse(inner, value)
     if get_origin(inner) is dict and dataclasses.is_dataclass(get_args(inner)[1]):
         return {key: _parse(get_args(inner)[1], entry) for key, entry in dict(value).items()}
     return value

@@ -155,14 +155,14 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-
-
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A CSV file of rows, whose columns are the keys of all of them in the order of their first appearance."""
 
     def write(file: Path) -> None:
         with file.open("w", newline="") as stream:
-            table = csv.DictWriter(stream, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
+            table = csv.DictWriter(
+                stream, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n"
+            )
             table.writeheader()
             table.writerows(rows)
 

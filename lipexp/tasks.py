@@ -53,7 +53,3 @@ TASKS = {
 }
 METRICS = {task.metric: task.larger_is_better for task in TASKS.values()}  # -> larger is better
 
-
-def metric_in(row: object) -> str | None:
-    """The metric, such as `test.accuracy`, that a row of results has."""
-    return next((f"test.{metric}" for metric in METRICS if f"test.{metric}" in row), None)  # type: ignore[operator]

@@ -16,9 +16,9 @@ import lipexp
 from lipexp.evaluate import Evaluation, Evaluator
 from lipexp.loop import Checkpoint, Failure, fit
 from lipexp.members import Member, stack
+from lipexp.process import cpu_threads
 from lipexp.record import Metrics
 from lipexp.runs import RunFolder
-from lipexp.process import cpu_threads
 
 
 class Progress(Protocol):
@@ -54,7 +54,9 @@ def train_many(
         How each run ended, in order. A run whose numbers stop being finite does not disturb the others.
     """
     started = time.perf_counter()
-    runs = stack(members)  # before the threads are limited: drawing data may load libraries with threads of their own
+    runs = stack(
+        members
+    )  # before the threads are limited: drawing data may load libraries with threads of their own
     config = members[0].config
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
     device = "cpu" if device == "auto" else device

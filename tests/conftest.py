@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 import hydra
 import pytest
 import torch
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
 from omegaconf import DictConfig, OmegaConf
 
-from lipexp import cli, config, loop, train
+from lipexp import cli, config, loop, members
+from lipexp.hydra_app import register_schemas
 from lipexp.process import cpu_threads
 
 settings.register_profile("lipexp", deadline=None, max_examples=40, derandomize=True)
@@ -85,7 +85,7 @@ def one_thread() -> Iterator[None]:
 @functools.cache
 def _composed(overrides: tuple[str, ...]) -> DictConfig:
     GlobalHydra.instance().clear()
-    ConfigStore.instance().store(name="lipexp_schema", node=config.Settings)
+    register_schemas()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
 
@@ -134,8 +134,8 @@ def trained(compose: Callable[..., DictConfig]) -> Callable[..., SimpleNamespace
     @functools.cache
     def trained(*overrides: str, runs: Sequence[str] = ("seed=0", "seed=1")) -> SimpleNamespace:
         common = compose(*SMALL, *overrides)
-        members = [train.build(OmegaConf.merge(common, OmegaConf.from_dotlist(run.split()))) for run in runs]
-        stack = train.stack(members)
+        built = [members.build(OmegaConf.merge(common, OmegaConf.from_dotlist(run.split()))) for run in runs]
+        stack = members.stack(built)
         seen: list[loop.Checkpoint] = []
         return SimpleNamespace(stack=stack, checkpoint=loop.fit(stack, seen.append), seen=seen)
 

@@ -1,299 +1,264 @@
-"""The report: what is in the table, what stands in the CSV, and what is refused."""
+"""`lipexp report`: what is in the table, what stands in the CSV, and what is refused."""
 
 from __future__ import annotations
 
 import csv
-import json
-import subprocess
-import sys
+import io
+import statistics
 
 import pytest
-from recorded import fail, order, outputs, refused, report, run, table
+from omegaconf import OmegaConf
 
 from lipexp.report import main
+from lipexp.runs import RunFolder
 
-# what is in the table
+
+@pytest.fixture
+def run(trained_run, tmp_path, monkeypatch, capsys):
+    """run("name", score, "relu", seed=1) makes outputs/name from a trained run; without a score it has failed.
+
+    `change` has dotted settings, `chosen` options of groups, and further arguments are results.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, score=None, act="relu", seed=0, metric="accuracy", change=(), chosen=(), **results):
+        trained, folder = RunFolder(trained_run(f"act={act}")), RunFolder(tmp_path / "outputs" / name)
+        capsys.readouterr()
+        config, choices = trained.recorded()
+        settings = OmegaConf.create(config | {"seed": seed})
+        for key, value in dict(change).items():
+            OmegaConf.update(settings, key, value, merge=False, force_add=True)
+        (folder.path / ".hydra").mkdir(parents=True)
+        OmegaConf.save(settings, folder.path / ".hydra" / "config.yaml")
+        hydra = {"hydra": {"runtime": {"choices": choices | dict(chosen)}}}
+        OmegaConf.save(hydra, folder.path / ".hydra" / "hydra.yaml")
+        if score is None:
+            folder.write_failure(results.get("reason", "not finite"), step=2)
+            return folder.path
+        content = trained.read_json("metrics.json") | {"test": {"loss": 0.5, metric: score}}
+        for key, value in {"measured": 0.75, "certified": 0.9999971, "within": 0.5, **results}.items():
+            content["gradient_norm" if key == "median" else "lipschitz"][key] = value
+        content["robustness"]["certified_accuracy"] = {"0.25": content["lipschitz"].pop("within")}
+        folder.write_json("metrics.json", content)
+        return folder.path
+
+    return run
 
 
-def test_the_best_run_comes_first_and_failed_runs_last(run, fail, report):
-    fail("a")
+@pytest.fixture
+def report(capsys):
+    """report("--by", "act") -> what it prints; another exit status, or more on stderr, is an error."""
+
+    def report(*arguments, warning=""):
+        assert main(list(arguments)) == 0
+        out, err = capsys.readouterr()
+        assert err == warning
+        return out
+
+    return report
+
+
+@pytest.fixture
+def table(report):
+    """table("--by", "act") -> the rows of the CSV."""
+    return lambda *arguments: list(csv.DictReader(io.StringIO(report(*arguments, "--csv", "-"))))
+
+
+def order(printed):
+    """The first cells of the rows of a table of runs, from top to bottom."""
+    lines = printed.splitlines()
+    return [line.split()[0] for line in lines[[line.startswith("run ") for line in lines].index(True) + 1 :]]
+
+
+def test_the_best_run_comes_first_in_its_task_and_failed_runs_last_with_their_reason(run, report):
+    run("a", reason="[/nonsense] of a\nsecond line")
     run("b", 0.8, seed=1)
     run("c", 0.95, seed=2)
-    run("d", 0.9, seed=3)
-    assert order(report()) == ["c", "d", "b", "a"]
-
-
-def test_a_small_error_is_a_good_one_and_the_tasks_stand_apart(run, report):
-    run("a", 0.5, seed=1, result={"metric": "mse"})
-    run("b", 0.6, seed=2)
-    run("c", 0.01, seed=3, result={"metric": "mse"})
-    run("d", 0.7, seed=4)
+    run("d", 0.5, seed=3, metric="mse")
+    run("e", 0.01, seed=4, metric="mse")
+    run("f", 0.99, seed=5, verdict="FAIL")
     printed = report()
-    assert order(printed) == ["d", "b", "c", "a"]
-    assert "0.7000" in printed
-    assert "0.01000" in printed
+    assert order(printed) == ["c", "b", "e", "d", "f", "a"]
+    assert printed.splitlines()[0].endswith("outputs, 2 failed")
+    assert printed.splitlines()[-1].endswith("failed: [/nonsense] of a second line")
+    assert "a bound is broken" in printed.splitlines()[-2]
 
 
-def test_any_column_or_key_sorts(run, fail, report):
-    run("a", 0.9, seed=10, result={"measured": 0.5, "median": 0.3}, act="relu")
-    run("b", 0.8, seed=9, result={"measured": 0.4, "median": 0.1}, act="groupsort")
-    run("c", 0.7, seed=2, result={"measured": 0.6, "median": 0.2}, act="relu")
-    fail("d", seed=1)
+def test_any_column_or_key_sorts(run, report):
+    run("a", 0.9, seed=10, measured=0.5, median=0.3, within=0.7)
+    run("b", 0.8, "groupsort", seed=9, measured=0.4, median=0.1, within=0.6)
+    run("c", 0.7, seed=2, measured=0.6, median=0.2, within=0.8)
+    run("d", seed=1)
     assert order(report("--sort", "measured")) == ["b", "a", "c", "d"]
     assert order(report("--sort", "lipschitz.measured")) == ["b", "a", "c", "d"]
     assert order(report("--sort", "test accuracy")) == ["a", "b", "c", "d"]
     assert order(report("--sort", "seed")) == ["c", "b", "a", "d"]  # as numbers, not as words
-    assert order(report("--sort", "act")) == ["b", "a", "c", "d"]
+    assert order(report("outputs/a", "--sort", "act", "outputs/b")) == ["b", "a"]
+    assert order(report("--sort", "robustness.certified_accuracy.0.25")) == ["c", "a", "b", "d"]
     by_median = report("--sort", "gradient_norm.median")
     assert order(by_median) == ["b", "c", "a", "d"]
-    assert "gradient_norm.median" in by_median  # the table shows what it is sorted by
+    assert "gradient_norm.median" in by_median  # it is shown
 
 
 def test_what_is_the_same_everywhere_is_named_once_above_the_table(run, report):
     run("a", 0.8, seed=1)
     run("b", 0.9, seed=2)
-    first, same, *rest = report().splitlines()
+    first, same, *_, last = report("outputs", "outputs/a").splitlines()  # a run that is named twice counts once
     assert first.startswith("2 runs under ")
-    assert first.endswith("outputs, 0 failed")
-    for pair in ("dataset=two_moons", "act=relu", "constraint=spectral", "loss=hinge", "L=1", "verdict=PASS"):
-        assert pair in same
-    assert "status=ok" in same
-    assert "two_moons" not in "".join(rest)
-    assert rest[-1].split() == ["a", "1", "0.8000"]
+    shared = ["dataset=two_moons", "act=relu", "constraint=spectral", "loss=hinge", "L=1", "measured=0.75"]
+    assert same.split("  ") == [*shared, "certified=0.999998", "q=2", "verdict=PASS", "status=ok"]
+    assert last.split() == ["a", "1", "0.8000"]
+    run("c", seed=3)
+    assert "verdict=PASS" in report().splitlines()[1]  # of those that have one
+    assert report("outputs/a").splitlines()[-1].split() == ["a", "0.8000", "0.75", "0.999998", "2", "PASS", "ok"]
 
 
-def test_one_run_is_shown_with_its_results(run, report):
-    run("a", 0.91)
-    lines = report("outputs/a").splitlines()
-    assert lines[0].startswith("1 run under")
-    assert "seed=0" in lines[1]
-    assert lines[-1].split() == ["a", "0.9100", "0.75", "0.999998", "2", "PASS", "ok"]
+def test_settings_that_tell_rows_with_the_same_option_apart_are_columns(run, report):
+    def headings():
+        return next(line for line in report().splitlines() if line.startswith("run")).split()
+
+    run("a", 0.9, seed=1, change={"lipschitz": 2.0})
+    run("b", 0.8, "groupsort", seed=2, change={"dataset.n_train": 500}, chosen={"dataset": "small"})
+    assert headings()[:6] == ["run", "dataset", "act", "seed", "L", "accuracy"]  # the options say the rest
+    change = {"act.n_groups": 4, "constraint.lipschitz": 0.5}
+    run("c", 0.7, "groupsort", seed=3, change=change, chosen={"optim": "sgd"})
+    assert set(headings()[5:8]) == {"optim", "act.n_groups", "constraint.lipschitz"}
+    assert set(report().splitlines()[-1].split()[5:8]) == {"sgd", "4", "0.5"}
+    assert "null" in report().splitlines()[-2]
 
 
-def test_only_settings_that_differ_are_columns(run, report):
-    run("a", seed=1, optim__lr=0.1, act="relu")
-    run("b", seed=2, optim__lr=0.01, act="groupsort")
-    printed = report()
-    assert "optim.lr" in printed
-    assert "0.1" in printed.split("a  ")[1]
-    for absent in ("width", "betas", "_target_", "act.n_groups", "${"):  # n_groups: groupsort says it all
-        assert absent not in printed
-
-
-def test_settings_are_told_apart_across_options_and_null_is_a_value(run, report):
-    run("a", 0.9, seed=1, optim__lr=0.1, act="groupsort", act__n_groups=4)
-    run("b", 0.8, seed=2, optim__lr=0.2, act="groupsort", choices={"optim": "sgd"})
-    *_, headings, first, second = report().splitlines()
-    assert headings.split()[:5] == ["run", "seed", "optim", "act.n_groups", "optim.lr"]
-    assert first.split()[:5] == ["a", "1", "adam", "4", "0.1"]
-    assert second.split()[:5] == ["b", "2", "sgd", "null", "0.2"]
-
-
-def test_interpolations_are_no_columns_unless_one_run_sets_the_value_itself(run, report):
-    run("a", seed=1, lipschitz=2.0)
-    run("b", seed=2, lipschitz=3.0)
-    assert "constraint.lipschitz" not in report()
-    run("c", seed=3, constraint__lipschitz=0.5)
-    assert "constraint.lipschitz" in report()
-
-
-def test_the_class_names_an_option_that_hydra_did_not_record(run, report):
-    folder = run("a", act="groupsort")
-    (folder / ".hydra" / "hydra.yaml").unlink()
-    assert "act=GroupSort" in report("outputs/a")
-
-
-def test_bounds_are_rounded_to_their_safe_side(run, report):
-    run("a", 0.8, result={"measured": 0.99999, "certified": 0.99999999})
-    run("b", 0.9, seed=1, result={"measured": 0.12349, "certified": 0.5})
-    printed = report()
-    assert "0.9999 " in printed
-    assert "0.1234 " in printed
-    assert "0.99999999" in printed  # 1 would be the target itself, 0.9999 less than what is proven
-
-
-def test_a_failed_run_says_why(run, fail, report):
-    run("a")
-    fail("b", reason="[/nonsense] of a\nsecond line", seed=1)
-    run("c", 0.8, seed=2)
-    printed = report()
-    assert "verdict=PASS" in printed.splitlines()[1]  # of those that have one
-    assert printed.splitlines()[-1].endswith("failed: [/nonsense] of a second line")
-    assert "1 failed" in printed.splitlines()[0]
-    assert printed.splitlines()[-2].endswith("ok")
-
-
-def test_lines_are_whole_whatever_the_width(run, fail, report, monkeypatch):
+def test_bounds_are_rounded_to_their_safe_side_and_lines_are_whole(run, report, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    run("a", seed=1, optim__lr=0.123456789)
-    fail("b", reason="a reason of many words " * 5, seed=2)
-    lines = report().splitlines()
-    assert lines[-1].endswith(" ".join(["a reason of many words"] * 5))
-    assert "0.123456789" in lines[-2]
-    assert all(line == line.rstrip() for line in lines)
+    run("a", 0.8, measured=0.99999, certified=0.99999999, change={"optim.lr": 0.123456789})
+    run("b", 0.9, seed=1, measured=0.12349, certified=0.5)
+    run("c", reason="many words " * 20)
+    *_, b, a, c = report().splitlines()
+    assert b.split()[3:5] == ["0.9000", "0.1234"]
+    assert a.split()[2:] == ["0.123456789", "0.8000", "0.9999", "0.99999999", "ok"]  # 1 would be the target itself
+    assert c.endswith(" ".join(["many words"] * 20))
 
 
-def test_a_run_that_is_named_twice_counts_once(run, report, outputs):
-    run("a", 0.8, seed=1)
-    run("b", 0.9, seed=2)
-    assert order(report("outputs", "outputs/a", str(outputs))) == ["b", "a"]
-
-
-# CSV
-
-
-def test_the_csv_has_every_column_and_every_digit(run, fail, report, tmp_path):
-    score = 0.1 + 0.2
-    folder = run("a", score, seed=0)
-    fail("b", seed=1)
+def test_the_csv_has_every_column_and_every_digit(run, report, table, tmp_path):
+    folder = run("a", 0.1 + 0.2, exact=None)
+    run("b", seed=1)
     assert report("--csv", "table.csv").splitlines()[0] == f"CSV written to {tmp_path / 'table.csv'}"
-    finished, failed = table((tmp_path / "table.csv").read_text())
-    assert finished["run"] == str(folder)
-    assert float(finished["test.accuracy"]) == score
-    assert float(finished["lipschitz.certified"]) == 0.9999971
-    assert finished["dataset"] == "two_moons"  # the same in every run
-    assert finished["model.width"] == "16"
-    assert finished["lipschitz.exact"] == ""
-    assert finished["gradient_norm.argmax"] == "[0.5, -0.25]"
-    assert (finished["status"], finished["reason"]) == ("ok", "")
-    assert (failed["status"], failed["reason"]) == ("failed", "the loss is no longer finite")
-    assert (failed["test.accuracy"], failed["seed"]) == ("", "1")
-    assert not [key for key in finished if "_target_" in key or key in ("constraint.lipschitz", "loss.lipschitz")]
+    done, failed = table()
+    assert list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines())) == [done, failed]
+    assert (done["run"], float(done["test.accuracy"])) == (str(folder), 0.1 + 0.2)
+    assert (done["lipschitz.certified"], done["lipschitz.exact"], done["lipschitz.q"]) == ("0.9999971", "", "2")
+    assert (done["dataset"], done["model.width"], done["status"]) == ("two_moons", "16", "ok")
+    assert (failed["status"], failed["reason"], failed["test.accuracy"]) == ("failed", "not finite", "")
+    assert not [key for key in done if "_target_" in key or key in ("constraint.lipschitz", "loss.lipschitz")]
 
 
-def test_csv_to_standard_output_is_nothing_but_csv(run, report):
-    run("a", 0.8, seed=1)
-    run("b", 0.9, seed=2)
-    lines = report("--csv", "-").splitlines()
-    assert len(lines) == 3
-    assert lines[0].startswith("run,dataset,act,constraint,loss,seed,lipschitz,")
-    assert len({len(row) for row in csv.reader(lines)}) == 1
+def test_folding_gives_mean_spread_count_and_worst(run, report, table):
+    scores = [0.8, 0.9, 0.97]
+    for seed, score in enumerate(scores):
+        run(f"r{seed}", score, seed=seed, measured=0.5 + seed / 8, certified=0.875 - seed / 8)
+    run("g", 0.6, "groupsort", metric="mse", measured=0.5, verdict="OPEN")
+    run("h", 0.7, "groupsort", metric="mse", measured=0.25, seed=1)
+    run("f", seed=3)
+    relu, groupsort = table("--by", "act")
+    assert float(relu["test.accuracy.mean"]) == pytest.approx(0.89, rel=1e-15)
+    assert float(relu["sd"]) == pytest.approx(statistics.stdev(scores), rel=1e-15)
+    assert (relu["n"], relu["worst"], relu["failed"], relu["lipschitz.verdict"]) == ("3", "0.8", "1", "PASS")
+    assert (relu["lipschitz.measured.max"], relu["lipschitz.certified.max"]) == ("0.75", "0.875")
+    assert (groupsort["worst"], groupsort["failed"], groupsort["lipschitz.verdict"]) == ("0.7", "0", "OPEN")
+    assert report("--by", "act").splitlines()[-2].split() == [
+        "relu",
+        "0.8900",
+        "±",
+        "0.085",
+        "3",
+        "0.8000",
+        "0.75",
+        "0.875",
+        "PASS",
+        "1",
+    ]
+    by_worst = table("--by", "act,seed", "--sort", "worst")  # best first: the smallest mse, the largest accuracy
+    assert [row["worst"] for row in by_worst] == ["0.97", "0.9", "0.8", "0.6", "0.7", ""]
 
 
-def test_a_csv_that_cannot_be_written_leaves_nothing(run, refused, monkeypatch, tmp_path):
-    run("a")
-    (tmp_path / "old.csv").write_text("old")
-    before = sorted(tmp_path.iterdir())
-    assert refused("--csv", "nowhere/a.csv").startswith("--csv=nowhere/a.csv: cannot be written: No such file")
-    assert refused("--csv", "outputs").startswith("--csv=outputs: must be a file")
-
-    def no_rename(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", no_rename)
-    assert "No space left" in refused("--csv", "old.csv")
-    assert sorted(tmp_path.iterdir()) == before
-    assert (tmp_path / "old.csv").read_text() == "old"
+DIFFERENCES = [
+    *({"optim.lr": 0.010000000000000002}, {"lipschitz": 2.0}, {"constraint.lipschitz": 2.0}, {"loss.extra": None}),
+    *(
+        {"optim.betas": [0.9, 0.999]},
+        {"act._target_": "mine.ReLU"},
+        {"loss.lipschitz": "${optim.lr}"},
+        {"model": {}},
+    ),
+]
 
 
-# bad input, foreign and broken runs
+def test_runs_that_differ_in_more_than_the_seed_are_never_folded_and_never_look_alike(run, report, table):
+    run("a", 0.8, seed=0)
+    run("b", 0.8, seed=1)
+    for number, change in enumerate(DIFFERENCES):
+        run(f"c{number}", 0.8, seed=1, change=change)
+    run("d", 0.8, seed=1, chosen={"optim": "adamw"})
+    assert sorted(row["n"] for row in table("--by", "loss")) == ["1"] * (len(DIFFERENCES) + 1) + ["2"]
+    lines = report("--by", "loss", "--sort", "n").splitlines()[-len(DIFFERENCES) - 2 :]
+    assert len({line.replace(" 2 ", " 1 ") for line in lines}) == len(lines)
+    assert {row["n"] for row in table("--by", "loss,seed")} == {"1"}
 
 
-def test_bad_input_is_one_line(run, refused, outputs, tmp_path):
-    run("a")
+def test_folded_rows_are_sorted_and_a_repeated_seed_counts_once(run, report):
+    for seed in (0, 1):
+        run(f"b{seed}", 0.8, seed=seed, change={"optim.lr": 0.1}, median=0.2 + 0.2 * seed)
+        run(f"c{seed}", 0.9, seed=seed, change={"optim.lr": 0.2}, median=0.5)
+    run("a", 0.1, seed=1, change={"optim.lr": 0.1}, median=9.0)
+    run("d", change={"optim.lr": 0.3})
+    warning = "lipexp: runs left out, as a later one has the same settings and seed: 1\n"
+    printed = report("--by", "optim.lr", "--sort", "gradient_norm.median", warning=warning)
+    assert [line.split()[0] for line in printed.splitlines()[-3:]] == ["0.1", "0.2", "0.3"]
+    assert printed.splitlines()[-3].split()[-1] == "0.3"
+
+
+def test_runs_without_hydras_record_are_shown_and_never_folded(run, report, table):
+    for name in ("a", "b"):
+        (run(name, 0.8) / ".hydra").rename(f"{name}.moved")
+    run("c", 0.9)
+    assert order(report()) == ["c", "a", "b"]
+    assert [row["n"] for row in table("--by", "act")] == ["1", "1", "1"]
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "\x00", '{"schema": 1}', '{"schema": 2, "seed": 0}'])
+def test_a_result_that_cannot_be_read_is_named_and_left_out(run, capsys, content):
+    broken = run("a", 0.8)
+    (broken / "metrics.json").write_text(content)
+    assert main([]) == 2
+    assert str(broken) in capsys.readouterr().err
+    run("b", 0.9)
+    assert main([]) == 0
+    out, err = capsys.readouterr()
+    assert order(out) == ["b"]
+    assert err.startswith(f"lipexp: {broken}: metrics.json cannot be read: ")
+    assert err.count("\n") == 1
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(run, capsys, tmp_path, monkeypatch):
+    def refused(*arguments):
+        before = {path: path.is_dir() or path.read_text() for path in tmp_path.iterdir()}
+        assert main(list(arguments)) == 2
+        assert {path: path.is_dir() or path.read_text() for path in tmp_path.iterdir()} == before
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        return err.removeprefix("lipexp: ").rstrip()
+
+    assert refused() == "FOLDER=outputs: does not exist"
+    run("a", 0.8)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "file").touch()
-    assert refused("nowhere") == "FOLDER=nowhere: does not exist"
-    assert refused("file") == "FOLDER=file: is no folder"
+    (tmp_path / "file.csv").write_text("old")
+    assert refused("file.csv") == "FOLDER=file.csv: is no folder"
     assert refused("empty").startswith("FOLDER=empty: no run found there")
     assert refused("--sort", "mesured").startswith("--sort=mesured: no such key; did you mean measured? (run, ")
     assert "did you mean gradient_norm.median?" in refused("--sort", "gradient_norm.mediam")
-    by = refused("--by", "act,optim.rl")
-    assert by.startswith("--by=optim.rl: no such key; did you mean optim.lr? (dataset, act, ")
-    assert "_target_" not in by
-    assert refused("--by", "").startswith("--by=: no such key")
-    assert "--sotr" in refused("--sotr", "seed")
-    assert "expected one argument" in refused("--csv")
-
-
-def test_outputs_is_where_runs_are(run, refused, report, tmp_path, monkeypatch):
-    run("a")
-    assert "1 run under" in report()
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert refused() == "FOLDER=outputs: does not exist"
-
-
-def test_options_may_stand_between_folders(run, report):
-    run("a", 0.8, seed=1)
-    run("b", 0.9, seed=2)
-    assert order(report("outputs/a", "--sort", "seed", "outputs/b")) == ["a", "b"]
-
-
-def test_help(capsys):
-    assert main(["--help"]) == 0
-    printed = capsys.readouterr()
-    assert printed.out.startswith("usage: lipexp report")
-    for word in ("FOLDER", "--by KEYS", "--sort KEY", "--csv FILE"):
-        assert word in printed.out
-
-
-def test_a_half_written_result_is_left_out_and_named(run, capsys):
-    run("a", 0.8, seed=1)
-    run("b", 0.9, seed=2)
-    broken = run("c", seed=3) / "metrics.json"
-    broken.write_text(broken.read_text()[:40])
-    assert main([]) == 0
-    printed = capsys.readouterr()
-    assert order(printed.out) == ["b", "a"]
-    (line,) = printed.err.splitlines()
-    assert line.startswith(f"lipexp: {broken} cannot be read (")
-
-
-@pytest.mark.parametrize("content", ["", '{"seed": ', "[1, 2]", "\x00"])
-def test_nothing_but_half_written_results_is_an_error(run, refused, content):
-    file = run("a") / "metrics.json"
-    file.write_text(content)
-    assert str(file) in refused()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        {},
-        {"schema": 1, "seed": 0},
-        {"test": None, "lipschitz": None, "seed": None},
-        {"test": {"accuracy": None}, "lipschitz": {"measured": "?", "verdict": 3}},
-        {"test": 0.9, "lipschitz": {"target": "one", "certified": 0.5}, "n": 3, "status": "?"},
-        {"test": {"accuracy": float("nan")}, "lipschitz": {"measured": float("inf"), "certified": float("inf")}},
-        {"act": "other", "seed": [], "run": 1, "lipschitz": 3},
-        {"test": {"accuracy": True, "mse": []}, "lipschitz": {"q": [], "measured": {}, "certified": 10**400}},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("arguments", [[], ["--by", "act"], ["--sort", "measured"], ["--csv", "-"]], ids=str)
-def test_missing_and_odd_keys_are_blanks(run, report, content, arguments):
-    run("a", 0.8, seed=1)
-    (run("b", seed=2) / "metrics.json").write_text(json.dumps(content))
-    printed = report(*arguments)
-    assert "0.8" in printed
-    assert "other" not in printed  # the configuration says what was chosen
-    if arguments == []:
-        assert order(printed) == ["a", "b"]
-
-
-@pytest.mark.parametrize("damage", ["nothing there", "{", "[1]", "null", "hydra: null"])
-def test_runs_without_hydras_record_are_shown_and_never_folded(run, report, damage):
-    for name, seed in (("a", 0), ("b", 1)):
-        folder = run(name, 0.8, seed=seed)
-        for file in (folder / ".hydra").iterdir():
-            file.unlink() if damage == "nothing there" else file.write_text(damage)
-        if damage == "hydra: null":
-            (folder / ".hydra" / "config.yaml").unlink()
-    run("c", 0.9)
-    assert order(report()) == ["c", "a", "b"]
-    assert [row["seed"] for row in table(report("--csv", "-"))] == ["0", "0", "1"]
-    rows = table(report("--by", "act", "--csv", "-"))
-    assert [row["n"] for row in rows] == ["1", "1", "1"]
-    c, a, b = (line.split() for line in report("--by", "act").splitlines()[-3:])
-    assert (c[0], a[0], b[0]) == ("relu", "a", "b")  # by their folders, or they would look alike
-
-
-def test_the_command_needs_neither_torch_nor_hydra(run, tmp_path):
-    run("a")
-    code = (
-        "import sys; sys.argv = ['lipexp', 'report']; from lipexp.cli import main; assert main() == 0; "
-        "print({'torch', 'hydra', 'matplotlib', 'pandas'} & set(sys.modules))"
+    assert refused("--by", "act,optim.rl").startswith(
+        "--by=optim.rl: no such key; did you mean optim.lr? (dataset, "
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "set()"
+    assert refused("--by", "").startswith("--by=: no such key")
+    assert refused("--csv", "nowhere/a.csv").startswith("--csv=nowhere/a.csv: cannot be written: No such file")
+    assert refused("--csv", "outputs").startswith("--csv=outputs: must be a file")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "No space left" in refused("--csv", "file.csv")

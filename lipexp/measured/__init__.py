@@ -1,4 +1,4 @@
-"""Lower bounds on the Lipschitz constant: gradients that a network was seen to have, and attacks on what is proven."""
+"""Lower bounds on the Lipschitz constant: gradients that were seen, and attacks on what is proven."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ Points = dict[str, tuple[Tensor, Tensor]]  # source -> points (K, N, D) and the 
 
 
 def sources(
-    network: BakedNetwork, x: Tensor, scanned: Scan, q: float, generators: Sequence[torch.Generator], effort: int = 1
+    network: BakedNetwork,
+    x: Tensor,
+    scanned: Scan,
+    q: float,
+    generators: Sequence[torch.Generator],
+    effort: int = 1,
 ) -> Points:
     """Where gradients of K networks are looked at: their data x (K, N, D), a grid over its box, and an ascent.
 
@@ -34,11 +39,11 @@ def sources(
 
 
 def steepest(network: BakedNetwork, points: Points, run: int, q: float) -> dict[str, Maximum]:
-    """The largest ||grad f||_q of each source for one of the networks, K = 1, confirmed; without those that show none."""
+    """The largest confirmed ||grad f||_q of each source for one of the networks, K = 1; some show none."""
     found = {source: largest(network, at[run], gradients[run], q) for source, (at, gradients) in points.items()}
     return {source: maximum for source, maximum in found.items() if maximum is not None}
 
 
 def overall(by: dict[str, Maximum]) -> Maximum:
-    """The largest of all sources. Where every point lies on a breakpoint none has shown a slope: 0 bounds anything."""
+    """The largest of all sources; 0, which bounds anything, where every point lies on a breakpoint."""
     return max(by.values(), key=lambda found: found.value, default=Maximum(0.0, ()))

@@ -86,7 +86,7 @@ def _climb(
 
 
 def _search_once(network: BakedNetwork, x: Tensor, ranked: Tensor, q: float, generator: torch.Generator) -> Tensor:
-    """All three ways for one network, K = 1, with data x; `ranked`: the data not started from yet, steepest first."""
+    """All three ways for one network, K = 1, with data x; `ranked`: those not started from yet, steepest first."""
 
     def height(points: Tensor) -> Tensor:
         return norms(scan(network, points).gradient, q)
@@ -152,7 +152,7 @@ def jacobians_of(network: BakedNetwork) -> list[Jacobian] | None:
         if slopes is not None:
             found.append(TwoSlopes(*slopes))
         elif groups is not None:
-            found.append(Sorting(torch.from_numpy(groups)))
+            found.append(Sorting(torch.from_numpy(groups.copy())))
         else:
             return None
     return found
@@ -250,9 +250,7 @@ def _soft_gradient(network: BakedNetwork, jacobians: Sequence[Jacobian], x: Tens
     return gradient
 
 
-def region_steps(
-    network: BakedNetwork, jacobians: Sequence[Jacobian], best: Tensor, box: Box, q: float
-) -> Tensor:
+def region_steps(network: BakedNetwork, jacobians: Sequence[Jacobian], best: Tensor, box: Box, q: float) -> Tensor:
     """`best` (1, S, D) after steps across the nearest breakpoints, as long as a neighbouring region is steeper."""
     height = norms(scan(network, best).gradient, q)
     for _ in range(REGION_ROUNDS):
@@ -269,7 +267,7 @@ def region_steps(
 
 
 def _across_breakpoints(network: BakedNetwork, jacobians: Sequence[Jacobian], x: Tensor) -> Tensor:
-    """(S, M, D) the points just behind the M nearest breakpoints of x (S, D), as its own linear region sees them."""
+    """(S, M, D) the points just behind the M nearest breakpoints of x (S, D), as far as its map is linear."""
     values, normals = [], []
     point, jacobian = x, torch.eye(x.shape[1], dtype=x.dtype).expand(len(x), -1, -1)
     for (weight, bias), of_act in zip(network.layers[:-1], jacobians, strict=True):

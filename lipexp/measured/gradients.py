@@ -98,7 +98,7 @@ def grid(low: Tensor, high: Tensor, generators: Sequence[torch.Generator]) -> Te
 
 
 def largest(network: BakedNetwork, points: Tensor, gradients: Tensor, q: float) -> Maximum | None:
-    """The largest ||grad f||_q of one network, K = 1, over points (N, D): at most the true constant, or an estimate.
+    """The largest ||grad f||_q of a network, K = 1, over points (N, D): at most the true constant, or an estimate.
 
     Args:
         gradients: (N, D) float64, as scanned.
@@ -148,11 +148,11 @@ def _norm_product(network: BakedNetwork) -> float:
 
 
 def _estimate(network: BakedNetwork, point: Tensor, q: float) -> Maximum:
-    """The smallest of the gradient norms at and next to `point`, less its rounding errors, for an unknown activation.
+    """The smallest gradient norm at and next to `point`, less its rounding errors, for an unknown activation.
 
-    The neighbours unmask a breakpoint, where autograd may return what no gradient is. The value is lowered by a bound
-    on the rounding error of backpropagation through n matrices of at most H columns, gamma_{n (H + 2)} times the
-    product of their norms. The derivative of the activation itself is taken on trust, so this is an estimate.
+    The neighbours unmask a breakpoint, where autograd may return what no gradient is. The value is lowered by a
+    bound on the rounding error of backpropagation through n matrices of at most H columns, gamma_{n (H + 2)} times
+    the product of their norms. The derivative of the activation itself is taken on trust, so this is an estimate.
     """
     around = torch.stack(list(_nearby(point)))
     value = float(norms(scan(network, around.unsqueeze(0)).gradient[0], q).nan_to_num(nan=0).min())

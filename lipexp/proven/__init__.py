@@ -1,4 +1,4 @@
-"""Upper bounds on the Lipschitz constant: `prove` takes the best of all methods and says what each of them found."""
+"""Upper bounds on the Lipschitz constant: `prove` takes the best of all methods, and says what each found."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from lipexp import record
 from lipexp.config import ConfigError
 from lipexp.measured.gradients import Maximum
-from lipexp.networks import BakedNetwork
 from lipexp.norms import norm_name
 from lipexp.proven.methods import METHODS, ON_REQUEST, Chain, Problem, Proof
 

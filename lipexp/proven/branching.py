@@ -1,8 +1,9 @@
 """Branch and bound: an upper bound on ||grad f||_q over a box of up to four dimensions.
 
 On a small box most breakpoints are out of reach, and interval arithmetic bounds the Jacobian: behind each layer it
-is known up to a radius, J = J_c +- J_r, and z(x) lies within z(c) +- |J| r of its value at the centre c. A box whose
-bound is too large is halved; one that few breakpoints cross is settled at once by all combinations of their sides.
+is known up to a radius, J = J_c +- J_r, and z(x) lies within z(c) +- |J| r of its value at the centre c. A box
+whose bound is too large is halved; one that few breakpoints cross is settled at once by all combinations of their
+sides.
 
 All of it is float64 arithmetic whose rounding errors are added to the radii, so the bound is proven. It holds over
 the box only.
@@ -87,11 +88,15 @@ def _hidden(network: BakedNetwork) -> list[Hidden | None]:
     found: list[Hidden | None] = []
     for width in network.hidden_widths:
         pairs, slopes, groups = (
-            part(width) for part in (network.act.breakpoints, network.act.two_slopes, network.act.groups)
+            network.act.breakpoints(width),
+            network.act.two_slopes(width),
+            network.act.groups(width),
         )
-        known = pairs is not None and (slopes is not None or groups is not None)
-        members = None if groups is None else torch.from_numpy(groups)
-        found.append(Hidden(torch.from_numpy(pairs), slopes, members) if known else None)
+        if pairs is None or (slopes is None and groups is None):
+            found.append(None)
+        else:
+            members = None if groups is None else torch.from_numpy(groups.copy())
+            found.append(Hidden(torch.from_numpy(pairs.copy()), slopes, members))
     return found
 
 
@@ -254,9 +259,7 @@ def _through(weight: Tensor, jacobian: Jacobian) -> Jacobian:
     return Jacobian(weight @ jacobian.centre, weight.abs() @ unsure * _UP + 2.0**-1000)
 
 
-def _states(
-    hidden: Hidden, z: Tensor, error: Tensor, jacobian: Jacobian, reach: Tensor
-) -> tuple[Tensor, Tensor]:
+def _states(hidden: Hidden, z: Tensor, error: Tensor, jacobian: Jacobian, reach: Tensor) -> tuple[Tensor, Tensor]:
     """(P, M) the sign of each pair's difference on the whole box, or 0; and its largest slopes (P, M, D)."""
     first, second = hidden.pairs.T
     single = bool((second < 0).all())

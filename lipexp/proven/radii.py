@@ -66,7 +66,8 @@ def certified_radii(network: BakedNetwork, x: Tensor, lipschitz: float) -> Radii
     error of such an evaluation anywhere within `radius` is taken off as well.
 
     Args:
-        network: K = 1, float32, with the proven norms of its layers, p -> h and then h -> h, with h the norm of the
+        network: K = 1, float32, with the proven norms of its layers, p -> h and then h -> h, with h the norm of
+        the
             hidden spaces. `why_no_radii` of its activation must be None.
         x: float64; the numbers themselves count, as exact.
         lipschitz: L, a proven bound for the norm p.
@@ -181,7 +182,7 @@ class Robustness:
     reason: str | None  # why `columns` is None
 
     def summary(self, radii: Iterable[float]) -> record.Robustness:
-        """Certified accuracy within each radius: the fraction of points whose class is right and proven to stay so.
+        """Certified accuracy within each radius: the fraction of points that are right and proven to stay so.
 
         The median radius counts 0 for a point whose class is wrong: half of all points are right, and stay so.
         """

@@ -27,8 +27,8 @@ def bound(network: BakedNetwork, q: float) -> float:
 
     u_i bounds the gradients of the features behind layer i, by the triangle inequality. Slopes in [alpha, beta]
     multiply the bound of a feature by at most m = max(|alpha|, |beta|); of features that are sorted together each
-    may take the place of another, so m takes the largest of their bounds. In the chain p -> inf -> ... -> inf, with
-    slopes of at most 1, this is never above the product of the norms, as |W| u <= ||W||_inf max(u).
+    may take the place of another, so m takes the largest of their bounds. In the chain p -> inf -> ... -> inf,
+    with slopes of at most 1, this is never above the product of the norms, as |W| u <= ||W||_inf max(u).
 
     Args:
         network: K = 1, one output; `why_not_applicable` must be None.

@@ -72,7 +72,7 @@ def eclipse(network: BakedNetwork) -> float | None:
 
 
 def lipsdp(network: BakedNetwork, enough: float = 0.0, seconds: float | None = None) -> float | None:
-    """A proven bound by nearly the best multipliers, for the slopes of the activation; None where no proof is found.
+    """A proven bound by nearly the best multipliers, for the slopes of the activation; None: no proof is found.
 
     Args:
         network: K = 1, float32; `why_not_applicable` must be None.
@@ -95,7 +95,7 @@ def size(network: BakedNetwork) -> int:
 
 
 class Reduced(NamedTuple):
-    """The weights that take part in the inequality; their product is 2^exponent times smaller than the network's."""
+    """The weights that take part in the inequality, scaled; their product is 2^-exponent times that of all."""
 
     weights: list[Array]  # float64, exactly
     exponent: int

@@ -39,6 +39,12 @@ class Job:
     folder: Path
     record: str | None = ".hydra"  # the folder of Hydra's own files; None: they are not wanted
 
+    @property
+    def settings(self) -> list[tuple[str, str]]:
+        """The keys that the job overrides, and their values, as the command line spells them."""
+        pairs = (line.partition("=") for line in self.overrides)
+        return [(key.lstrip("+"), value) for key, _, value in pairs]
+
     def write_hydra_files(self) -> None:
         """Hydra's own record of the run."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +153,7 @@ def _check_job_settings(job: Mapping[str, Any]) -> None:
     for name in ("chdir", "env_set"):
         if job[name]:
             allowed = "is for hydra/launcher=basic: the jobs of a stack train in one process"
-            raise ConfigError(f"hydra.job.{name}", str(job[name]).lower(), allowed)
+            raise ConfigError(f"hydra.job.{name}", "true" if job[name] is True else job[name], allowed)
 
 
 def _describe(config: DictConfig, index: int, overrides: Sequence[Override]) -> None:

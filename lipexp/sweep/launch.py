@@ -1,7 +1,7 @@
 """A sweep as a few stacked models: training what is missing, resuming, sweep.csv.
 
-The jobs of a sweep that share their signature (members.py) train as one stack. A stack is split where memory or the
-number of processes asks for it; the split is written into the sweep's folder before anything is trained, and a
+The jobs of a sweep that share their signature (members.py) train as one stack. A stack is split where memory or
+the number of processes asks for it; the split is written into the sweep's folder before anything is trained, and a
 resumed sweep reuses it, so that it ends as it would have without the interruption.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.utils import JobReturn, JobStatus
@@ -30,8 +30,10 @@ from lipexp.sweep import executors
 from lipexp.sweep.compose import Composer, Job
 from lipexp.sweep.options import LauncherOptions
 from lipexp.sweep.plan import RECORD, Plan, digest, make_plan
-from lipexp.sweep.slurm import Cluster, check_machine, refuse_second
 from lipexp.wording import count
+
+if TYPE_CHECKING:
+    from lipexp.sweep.slurm import Cluster
 
 LOCK = ".lock"
 MANY = 16  # jobs that will surely make several stacks, so that worker processes may begin to import
@@ -86,8 +88,12 @@ class Sweep:
         with exclusive(self.folder):
             used = self._check_use()
             if self.options.executor == "slurm":
-                self.cluster = Cluster(self.folder, self.options.slurm, self.options.workers)
-            else:
+                from lipexp.sweep.slurm import Cluster
+
+                self.cluster = Cluster(self.folder, self.resumed_in, self.options.slurm, self.options.workers)
+            elif (self.folder / "slurm").exists():
+                from lipexp.sweep.slurm import refuse_second
+
                 refuse_second(self.folder, self.options.executor)
             plan = self._known_plan() if used else self._new_plan()
             stacks = [[self.jobs[job] for job in stack if self._missing(job)] for stack in plan.stacks]
@@ -136,7 +142,8 @@ class Sweep:
             outcomes = [self._outcome(job) for job in self.jobs.values()]
             rows = [row(job, outcome) for job, outcome in zip(self.jobs.values(), outcomes, strict=True)]
             write_csv(self.folder / "sweep.csv", rows)
-            display.result(rows, self.folder / "sweep.csv", self.options.table)
+            overrides = dict.fromkeys(key for job in self.jobs.values() for key, _ in job.settings)
+            display.result(rows, list(overrides), self.folder / "sweep.csv", self.options.table)
         return outcomes
 
     def _outcome(self, job: Job) -> Outcome:
@@ -209,11 +216,13 @@ def row(job: Job, outcome: Outcome) -> dict[str, Any]:
     """The row of sweep.csv: job, status, reason, its overrides, and its results with dotted keys."""
     results = outcome.results()
     head = {"job": job.index, "status": results.pop("status"), "reason": results.pop("reason")}
-    head |= {key.lstrip("+"): value for key, _, value in (line.partition("=") for line in job.overrides)}
+    head |= dict(job.settings)
     return head | {key: value for key, value in results.items() if key not in head}
 
 
-def launch(context: HydraContext, master: Any, job_overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
+def launch(
+    context: HydraContext, master: Any, job_overrides: Sequence[Sequence[str]], first: int
+) -> list[JobReturn]:
     """Carry out a sweep for Hydra's launcher: compose every job, train what is missing, write sweep.csv.
 
     Args:
@@ -229,6 +238,8 @@ def launch(context: HydraContext, master: Any, job_overrides: Sequence[Sequence[
     options = LauncherOptions.of(master.hydra.launcher)
     refuse_callbacks(context)
     if options.executor == "slurm":
+        from lipexp.sweep.slurm import check_machine
+
         check_machine()
     if first:
         sweeper = master.hydra.runtime.choices["hydra/sweeper"]
@@ -272,7 +283,9 @@ def refuse_callbacks(context: HydraContext) -> None:
     for one in context.callbacks.callbacks:
         for name in ("on_job_start", "on_job_end"):
             if getattr(type(one), name, None) is not getattr(Callback, name):
-                allowed = f"{type(one).__name__}.{name} is for hydra/launcher=basic: the jobs of a stack train together"
+                allowed = (
+                    f"{type(one).__name__}.{name} is for hydra/launcher=basic: the jobs of a stack train together"
+                )
                 raise ConfigError("hydra.callbacks", None, allowed)
 
 

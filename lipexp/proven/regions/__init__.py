@@ -1,7 +1,8 @@
 """Exact constants from all linear regions of a network of one or two inputs.
 
 enumeration finds the regions, layer by layer; domain is the box of the data and the plane around it, polygons cuts
-them by lines with exact decisions, maps carries the affine maps of the regions with bounds on their rounding errors.
+them by lines with exact decisions, maps carries the affine maps of the regions with bounds on their rounding
+errors.
 """
 
 from lipexp.proven.regions.enumeration import (

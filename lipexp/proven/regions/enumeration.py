@@ -6,9 +6,9 @@ breakpoints of the next activation: where z_i = 0 for ReLU, where z_i = z_j for 
 The enumeration starts from the box of the data and the parts of the plane around it, so that it gives both the
 constant over the box and the one over the whole plane.
 
-Which side of a breakpoint a region lies on is decided exactly (see `polygons`), so no region is lost. The gradients
-are computed in float64 with bounds on their rounding errors, and the norm is rounded up: the constants are proven
-upper bounds, some 1e-12 above the largest gradient norm.
+Which side of a breakpoint a region lies on is decided exactly (see `polygons`), so no region is lost. The
+gradients are computed in float64 with bounds on their rounding errors, and the norm is rounded up: the constants
+are proven upper bounds, some 1e-12 above the largest gradient norm.
 
 References: Anil, Lucas and Grosse 2019 (GroupSort networks); Hanin and Rolnick 2019, "Complexity of linear regions
 in deep networks" (few regions, in practice).
@@ -27,7 +27,7 @@ from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF
 from lipexp.proven.regions.domain import Domain
 from lipexp.proven.regions.maps import Maps
-from lipexp.proven.regions.polygons import SAFETY, TINY, ExactLine, Floats, Integers, Plane, Polygons, offsets
+from lipexp.proven.regions.polygons import SAFETY, TINY, ExactLine, Floats, Integers, Plane, Polygons
 
 _CHUNK = 2**18  # numbers in one temporary array
 _CACHED_MAPS = 1000  # exact maps that are kept

@@ -1,166 +1,132 @@
-"""What a search leaves behind: the table of the best, importances, a picture, and an experiment to run again."""
+"""What a search leaves behind: a table of the best trials, importances, a picture, and the best experiment."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import optuna
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from lipexp.imports import quick_imports
+from lipexp.figures.style import BLUE, DPI, GREY, ORANGE, PAGE, look
 from lipexp.runs import write_file
-from lipexp.sweep.search.space import Axis, Space
+from lipexp.sweep.search.space import Space
 from lipexp.wording import shown_path
-
-if TYPE_CHECKING:
-    from optuna import Study
-    from optuna.trial import FrozenTrial
 
 BEST = 5  # rows of the table
 
 
-def ranked(study: Study) -> list[FrozenTrial]:
-    """The trials that have a value, best first, the earlier one of equals first."""
-    from optuna.study import StudyDirection
-
-    sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
+def ranked(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """The trials that have a value, best first, and the earlier one of equals first."""
     done = [trial for trial in study.trials if trial.value is not None]
-    return sorted(done, key=lambda trial: (sign * float(trial.value or 0), trial.number))
+    maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
+    return sorted(done, key=lambda trial: float(trial.value or 0), reverse=maximize)
 
 
-def best_line(study: Study, metric: str) -> str:
-    """`best test.accuracy 0.995 (trial 17)`."""
-    best = ranked(study)
-    return f"best {metric} {best[0].value:.6g} (trial {best[0].number})" if best else "none has a value"
-
-
-def importances(study: Study) -> dict[str, float]:
-    """The share of each axis in the variance of the values (fANOVA), largest first; empty where there is none.
+def importances(study: optuna.Study) -> dict[str, float]:
+    """The share of each axis in the variance of the values (fANOVA), largest first; empty if all values are equal.
 
     Reference: Hutter, Hoos and Leyton-Brown 2014, "An efficient approach for assessing hyperparameter importance".
     """
-    with quick_imports():
-        from optuna.exceptions import ExperimentalWarning
-        from optuna.importance import FanovaImportanceEvaluator, get_param_importances
-
-    values = {trial.value for trial in study.trials if trial.value is not None}
-    if len(values) < 2:
+    if len({trial.value for trial in ranked(study)}) < 2:
         return {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
-    return {name: float(value) for name, value in found.items()}
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        return optuna.importance.get_param_importances(study, evaluator=evaluator)
 
 
-def show(console: Console, study: Study, space: Space, metric: str, files: Sequence[Path]) -> None:
-    """Print the best trials, the importances, and where everything lies."""
+def show(console: Console, study: optuna.Study, space: Space, metric: str) -> None:
+    """Print the best trials and the importances."""
     table = Table(show_edge=False, box=None, pad_edge=False, header_style="bold")
-    for name in ("trial", metric, *(axis.key for axis in space.axes)):
-        table.add_column(name, justify="right", min_width=len(name))
+    for name in ("trial", metric, *space.axes):
+        table.add_column(name.replace(".", ".\n", 1), justify="right", vertical="bottom")
     for trial in ranked(study)[:BEST]:
-        settings = (_shown(axis, trial.params[axis.key]) for axis in space.axes)
-        table.add_row(str(trial.number), f"{trial.value:.6g}", *settings)
+        values = (trial.params[key] for key in space.axes)
+        shown = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
+        table.add_row(str(trial.number), f"{trial.value:.6g}", *shown)
     console.print(table, soft_wrap=True)
-    shares = importances(study)
+    shares = [f"{key} {share:.2f}" for key, share in importances(study).items()]
     if shares:
-        console.print(
-            "importance: " + "  ".join(f"{key} {share:.2f}" for key, share in shares.items()), soft_wrap=True
-        )
+        console.print("importance:", "  ".join(shares), soft_wrap=True)
     failed = sum(trial.value is None for trial in study.trials)
     if failed:
         console.print(f"{failed} of {len(study.trials)} trials have no value; sweep.csv says why")
-    for file in files:
-        console.print(shown_path(file), soft_wrap=True)
 
 
-def _shown(axis: Axis, value: Any) -> str:
-    return str(value) if axis.values or axis.whole else f"{value:.4g}"
-
-
-def write_best(folder: Path, study: Study, space: Space, metric: str, is_group: Callable[[str], bool]) -> Path:
+def write_best(
+    folder: Path, study: optuna.Study, space: Space, metric: str, is_group: Callable[[str], bool]
+) -> Path:
     """experiment/best.yaml, the best trial as an experiment; returns the file.
 
     Args:
         is_group: whether a key is that of a configuration group.
     """
     best = ranked(study)[0]
-    values = {axis.key: axis.spell(best.params[axis.key]) for axis in space.axes}
-    pairs = [(key.lstrip("+"), value) for key, _, value in (line.partition("=") for line in space.settings)]
-    pairs += [(key.lstrip("+"), value) for key, value in values.items()]
-    defaults: list[Any] = [value for key, value in pairs if key == "experiment"]
-    defaults += [{f"override /{key}": value} for key, value in pairs if is_group(key) and key != "experiment"]
+    lines = space.jobs(best.params)[0]
+    defaults: list[Any] = ["_self_"]
     content = OmegaConf.create({})
-    for key, value in pairs:
-        if not is_group(key):
-            OmegaConf.update(content, key, OmegaConf.from_dotlist([f"x={value}"]).x)
-    text = OmegaConf.to_yaml(OmegaConf.create({"defaults": [*defaults, "_self_"]}))
-    text += OmegaConf.to_yaml(content) if content else ""
-    head = (
+    for override in OverridesParser.create().parse_overrides(lines[:-1] if space.seeds else lines):
+        key, value = override.key_or_group, override.value()
+        if key == "experiment":
+            defaults[:0] = value if isinstance(value, list) else [value]
+        elif is_group(key) and not isinstance(value, dict):
+            defaults.insert(-1, {f"{'' if override.is_add() else 'override '}/{key}": value})
+        else:
+            OmegaConf.update(content, key, value)
+    seeds = f", the mean of {len(space.seeds)} seeds" if len(space.seeds) > 1 else ""
+    text = (
         "# @package _global_\n"
         f"# lipexp train -cd {os.path.relpath(folder)} experiment=best\n"
-        f"# The best of {len(study.trials)} trials: {metric} {best.value:.6g}"
-        f"{f', the mean of {len(space.seeds)} seeds' if len(space.seeds) > 1 else ''}.\n"
+        f"# The best of {len(study.trials)} trials: {metric} {best.value:.6g}{seeds}.\n"
     )
+    parts = [OmegaConf.create({"defaults": defaults}), *[content] * bool(content)]
+    text += "".join(map(OmegaConf.to_yaml, parts))
     file = folder / "experiment" / "best.yaml"
     file.parent.mkdir(exist_ok=True)
-    write_file(file, lambda path: path.write_text(head + text))
+    write_file(file, lambda path: path.write_text(text))
     return file
 
 
-def write_picture(folder: Path, study: Study, space: Space, metric: str) -> Path:
-    """search.png: the values in the order of the trials, and along each axis; returns the file."""
-    with quick_imports():
-        from optuna.study import StudyDirection
-
-        from lipexp.figures.style import BLUE, GREY, ORANGE, look, panels
-
-    trials = [trial for trial in study.trials if trial.value is not None]
+def write_picture(folder: Path, study: optuna.Study, space: Space, metric: str) -> Path:
+    """search.png: the values in the order of the trials and along each axis, with a ring around the best one."""
+    trials = ranked(study)
     values = np.array([float(trial.value or 0) for trial in trials])
     numbers = np.array([trial.number for trial in trials])
-    better = np.maximum if study.direction == StudyDirection.MAXIMIZE else np.minimum
-    best = ranked(study)[0]
-    columns = min(3, 1 + len(space.axes))
-    rows = -(-(1 + len(space.axes)) // columns)
+    better = np.maximum if values[0] >= values[-1] else np.minimum
+    spread = np.random.default_rng(0).uniform(-0.18, 0.18, len(trials))  # sets trials of one category apart
+    # Two or three panels fill each row.
+    rows = np.array_split(["", *space.axes], -(-(1 + len(space.axes)) // 3))
     with look():
-        figure, axes = panels(2.4 * columns, 2.0 * rows, rows, columns, sharey=True)
-        best_so_far = better.accumulate(values)
-        axes[0].step(numbers, best_so_far, where="post", color=ORANGE, label="best so far", zorder=1)
-        axes[0].scatter(numbers, values, s=8, color=BLUE, linewidth=0, alpha=0.7, label="trial")
-        axes[0].set_xlabel("trial")
-        axes[0].legend(loc="best")
-        for axis, ax in zip(space.axes, axes[1:], strict=False):
-            _along(ax, axis, [trial.params[axis.key] for trial in trials], values, BLUE)
-            at = best.params[axis.key]
-            place = axis.values.index(at) if axis.values else at
-            ax.scatter([place], [float(best.value or 0)], s=28, facecolor="none", edgecolor=ORANGE, zorder=3)
-        for ax in axes[1 + len(space.axes) :]:
-            ax.set_visible(False)
-        for ax in axes[::columns]:
-            ax.set_ylabel(metric.partition(".")[2] or metric)
-        for ax in axes:
+        figure = Figure(figsize=(PAGE, 2 * len(rows)), dpi=DPI)
+        panels = figure.subplot_mosaic([list(np.repeat(row, 6 // len(row))) for row in rows], sharey=True)
+        so_far = better.accumulate(values[np.argsort(numbers)])
+        panels[""].step(np.sort(numbers), so_far, where="post", color=ORANGE, label="best so far", zorder=1)
+        for key, ax in panels.items():
+            places = np.array([trial.params[key] for trial in trials]) if key else numbers
+            choices = getattr(space.axes.get(key), "choices", ())
+            if choices:
+                places = np.array([choices.index(choice) for choice in places]) + spread
+                names = [name if len(name) <= 12 else f"{name[:11]}…" for name in choices]
+                ax.set_xticks(range(len(names)), names, rotation=20 if sum(map(len, names)) > 24 else 0)
+                ax.set_xlim(-0.5, len(names) - 0.5)
+            elif getattr(space.axes.get(key), "log", False):
+                ax.set_xscale("log")
+            ax.scatter(places, values, s=8, color=BLUE, linewidth=0, alpha=0.7, label="trial")
+            ax.scatter(places[:1], values[:1], s=28, facecolor="none", edgecolor=ORANGE, zorder=3)
+            ax.set_xlabel(key or "trial")
             ax.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.5)
+        for row in rows:
+            panels[row[0]].set_ylabel(metric.partition(".")[2])
+        panels[""].legend()
         file = folder / "search.png"
         write_file(file, lambda path: figure.savefig(path, format="png"))
     return file
-
-
-def _along(ax: Any, axis: Axis, settings: Sequence[Any], values: np.ndarray[Any, Any], colour: str) -> None:
-    """The values against one axis; names stand side by side, their trials a little apart."""
-    ax.set_xlabel(axis.key)
-    if not axis.values:
-        ax.scatter(settings, values, s=8, color=colour, linewidth=0, alpha=0.7)
-        if axis.log:
-            ax.set_xscale("log")
-        return
-    places = np.array([axis.values.index(setting) for setting in settings])
-    spread = np.random.default_rng(0).uniform(-0.18, 0.18, len(places))
-    ax.scatter(places + spread, values, s=8, color=colour, linewidth=0, alpha=0.7)
-    names = [name if len(name) <= 12 else f"{name[:11]}…" for name in axis.values]
-    ax.set_xticks(range(len(names)), names, rotation=20 if sum(map(len, names)) > 24 else 0)
-    ax.set_xlim(-0.5, len(names) - 0.5)

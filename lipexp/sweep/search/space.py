@@ -1,150 +1,101 @@
 """The space of a search, in Hydra's own grammar: overrides that sweep are its axes, all others are settings.
 
-optim.lr=interval(1e-4,1e-1)             a number in between; tag(log, interval(…)) evenly in its logarithm
-'model.width=int(interval(8,64))'        a whole number in between
-model.width=range(16,65,16)              an evenly spaced one
-act=relu,groupsort   'act=glob(*)'       one of these
-'seed=range(4)'                          no axis: every trial has these seeds, and its value is their mean
+optim.lr=interval(1e-4,1e-1)             a real number; with tag(log, interval(…)) its logarithm is uniform
+'model.width=int(interval(8,64))'        a whole number
+model.width=range(16,65,16)              an evenly spaced number
+act=relu,groupsort   'act=glob(*)'       one of several values
+'seed=range(4)'                          not an axis: each trial has these seeds, and its value is their mean
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from decimal import Decimal
+from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lipexp.config import ConfigError
 
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One searched override: all its values, or the ends between which they lie."""
-
-    key: str
-    values: tuple[str, ...] = ()  # as the command line spells them
-    low: float = 0
-    high: float = 0
-    step: float | None = None
-    log: bool = False
-    whole: bool = False
-
-    def distribution(self) -> BaseDistribution:
-        """The same axis for optuna."""
-        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-        if self.values:
-            return CategoricalDistribution(self.values)
-        if self.whole:
-            return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
-        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
-
-    def examples(self) -> list[str]:
-        """Values that between them choose every file that a trial can choose."""
-        return list(self.values) or [self.spell(self.low)]
-
-    def others(self) -> list[str]:
-        """Values that show what differs along the axis from the first of `examples`."""
-        return list(self.values[1:]) or [self.spell(self.high)]
-
-    def spell(self, value: Any) -> str:
-        """A value as the command line takes it."""
-        if self.values:
-            return str(value)
-        return repr(int(value) if self.whole else float(value))
+Axis = CategoricalDistribution | FloatDistribution | IntDistribution
 
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched, and what is common to all trials."""
+    """What is searched, and what all trials have in common."""
 
-    axes: tuple[Axis, ...]
+    axes: dict[str, Axis]  # by their keys on the command line; categories are spelled as there
     settings: tuple[str, ...]  # the other overrides, in their order
-    seeds: tuple[str, ...]  # of every trial; none: the default one
+    seeds: tuple[str, ...]  # of each trial; if there is none, trials have the default seed
 
     @classmethod
     def of(cls, overrides: Sequence[Override]) -> Space:
-        """The space that parsed overrides span.
-
-        Raises:
-            ConfigError: nothing is searched, or an axis that cannot be.
-        """
-        axes: list[Axis] = []
+        """The space that parsed overrides span; raises ConfigError if it cannot be searched."""
+        axes: dict[str, Axis] = {}
         settings: list[str] = []
         seeds: tuple[str, ...] = ()
         for override in overrides:
-            key, line = override.key_or_group, override.input_line or ""
+            key, line = override.get_key_element(), override.input_line or ""
             if override.is_delete():
                 raise ConfigError(line, None, "cannot be part of a search, whose best is saved as an experiment")
             if not override.is_sweep_override():
                 settings.append(line)
-            elif key == "seed":
-                seeds = _seeds(override)
-            elif any(axis.key == _full_key(override) for axis in axes):
-                raise ConfigError(key, None, "is searched twice")
+            elif key != "seed":
+                axes[key] = _axis(key, override)
+            elif override.is_interval_sweep():
+                raise ConfigError(key, None, "is averaged over, so it takes a list or a range(…)")
             else:
-                axes.append(_axis(override))
+                seeds = tuple(override.sweep_string_iterator())
         if not axes:
             allowed = "has nothing to search: sweep something but the seed, such as optim.lr=interval(1e-4,1e-1)"
             raise ConfigError("hydra/sweeper", "search", allowed)
-        return cls(tuple(axes), tuple(settings), seeds)
+        return cls(axes, tuple(settings), seeds)
 
-    def distributions(self) -> dict[str, BaseDistribution]:
-        return {axis.key: axis.distribution() for axis in self.axes}
+    @property
+    def shared(self) -> list[str]:
+        """The axes on which the trials of a stack agree; none if trials that agree on them would be the same."""
+        shared = [key for key, axis in self.axes.items() if not isinstance(axis, FloatDistribution)]
+        return shared if len(shared) < len(self.axes) else []
 
     def jobs(self, values: Mapping[str, Any]) -> list[list[str]]:
         """The overrides of the runs of one trial, one for each seed."""
-        lines = [*self.settings, *(f"{axis.key}={axis.spell(values[axis.key])}" for axis in self.axes)]
-        return [[*lines, f"seed={seed}"] for seed in self.seeds] if self.seeds else [lines]
+        lines = [*self.settings, *(f"{key}={values[key]}" for key in self.axes)]
+        return [[*lines, f"seed={seed}"] for seed in self.seeds] or [lines]
 
-    def probes(self) -> list[list[str]]:
-        """A few trials that between them choose every file that a trial can choose."""
-        others = [{axis.key: value} for axis in self.axes for value in axis.examples()[1:]]
-        return [self.probe(values) for values in [{}, *others]]
-
-    def probe(self, values: Mapping[str, str]) -> list[str]:
-        """The overrides of a trial with the first value of each axis, and some others instead."""
-        chosen = {axis.key: axis.examples()[0] for axis in self.axes} | dict(values)
-        seed = [f"seed={seed}" for seed in self.seeds[:1]]
-        return [*self.settings, *(f"{key}={value}" for key, value in chosen.items()), *seed]
+    def examples(self) -> list[dict[str, Any]]:
+        """The values of a few trials that between them choose every file that a trial can choose."""
+        values: dict[str, Any] = {
+            key: axis.choices if isinstance(axis, CategoricalDistribution) else [axis.low]
+            for key, axis in self.axes.items()
+        }
+        first = {key: among[0] for key, among in values.items()}
+        return [first, *(first | {key: value} for key, among in values.items() for value in among[1:])]
 
 
-def _seeds(override: Override) -> tuple[str, ...]:
-    if override.is_interval_sweep():
-        raise ConfigError("seed", None, "is averaged over, so it takes a list or a range(…)")
-    return tuple(str(value) for value in override.sweep_string_iterator())
-
-
-def _full_key(override: Override) -> str:
-    """The key with its sign, as it is repeated for each trial."""
-    return override.get_key_element()
-
-
-def _axis(override: Override) -> Axis:
-    key, value = _full_key(override), override.value()
-    if not isinstance(value, IntervalSweep | RangeSweep):
-        values = tuple(str(part) for part in override.sweep_string_iterator())
-        if not values:
-            raise ConfigError(key, None, "has no value to choose from")
-        return Axis(key, values=values)
+def _axis(key: str, override: Override) -> Axis:
+    """The distribution that optuna samples from, for a sweep of any key but the seed."""
+    value: Any = override.value()
+    log = "log" in getattr(value, "tags", ())
     if isinstance(value, IntervalSweep):
-        low, high = value.start, value.end
-        if low is None or high is None or not low < high:
-            raise ConfigError(key, f"interval({low},{high})", "must rise from its first to its second end")
-        log = "log" in value.tags
-        if log and low <= 0:
-            raise ConfigError(key, f"interval({low},{high})", "must lie above 0 for tag(log, …)")
-        return Axis(key, low=low, high=high, log=log, whole=isinstance(low, int) and isinstance(high, int))
-    if value.shuffle or "log" in value.tags:
+        low, high = value.start or 0, value.end or 0
+        if not low < high or (log and low <= 0):
+            allowed = "must rise from its first to its second end, and lie above 0 for tag(log, …)"
+            raise ConfigError(key, f"interval({low},{high})", allowed)
+        if isinstance(low, int) and isinstance(high, int):
+            return IntDistribution(low, high, log=log)
+        return FloatDistribution(low, high, log=log)
+    if log or getattr(value, "shuffle", False):
         raise ConfigError(key, None, "takes tag(log, …) with an interval, and no shuffle")
-    numbers = list(value.range())
-    if not numbers:
-        raise ConfigError(key, None, "is an empty range")
-    numbers.sort()
-    whole = all(isinstance(number, int) for number in numbers)
-    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
-    return Axis(key, low=numbers[0], high=numbers[-1], step=step, whole=whole)
+    choices = tuple(dict.fromkeys(override.sweep_string_iterator()))
+    if not choices:
+        raise ConfigError(key, None, "has no value to choose from")
+    if not isinstance(value, RangeSweep):
+        return CategoricalDistribution(choices)
+    # In decimal numbers, so that its ends are a whole number of steps apart.
+    start, step = Decimal(str(value.start)), Decimal(str(value.step))
+    first, last = sorted((start, start + step * (len(choices) - 1)))
+    if isinstance(value.range(), range):
+        return IntDistribution(int(first), int(last), step=int(abs(step)))
+    return FloatDistribution(float(first), float(last), step=float(abs(step)))

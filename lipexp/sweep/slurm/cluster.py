@@ -2,54 +2,90 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import shutil
-import subprocess
+import signal
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lipexp.config import ConfigError
+from lipexp.display import StackDisplay, SweepDisplay
 from lipexp.sweep.compose import Job
-from lipexp.config import ConfigError, no_such
-from lipexp.display import SweepDisplay
-from lipexp.sweep.slurm.options import EXECUTOR, NODE, SlurmOptions
-from lipexp.sweep.slurm.record import Record, State, Task, complaint
-from lipexp.sweep.slurm.task import REPORT_SECONDS, WARNING_SECONDS, Progress, StackTask, missing
-from lipexp.wording import count
+from lipexp.sweep.options import SlurmOptions
+from lipexp.sweep.progress import REPORT_SECONDS, Progress, Reporter, missing
+from lipexp.sweep.slurm.submitted import EXECUTOR, KILLED, State, complaint, read, states, write
+from lipexp.wording import count, shown_path
 
 if TYPE_CHECKING:
     from submitit.core.utils import JobPaths
 
+SUBMITTED = "submitted.json"
+PROGRESS = "{}_progress.json"  # of a SLURM job, by its number
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two calls of squeue; each is half as long again
 SETTLE_SECONDS = 60.0  # until what another machine has written is surely seen here
 LOG_LINES = 5
-NOT_AGAIN = {"CANCELLED", "DEADLINE", "OUT_OF_MEMORY", "TIMEOUT"}  # someone's will, or sure to happen again
-ENOUGH = 10**6  # requeueings, of which submitit keeps count; StackTask decides
+
+
+def check_machine() -> None:
+    """Refuse a machine that cannot submit.
+
+    Raises:
+        ConfigError: submitit is not installed, or SLURM is not.
+    """
+    if importlib.util.find_spec("submitit") is None:
+        raise ConfigError(*EXECUTOR, "needs submitit, which is not installed: pip install 'lipexp[slurm]'")
+    for program in ("sbatch", "srun", "squeue"):
+        if shutil.which(program) is None:
+            raise ConfigError(*EXECUTOR, f"there is no {program} on this machine (inline, process)")
 
 
 def refuse_second(sweep: Path, executor: str) -> None:
-    """Refuse another executor as long as SLURM has stacks of this sweep.
+    """Refuse another executor as long as SLURM works on this sweep.
 
     Raises:
-        ConfigError: it has.
+        ConfigError: it does.
     """
-    record = Record(sweep / "slurm" / "submissions.json")
-    if not record.tasks or shutil.which("squeue") is None:  # it may have been brought here from another machine
+    submitted = read(sweep / "slurm" / SUBMITTED)
+    if not submitted or shutil.which("squeue") is None:  # the folder may come from another machine
         return
-    active = [task for task, state in record.states().items() if not state.ended]
+    now = states()
+    active = [number for number in submitted if not now[number].ended]
     if active:
         allowed = (
-            f"SLURM still works on this sweep (executor=slurm waits for it; scancel {_numbers(active)} ends it)"
+            f"SLURM still works on this sweep (executor=slurm waits for it; scancel {_arrays(active)} ends it)"
         )
         raise ConfigError("hydra.launcher.executor", executor, allowed)
 
 
-def _numbers(tasks: Iterable[str]) -> str:
-    """What scancel takes for all of these: 17_0 and 17_2 are 17."""
-    return " ".join(dict.fromkeys(task.partition("_")[0] for task in tasks))
+def _arrays(numbers: Iterable[str]) -> str:
+    """What scancel takes for all of these: 17 for 17_0 and 17_2."""
+    return " ".join(dict.fromkeys(number.partition("_")[0] for number in numbers))
+
+
+def train(jobs: Sequence[Job], folder: Path) -> None:
+    """What a SLURM job does: it trains a stack, or what is missing of it when SLURM starts it again.
+
+    Args:
+        folder: where it reports how far it is.
+    """
+    import submitit
+
+    from lipexp.sweep.work import train_stack
+
+    environment = submitit.JobEnvironment()
+    # SLURM sends this signal before the time limit, and submitit would raise an exception within the training.
+    signal.signal(signal.Signals[f"SIG{environment.USR_SIG}"], signal.SIG_IGN)
+    reporter = Reporter(folder / PROGRESS.format(environment.job_id))
+    display = StackDisplay(reporter.update, 0)
+    rest = missing(jobs)
+    if rest:
+        train_stack(rest, display)
+        display.done()
 
 
 class Cluster:
@@ -57,34 +93,30 @@ class Cluster:
 
     Args:
         sweep: the folder of the sweep.
-        parallel: how many stacks may run at the same time; None is as many as SLURM allows.
+        resumed_in: the hydra.sweep.dir with which the command continues it.
+        parallel: how many stacks may run at the same time; None: as many as SLURM allows.
+
+    Raises:
+        ConfigError: what was submitted before cannot be read.
     """
 
-    def __init__(self, sweep: Path, options: SlurmOptions, parallel: int | None = None) -> None:
-        self.sweep, self.options, self.parallel = sweep, options, parallel
+    def __init__(self, sweep: Path, resumed_in: Path, options: SlurmOptions, parallel: int | None = None) -> None:
+        self.options, self.resumed_in, self.parallel = options, resumed_in, parallel
         self.queued: dict[int, str] = {}  # the jobs that are left to SLURM, and where they are
         self.lost: list[str] = []  # a line for each stack that cannot be finished
         self._folder = (sweep / "slurm").absolute()
-        self._record = Record(self._folder / "submissions.json")
+        self._submitted = read(self._folder / SUBMITTED)
         self._stacks: Sequence[Sequence[Job]] = []
-        self._tasks: dict[int, Task] = {}  # the stacks that SLURM has
-        self._states: Mapping[str, State] = {}
-        self._seen_ended: dict[str, float] = {}
-        self._news: list[tuple[int | None, str]] = []
+        self._active: dict[int, str] = {}  # the stacks that SLURM has, and its number of each
+        self._states: dict[str, State] = {}
+        self._retries: Counter[int] = Counter()  # of each stack
+        self._ended: dict[str, float] = {}  # when a SLURM job was first seen to have ended
+        self._news: list[tuple[str, int | None]] = []
 
-    def travelled(self) -> dict[int, Job]:
-        """The jobs as they were composed when they were first submitted."""
-        import submitit
-
-        jobs: dict[int, Job] = {}
-        for task in self._record.tasks:
-            with suppress(AssertionError, OSError):  # submitit's file is gone
-                what: Any = submitit.SlurmJob(self._folder, task.id).submission().function
-                jobs = {job.index: job for job in what.jobs} | jobs
-        self._news.append(
-            (None, "the configuration has changed; the sweep goes on with the one that was submitted")
-        )
-        return jobs
+    def submitted_jobs(self) -> dict[int, Job]:
+        """The jobs as they were composed when they were submitted."""
+        self._news.append(("the configuration has changed; the sweep goes on with the submitted one", None))
+        return {job.index: job for jobs in self._submitted.values() for job in jobs}
 
     def submit(self, stacks: Sequence[Sequence[Job]]) -> None:
         """Submit the stacks that SLURM does not have yet.
@@ -93,131 +125,108 @@ class Cluster:
             ConfigError: SLURM does not answer, or refuses; nothing is submitted.
         """
         self._stacks = stacks
-        self._states = self._record.states()
-        fresh = []
+        self._states = states()
+        last = {job.index: number for number, jobs in self._submitted.items() for job in jobs}
         for stack, jobs in enumerate(stacks):
-            task = self._record.last(job.index for job in jobs)
-            if task is None:
-                fresh.append(stack)
-                continue
-            state = self._state(task)
-            if state.ended:
-                fresh.append(stack)
-                self._news.append((stack, f"SLURM job {task.id} ended ({state}){self._log_end(task)}"))
-            else:
-                self._tasks[stack] = task
-                self._news.append((stack, f"SLURM job {task.id} ({state})"))
-        if fresh:
-            number = self._submit(fresh)
-            self._news.append((None, f"SLURM job {number}: {count(len(fresh), 'stack')} submitted"))
+            number = last.get(jobs[0].index)
+            if number is not None:
+                state = self._states[number]
+                log = self._end_of_log(number) if state.ended else ""
+                self._news.append((f"SLURM job {number} ({state}){log}", stack))
+                if not state.ended:
+                    self._active[stack] = number
+        new = [stack for stack in range(len(stacks)) if stack not in self._active]
+        if new:
+            number = _arrays(self._submit(new))
+            self._news.append((f"SLURM job {number}: {count(len(new), 'stack')} submitted", None))
 
     def follow(self, display: SweepDisplay) -> None:
-        """Show how the stacks fare until all have ended; with wait=false, where they are now."""
-        for stack, text in self._news:
+        """Show how far the stacks are until all have ended; with wait=false, where they are now."""
+        for text, stack in self._news:
             display.say(text, stack)
+        pause, next_look = FIRST_PAUSE, 0.0
         try:
-            if self.options.wait:
-                self._wait(display)
+            while self.options.wait and self._show(display):
+                if time.monotonic() >= next_look:
+                    self._look_after(display)
+                    next_look = time.monotonic() + pause
+                    pause = min(1.5 * pause, LONGEST_PAUSE)
+                time.sleep(REPORT_SECONDS)
         finally:
-            if self._tasks:
-                self.queued = {job: f"SLURM job {task.id}" for task in self._tasks.values() for job in task.jobs}
-                numbers = _numbers(task.id for task in self._tasks.values())
+            if self._active:
+                numbers = list(self._active.values())
+                self.queued = {job.index: f"SLURM job {one}" for one in numbers for job in self._submitted[one]}
                 display.say(
-                    f"{count(len(self._tasks), 'stack')} left to SLURM (scancel {numbers} ends it); "
-                    f"hydra.sweep.dir={self.sweep} resume=true collects the results"
+                    f"{count(len(numbers), 'stack')} left to SLURM (scancel {_arrays(numbers)} ends it); "
+                    f"hydra.sweep.dir={self.resumed_in} resume=true collects the results"
                 )
-
-    def _wait(self, display: SweepDisplay) -> None:
-        tries: Counter[int] = Counter()
-        pause, look = FIRST_PAUSE, 0.0
-        while self._show(display):
-            if time.monotonic() >= look:
-                ended = self._ended()
-                for stack, state in ended.items():
-                    display.say(self._after(stack, state, tries), stack)
-                pause = FIRST_PAUSE if ended else min(1.5 * pause, LONGEST_PAUSE)
-                look = time.monotonic() + pause
-            time.sleep(REPORT_SECONDS)
 
     def _show(self, display: SweepDisplay) -> bool:
         """Show how far the stacks are; whether SLURM still has any."""
-        for stack, task in list(self._tasks.items()):
+        for stack, number in list(self._active.items()):
             done = not missing(self._stacks[stack])
-            state = self._state(task)
-            waits = Progress(live="queued" if state.ended else str(state))
-            progress = Progress.read(self._folder, task.id) or waits
-            live = progress.live or ("all failed" if done else None)
-            display.update(stack, progress.step, progress.total, live, done)
+            waiting = Progress(live=str(self._states[number]))
+            progress = Progress.read(self._folder / PROGRESS.format(number)) or waiting
+            display.update(stack, progress.step, progress.total, progress.live, done)
             if done:
-                del self._tasks[stack]
-        return bool(self._tasks)
+                del self._active[stack]
+        return bool(self._active)
 
-    def _ended(self) -> dict[int, State]:
-        """The stacks whose SLURM job has ended with jobs missing."""
-        try:
-            self._states = self._record.states()
-        except ConfigError:  # SLURM's controller is away at times
-            return {}
+    def _look_after(self, display: SweepDisplay) -> None:
+        """Submit the stacks again that were killed; give up those that would end in the same way."""
+        with suppress(ConfigError):  # SLURM's controller is away at times
+            self._states = states()
         now = time.monotonic()
-        ended = {}
-        for stack, task in self._tasks.items():
-            state = self._state(task)
-            if state.ended and missing(self._stacks[stack]):
-                killed = state.name not in ("", "COMPLETED")
-                if killed or now - self._seen_ended.setdefault(task.id, now) > SETTLE_SECONDS:
-                    ended[stack] = state
-        return ended
+        for stack, number in list(self._active.items()):
+            state, rest = self._states[number], missing(self._stacks[stack])
+            if not state.ended or not rest:
+                continue
+            if state.name in ("", "COMPLETED") and now - self._ended.setdefault(number, now) < SETTLE_SECONDS:
+                continue
+            del self._active[stack]
+            reason = self._reason_not_to_retry(stack, number)
+            if reason is None:
+                try:
+                    (again,) = self._submit([stack])
+                except ConfigError as error:
+                    reason = f"died ({state}), and cannot be submitted again: {error}"
+                else:
+                    self._retries[stack] += 1
+                    display.say(f"SLURM job {number} died ({state}), submitted again as {again}", stack)
+                    continue
+            display.died(stack, f"SLURM job {number} {reason}")
+            self.lost.append(
+                f"{count(len(rest), 'job')} missing: SLURM job {number} {reason}; "
+                f"hydra.sweep.dir={self.resumed_in} resume=true submits them again{self._end_of_log(number)}"
+            )
 
-    def _state(self, task: Task) -> State:
-        state = self._states[task.id]
-        if not state.name and not self._paths(task).stderr.exists():
-            return State("CANCELLED")  # before it began: SLURM forgets such a member of an array at once
-        return state
-
-    def _after(self, stack: int, state: State, tries: Counter[int]) -> str:
-        """Submit a stack again if it was killed, or count it as lost; returns what to say of it."""
-        task, rest = self._tasks.pop(stack), missing(self._stacks[stack])
-        reason = self._no_use(task, state)
-        if reason is None and tries[stack] < self.options.resubmissions:
-            tries[stack] += 1
-            try:
-                return f"SLURM job {task.id} died ({state}), submitted again as {self._submit([stack])}"
-            except ConfigError as error:
-                reason = f"died ({state}), and cannot be submitted again: {error}"
-        reason = reason or f"died ({state})" + (f", {tries[stack] + 1} times" if tries[stack] else "")
-        self.lost.append(
-            f"{count(len(rest), 'job')} missing: SLURM job {task.id} {reason}; "
-            f"hydra.sweep.dir={self.sweep} resume=true submits them again{self._log_end(task)}"
-        )
-        return f"SLURM job {task.id} {reason}"
-
-    def _no_use(self, task: Task, state: State) -> str | None:
-        """Why an ended stack would end in the same way again; None if it was killed."""
-        progress = Progress.read(self._folder, task.id)
-        if progress is not None and progress.given_up is not None:
-            return progress.given_up
-        if self._paths(task).result_pickle.is_file():  # of a task that returned or raised by itself
+    def _reason_not_to_retry(self, stack: int, number: str) -> str | None:
+        """Why a stack whose SLURM job has ended is not submitted again; None if it is."""
+        state, retries = self._states[number], self._retries[stack]
+        if state.name == "FAILED" and self._paths(number).result_pickle.is_file():  # of a task that raised
             return "ended with an error"
-        return f"ended ({state})" if state.name in NOT_AGAIN else None
+        if state.name not in KILLED:
+            return f"ended ({state})"
+        done = retries >= self.options.resubmissions
+        return f"died ({state}) after {count(retries, 'resubmission')}" if done else None
 
-    def _log_end(self, task: Task) -> str:
+    def _end_of_log(self, number: str) -> str:
         """The last lines of a log, indented, after its name."""
-        paths = self._paths(task)
+        paths = self._paths(number)
         for log in (paths.stderr, paths.stdout):
             with suppress(OSError):
                 lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
                 if lines:
-                    end = "".join(f"\n    {line}" for line in lines[-LOG_LINES:])
-                    return f"; {self.sweep / 'slurm' / log.name} ends:{end}"
+                    return "\n    ".join([f"; {shown_path(log)} ends:", *lines[-LOG_LINES:]])
         return "; it left no log"
 
-    def _paths(self, task: Task) -> JobPaths:
+    def _paths(self, number: str) -> JobPaths:
         from submitit.core.utils import JobPaths
 
-        return JobPaths(self._folder, task.id)
+        return JobPaths(self._folder, number)
 
-    def _submit(self, stacks: Sequence[int]) -> str:
-        """Submit what is missing of these stacks as one job array; returns its number.
+    def _submit(self, stacks: Sequence[int]) -> list[str]:
+        """Submit what is missing of these stacks as one job array; returns SLURM's number of each.
 
         Raises:
             ConfigError: SLURM refuses it.
@@ -225,34 +234,20 @@ class Cluster:
         import submitit
 
         rests = [missing(self._stacks[stack]) for stack in stacks]
-        name = self._record.begin([[job.index for job in rest] for rest in rests])
-        executor = submitit.AutoExecutor(self._folder, cluster="slurm", slurm_max_num_timeout=ENOUGH)
-        executor.update_parameters(
-            **self.options.parameters(),
-            name=name,
-            slurm_array_parallelism=self.parallel or len(stacks),
-            slurm_signal_delay_s=WARNING_SECONDS,
-        )
-        limits = (self.options.timeout_min, self.options.resubmissions)
-        complaints = io.StringIO()
+        executor = submitit.AutoExecutor(self._folder, cluster="slurm")
+        limit = self.parallel or len(stacks)
+        executor.update_parameters(**self.options.parameters(), name="lipexp", slurm_array_parallelism=limit)
         try:
-            with redirect_stderr(complaints):  # submitit prints what sbatch says
-                submitted = executor.submit_array([StackTask(rest, self._folder, *limits) for rest in rests])
-        except RuntimeError:
-            self._record.drop(name)
-            raise self._refusal(complaint(complaints.getvalue())) from None
-        tasks = self._record.complete(name, submitted[0].job_id)
-        self._tasks |= dict(zip(stacks, tasks, strict=True))
-        return submitted[0].job_id.partition("_")[0]
-
-    def _refusal(self, reason: str) -> ConfigError:
-        """Why sbatch takes nothing; what submitit wrote for it is removed."""
-        for file in (*self._folder.glob(".submission_file_*.sh"), *self._folder.glob(f"{'[0-9a-f]' * 32}.pkl")):
-            if not file.is_symlink():  # those are of earlier submissions
-                file.unlink()
-        partition = self.options.partition
-        if partition is None or "invalid partition" not in reason.lower():
-            return ConfigError(*EXECUTOR, reason)
-        command = ["sinfo", "--noheader", "--format=%R"]
-        names = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
-        return ConfigError(f"{NODE}.partition", partition, no_such("partition", partition, sorted(set(names))))
+            with redirect_stderr(io.StringIO()):  # submitit prints what sbatch says
+                jobs = executor.map_array(train, rests, [self._folder] * len(rests))
+        except RuntimeError as error:
+            for file in (*self._folder.glob(".submission_file_*.sh"), *self._folder.glob(f"{'?' * 32}.pkl")):
+                if not file.is_symlink():  # those are of earlier submissions
+                    file.unlink()
+            raise ConfigError(*EXECUTOR, complaint(str(error))) from None
+        numbers = [str(job.job_id) for job in jobs]
+        self._submitted |= dict(zip(numbers, rests, strict=True))
+        write(self._folder / SUBMITTED, self._submitted)
+        self._active |= dict(zip(stacks, numbers, strict=True))
+        self._states |= dict.fromkeys(numbers, State("SUBMITTED"))
+        return numbers

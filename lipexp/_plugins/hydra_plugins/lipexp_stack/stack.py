@@ -28,7 +28,7 @@ class StackLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from lipexp.sweep.launch import launch
 
-        return launch(self.context, self.task, self.config, job_overrides, initial_job_idx, options=self.options)
+        return launch(self.context, self.config, job_overrides, initial_job_idx)
 
 
 class StackSweeper(BasicSweeper):

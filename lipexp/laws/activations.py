@@ -1,0 +1,159 @@
+"""The laws of activations: what they declare is true of what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lipexp.activations import Activation
+from lipexp.laws.subject import Broken, Law, Subject, shown
+from lipexp.norms import norm_name
+
+ROUNDING = 1 + 1e-12
+
+
+def act_of(subject: Subject) -> Activation:
+    act: Activation = subject.member.parts["act"]
+    return act.to(torch.float64)
+
+
+def pairs(subject: Subject) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of points (1, B, H) at several distances: in any direction, and in that of one feature."""
+    width = subject.width
+    for scale in (1e-6, 1e-2, 1.0, 30.0):
+        a = subject.normal(1, 200, width)
+        yield a, a + subject.normal(1, 200, width, scale=scale)
+        one = torch.nn.functional.one_hot(torch.arange(200) % width, width)
+        yield a, a + one * subject.normal(1, 200, 1, scale=scale)
+
+
+def keeps_shape_and_type(subject: Subject) -> str | None:
+    """It returns features of the same shape and number type."""
+    act = act_of(subject)
+    for dtype in (torch.float32, torch.float64):
+        z = subject.normal(2, 5, subject.width).to(dtype)
+        out = act.to(dtype)(z)
+        if out.shape != z.shape or out.dtype != dtype:
+            raise Broken(f"{tuple(z.shape)} {dtype} becomes {tuple(out.shape)} {out.dtype}")
+    return None
+
+
+def is_lipschitz_in_its_norms(subject: Subject) -> str | None:
+    """|act(a) - act(b)| <= |a - b| in every norm that it declares."""
+    act = act_of(subject)
+    if not act.norms:
+        return "it declares no norms"
+    for a, b in pairs(subject):
+        moved = act(a) - act(b)
+        for p in act.norms:
+            before, after = (torch.linalg.vector_norm(part, ord=p, dim=-1)[0] for part in (a - b, moved))
+            worst = int((after - before * ROUNDING).argmax())
+            if after[worst] > before[worst] * ROUNDING + 1e-12:
+                where = f"a = {shown(a[0, worst])}, b = {shown(b[0, worst])}"
+                raise Broken(f"in norm {norm_name(p)}: {after[worst]:.6g} > {before[worst]:.6g} at {where}")
+    return None
+
+
+def has_slopes_within_its_range(subject: Subject) -> str | None:
+    """It acts feature by feature, with slopes in the range that it declares."""
+    act = act_of(subject)
+    if act.slopes is None:
+        return "it declares no slopes"
+    low, high = act.slopes
+    for a, b in pairs(subject):
+        alone = torch.where(torch.arange(subject.width) == 0, b, a)  # only the first feature moves
+        if not torch.equal(act(alone)[..., 1:], act(a)[..., 1:]):
+            raise Broken(f"the first feature moves the others, at a = {shown(a[0, 0])}")
+        slope = ((act(a) - act(b)) / (a - b)).masked_fill((a - b).abs() < 1e-9, low)
+        if slope.min() < low - 1e-6 or slope.max() > high + 1e-6:
+            raise Broken(f"slopes from {slope.min():.6g} to {slope.max():.6g}, declared {low:g} to {high:g}")
+    return None
+
+
+def sorts_its_groups(subject: Subject) -> str | None:
+    """It sorts the features of each declared group, ascending."""
+    act, groups = act_of(subject), act_of(subject).groups(subject.width)
+    if groups is None:
+        return "it declares no groups"
+    if sorted(groups.ravel().tolist()) != list(range(subject.width)):
+        raise Broken(f"the groups do not hold every feature once: {groups.tolist()}")
+    z = subject.normal(1, 200, subject.width)
+    members = torch.from_numpy(groups.copy())
+    if not torch.equal(act(z)[..., members], z[..., members].sort(dim=-1).values):
+        raise Broken(f"z = {shown(z[0, 0])} becomes {shown(act(z)[0, 0])}, with groups {groups.tolist()}")
+    return None
+
+
+def equals_its_active_map(subject: Subject) -> str | None:
+    """Its value and Jacobian are those of its active linear map."""
+    act = act_of(subject)
+    if not act.is_piecewise_linear:
+        return "it declares no active linear map"
+    for point in subject.normal(50, subject.width):
+        active = act.active_map(point.numpy())
+        if active is None:
+            raise Broken(f"no active map at {shown(point)}")
+        scale = torch.tensor(active.factor * 2.0**active.exponent)
+        jacobian = torch.zeros(subject.width, subject.width, dtype=torch.float64)
+        jacobian[torch.arange(subject.width), torch.tensor(active.index)] = scale
+        found = torch.autograd.functional.jacobian(lambda z: act(z.view(1, 1, -1))[0, 0], point)
+        if not torch.allclose(found, jacobian, rtol=1e-12, atol=0) or not torch.allclose(
+            act(point.view(1, 1, -1))[0, 0], jacobian @ point, rtol=1e-12, atol=1e-300
+        ):
+            raise Broken(f"the active map at {shown(point)} is not its Jacobian there")
+        exact = act.active_map(np.array([int(value * 2**40) for value in point.tolist()], dtype=object))
+        if exact is None or (exact.index != active.index).any() or (exact.factor != active.factor).any():
+            raise Broken(f"the active map at {shown(point)} is another one for integers in its proportions")
+    return None
+
+
+def changes_at_its_breakpoints_only(subject: Subject) -> str | None:
+    """Its active linear map changes at declared breakpoints only."""
+    act, breakpoints = act_of(subject), act_of(subject).breakpoints(subject.width)
+    if breakpoints is None:
+        return "it declares no breakpoints"
+    first, second = breakpoints.T
+    for a, b in pairs(subject):
+        for x, y in zip(a[0, :40].numpy(), b[0, :40].numpy(), strict=True):
+            one, other = act.active_map(x), act.active_map(y)
+            gaps = (np.append(z, 0.0)[first] - np.append(z, 0.0)[second] for z in (x, y))
+            if one is None or other is None or (np.sign(next(gaps)) != np.sign(next(gaps))).any():
+                continue
+            if (one.index != other.index).any() or (one.factor != other.factor).any():
+                raise Broken(f"it changes between {shown(x)} and {shown(y)}, with no breakpoint between them")
+    return None
+
+
+def treats_every_run_and_point_alone(subject: Subject) -> str | None:
+    """Its output at one point does not depend on other points and runs."""
+    act, z = act_of(subject), subject.normal(3, 4, subject.width)
+    alone = torch.stack([torch.stack([act(z[k : k + 1, b : b + 1])[0, 0] for b in range(4)]) for k in range(3)])
+    if not torch.allclose(act(z), alone, rtol=1e-12, atol=1e-12):
+        raise Broken(f"together and alone differ by {float((act(z) - alone).abs().max()):.3g}")
+    return None
+
+
+def has_finite_gradients(subject: Subject) -> str | None:
+    """Its gradients are finite, also at zero and where features are equal."""
+    act = act_of(subject)
+    for z in (subject.normal(1, 50, subject.width), torch.zeros(1, 1, subject.width, dtype=torch.float64)):
+        z.requires_grad_()
+        (gradient,) = torch.autograd.grad(act(z).sum(), z)
+        if not torch.isfinite(gradient).all():
+            raise Broken(f"the gradient at {shown(z[0, 0])} is {shown(gradient[0, 0])}")
+    return None
+
+
+ACTIVATION_LAWS: tuple[Law, ...] = (
+    keeps_shape_and_type,
+    is_lipschitz_in_its_norms,
+    has_slopes_within_its_range,
+    sorts_its_groups,
+    equals_its_active_map,
+    changes_at_its_breakpoints_only,
+    treats_every_run_and_point_alone,
+    has_finite_gradients,
+)

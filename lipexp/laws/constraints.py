@@ -1,0 +1,153 @@
+"""The laws of constraints: what is stored is within the bound, and is what training worked with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lipexp.constraints import Constraint
+from lipexp.laws.subject import Broken, Law, Subject, shown
+from lipexp.loop import generator
+from lipexp.members import Member, stack
+from lipexp.models import unflatten
+from lipexp.networks import Affine
+from lipexp.norms import norm_name
+
+RUNS = 3
+
+
+def parameters(subject: Subject, members: list[Member], dtype: torch.dtype = torch.float64) -> Tensor:
+    """(K, P) free parameters some way off their start, so that constraints have something to do."""
+    runs = stack(members)
+    start = torch.stack([runs.model.initial(runs.shapes, generator(s.weights)) for s in runs.streams]).to(dtype)
+    return start + subject.normal(*start.shape, scale=0.3).to(dtype)
+
+
+def leaves(flat: Tensor, member: Member) -> list[Affine]:
+    """The layers in `flat`, as leaves of the autograd graph."""
+    layers = unflatten(flat, member.shapes)
+    return [Affine(*(part.detach().clone().requires_grad_() for part in layer)) for layer in layers]
+
+
+def converged(constraint: Constraint, layers: list[Affine]) -> list[Affine]:
+    """The weights for fixed parameters once `apply`, which may carry a state from step to step, has settled."""
+    constraint.start(layers)
+    for _ in range(500):
+        weights = constraint.apply(layers)
+    return weights
+
+
+def baked_networks_keep_the_bound(subject: Subject) -> str | None:
+    """After training no gradient and no secant is steeper than L."""
+    members = subject.variants(2)
+    runs = stack(members)
+    network = subject.trained(members).network.double
+    x = torch.cat([subject.points, subject.normal(200, subject.points.shape[1], scale=3)]).expand(2, -1, -1)
+    y = x.roll(1, dims=1)
+    p, q = runs.constraint.p, runs.constraint.q
+    if runs.constraint.lipschitz is None:
+        return "it sets no bound"
+    inputs, f = network.inputs_and_output(x.clone().requires_grad_())
+    (gradient,) = torch.autograd.grad(f.sum(), inputs[0])
+    for run in range(2):
+        bound = runs.constraint.target(run) or 0.0
+        slopes = (f - network(y))[run, :, 0].abs() / torch.linalg.vector_norm((x - y)[run], ord=p, dim=-1)
+        steepest = torch.linalg.vector_norm(gradient[run], ord=q, dim=-1).max()
+        for what, value in ((f"a secant in norm {norm_name(p)}", slopes.max()), ("a gradient", steepest)):
+            if value > bound * (1 + 1e-9):
+                raise Broken(f"{what} has slope {float(value):.9g}, L = {bound:g}")
+    return None
+
+
+def proven_norms_are_those_of_the_stored_numbers(subject: Subject) -> str | None:
+    """Proven norms are those of the stored numbers, and multiply to at most L."""
+    members = subject.variants(2)
+    constraint: Constraint = stack(members).constraint
+    network = subject.trained(members).network
+    again = constraint.prove(network)
+    if [list(layer) for layer in network.norms] != [list(layer) for layer in again.norms]:
+        raise Broken(f"baking says {network.norms}, the stored numbers {again.norms}")
+    for run in range(2):
+        bound, product = (
+            constraint.target(run),
+            torch.tensor([float(layer[run]) for layer in network.norms]).double(),
+        )
+        if bound is not None and float(product.prod()) > bound * (1 + 1e-12):
+            raise Broken(f"the norms {shown(product)} multiply to more than L = {bound:g}")
+    return None
+
+
+def training_works_with_what_is_baked(subject: Subject) -> str | None:
+    """Training works with the weights that are baked, up to rounding."""
+    members = subject.variants(RUNS)
+    runs = stack(members)
+    layers = leaves(parameters(subject, members), members[0])
+    weights = converged(runs.constraint, layers)
+    network = runs.constraint.bake(layers, runs.act).double
+    for i, (trained, baked) in enumerate(zip(weights, network.layers, strict=True)):
+        for name, one, other in zip(Affine._fields, trained, baked, strict=True):
+            off = float((one - other).detach().abs().max() / other.abs().max().clamp_min(1e-30))
+            if off > 2e-5:
+                raise Broken(f"{name} of layer {i} differs by {off:.3g} of its largest entry")
+    return None
+
+
+def runs_of_a_stack_are_constrained_alone(subject: Subject) -> str | None:
+    """A run has the same weights alone and in a stack."""
+    members = subject.variants(RUNS)
+    flat = parameters(subject, members)
+    together = stack(members).constraint
+    layers = leaves(flat, members[0])
+    together.start(layers)
+    weights = together.apply(layers)
+    for run, member in enumerate(members):
+        alone = stack([member]).constraint
+        own = leaves(flat[run : run + 1], member)
+        alone.start(own)
+        for one, other in zip(alone.apply(own), weights, strict=True):
+            for a, b in zip(one, other, strict=True):
+                if not torch.allclose(a[0], b[run], rtol=1e-9, atol=1e-12):
+                    raise Broken(f"run {run} differs by {float((a[0] - b[run]).detach().abs().max()):.3g}")
+    return None
+
+
+def has_true_finite_gradients(subject: Subject) -> str | None:
+    """Its derivatives are finite and agree with finite differences."""
+    member = subject.member
+    constraint = stack([member]).constraint
+    layers = leaves(parameters(subject, [member]), member)
+    converged(constraint, layers)
+    direction = [Affine(*(subject.normal(*part.shape) for part in layer)) for layer in layers]
+
+    def value(step: float) -> Tensor:
+        moved = [
+            Affine(*(part + step * change for part, change in zip(layer, by, strict=True)))
+            for layer, by in zip(layers, direction, strict=True)
+        ]
+        return torch.stack([part.sin().sum() for layer in constraint.apply(moved) for part in layer]).sum()
+
+    flat = [part for layer in layers for part in layer]
+    gradient = torch.autograd.grad(value(0.0), flat, materialize_grads=True)
+    along = sum(
+        float((g * d).sum()) for g, d in zip(gradient, (d for layer in direction for d in layer), strict=True)
+    )
+    step = 1e-5
+    for _ in range(100):  # a constraint with a state has to settle at each end
+        ends = [float(value(end).detach()) for end in (step, -step)]
+    difference = (ends[0] - ends[1]) / (2 * step)
+    if not all(bool(torch.isfinite(g).all()) for g in gradient) or abs(along - difference) > 1e-3 * (
+        1 + abs(along)
+    ):
+        raise Broken(
+            f"along a random direction the derivative is {along:.6g}, finite differences give {difference:.6g}"
+        )
+    return None
+
+
+CONSTRAINT_LAWS: tuple[Law, ...] = (
+    baked_networks_keep_the_bound,
+    proven_norms_are_those_of_the_stored_numbers,
+    training_works_with_what_is_baked,
+    runs_of_a_stack_are_constrained_alone,
+    has_true_finite_gradients,
+)

@@ -1,0 +1,99 @@
+"""The laws of whole runs: stacked runs equal single ones, and what is measured is below what is proven."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from lipexp.evaluate import Evaluator
+from lipexp.laws.subject import Broken, Law, Subject
+from lipexp.loop import Streams
+from lipexp.measured.gradients import scan
+from lipexp.members import stack
+from lipexp.networks import BakedNetwork
+from lipexp.runs import RunFolder
+
+STEPS = 60
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+def stacked_runs_equal_single_ones(subject: Subject) -> str | None:
+    """A run has the same losses alone and in a stack: to 1e-4 in float32, 1e-9 in float64."""
+    members = subject.variants(3)
+    for dtype, tolerance in TOLERANCE.items():
+        together = subject.losses(members, STEPS, dtype)
+        for run in (0, 2):
+            alone = subject.losses([members[run]], STEPS, dtype)[:, 0]
+            off = (alone - together[:, run]).abs() / together[:, run].abs().clamp_min(1e-6)
+            if not (off <= tolerance).all():
+                step = int((~(off <= tolerance)).nonzero()[0])
+                raise Broken(
+                    f"run {run} at step {step} in {dtype}: {float(alone[step]):.9g} alone, "
+                    f"{float(together[step, run]):.9g} in the stack"
+                )
+    return None
+
+
+def measured_is_below_proven(subject: Subject) -> str | None:
+    """After training, measured <= certified <= L."""
+    members = subject.variants(2)
+    runs = stack(members)
+    for run, found in enumerate(Evaluator(runs).final(subject.trained(members))):
+        if found is None:
+            raise Broken(f"run {run} has numbers that are not finite")
+        interval = found.certificate.interval(found.measured)
+        if interval.verdict == "FAIL":
+            raise Broken(
+                f"run {run}: measured {interval.measured}, certified {interval.certified}, L = {interval.target}"
+            )
+    return None
+
+
+def models_are_stored_whole(subject: Subject) -> str | None:
+    """A trained network has the same outputs when it is saved and loaded."""
+    network = subject.network.run(0)
+    with tempfile.TemporaryDirectory() as folder:
+        RunFolder(Path(folder)).write_model(network.state_dict())
+        state = torch.load(Path(folder, "model.pt"), weights_only=True)
+    again = BakedNetwork.from_state_dict(state, network.act)
+    x = subject.points.float().unsqueeze(0)
+    if not torch.equal(again(x), network(x)):
+        raise Broken("outputs differ")
+    return None
+
+
+def measured_gradients_are_slopes(subject: Subject) -> str | None:
+    """Measured gradients agree with finite differences, except at breakpoints."""
+    network = subject.network
+    x = subject.points[:100].expand(2, -1, -1)
+    scanned = scan(network, x)
+    direction = subject.normal(*x.shape)
+    step = 1e-7
+    difference = (scan(network, x + step * direction).f - scan(network, x - step * direction).f) / (2 * step)
+    off = (difference - (scanned.gradient * direction).sum(dim=-1)).abs()
+    scale = scanned.gradient.abs().amax(dim=(1, 2)).unsqueeze(1)
+    if (off > 1e-4 * scale + 1e-7).double().mean() > 0.05:
+        raise Broken(f"they differ by up to {float(off.max()):.3g}")
+    return None
+
+
+def seeds_give_their_own_runs(subject: Subject) -> str | None:
+    """Every seed has its own data, weights, batches and search."""
+    streams = [tuple(stream.generate_state(2)) for seed in (0, 1) for stream in Streams.of(seed)]
+    if len(set(streams)) < len(streams):
+        raise Broken("two streams are equal")
+    f = subject.network(subject.points.float().expand(2, -1, -1))
+    if torch.equal(f[0], f[1]):
+        raise Broken("two seeds train the same network")
+    return None
+
+
+RUN_LAWS: tuple[Law, ...] = (
+    stacked_runs_equal_single_ones,
+    measured_is_below_proven,
+    models_are_stored_whole,
+    measured_gradients_are_slopes,
+    seeds_give_their_own_runs,
+)

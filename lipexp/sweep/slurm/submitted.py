@@ -1,0 +1,80 @@
+"""What a sweep has submitted to SLURM, in a file of its folder, and what SLURM says of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lipexp.config import ConfigError
+from lipexp.runs import write_file
+from lipexp.sweep.compose import Job
+
+EXECUTOR = ("hydra.launcher.executor", "slurm")  # an option and its value, as an error names them
+KILLED = {"BOOT_FAIL", "FAILED", "NODE_FAIL", "PREEMPTED"}
+ENDED = KILLED | {"CANCELLED", "COMPLETED", "DEADLINE", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT"}
+
+
+class State(NamedTuple):
+    """What SLURM says of a job."""
+
+    name: str = ""  # PENDING, RUNNING, …; empty once SLURM has forgotten the job
+    reason: str = ""  # why it waits
+
+    @property
+    def ended(self) -> bool:
+        return not self.name or self.name in ENDED
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.reason}" if self.name == "PENDING" else self.name or "no longer known"
+
+
+def states() -> dict[str, State]:
+    """SLURM's number -> state, of all jobs of this user; SLURM forgets a job some minutes after its end.
+
+    This asks squeue, which unlike sacct needs no accounting database.
+
+    Raises:
+        ConfigError: SLURM does not answer.
+    """
+    command = ["squeue", "--noheader", f"--user={os.getuid()}", "--states=all", "--array", "--format=%i|%T|%r"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise ConfigError(*EXECUTOR, complaint(answer.stderr))
+    lines = (line.split("|", 2) for line in answer.stdout.splitlines())
+    return defaultdict(State, {number: State(name, reason) for number, name, reason in lines})
+
+
+def complaint(stderr: str) -> str:
+    """What a program of SLURM has to say, in one line."""
+    lines = [line.strip().removeprefix("sbatch: ").removeprefix("error: ") for line in stderr.splitlines()]
+    return "; ".join(line for line in lines if line) or "SLURM does not answer"
+
+
+def read(file: Path) -> dict[str, list[Job]]:
+    """SLURM's number -> jobs, of all stacks that were submitted, the latest last.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        stacks = json.loads(file.read_text())
+        return {number: [_job(**entry) for entry in jobs] for number, jobs in stacks.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError):
+        raise ConfigError("resume", "true", f"{file} cannot be read") from None
+
+
+def _job(overrides: Sequence[str], folder: str, **rest: Any) -> Job:
+    return Job(overrides=tuple(overrides), folder=Path(folder), **rest)
+
+
+def write(file: Path, stacks: Mapping[str, Sequence[Job]]) -> None:
+    """What `read` reads."""
+    content = json.dumps({number: [vars(job) for job in jobs] for number, jobs in stacks.items()}, default=str)
+    write_file(file, lambda path: path.write_text(content))

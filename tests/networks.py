@@ -1,0 +1,301 @@
+"""Small networks for tests, and what they compute in rational arithmetic.
+
+The rational side knows what an activation does by `piece`, and by nothing that it declares to lipexp.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import constraint_cases, options
+
+from lipexp.activations import ALL_NORMS, Abs, Activation, ActiveMap, GroupSort, LeakyReLU, ReLU
+from lipexp.networks import Affine, BakedNetwork
+
+NORMS = (1.0, 2.0, math.inf)
+RELU = ReLU()
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+def network(*sizes: int, act: Activation = RELU, runs: int = 1, seed: int = 0, **how: float) -> BakedNetwork:
+    """Random networks with these numbers of features; `how`: see `layer`."""
+    shapes = enumerate(itertools.pairwise(sizes))
+    return BakedNetwork([layer(runs, n_out, n_in, 100 * seed + 2 * i, **how) for i, (n_in, n_out) in shapes], act)
+
+
+def layer(runs: int, n_out: int, n_in: int, seed: int, bias: float = 0.5, grain: float = 0.0) -> Affine:
+    """Normal weights, and biases of this size; multiples of `grain`, with which breakpoints meet in one point."""
+    weight, offset = normal(runs, n_out, n_in, seed=seed) / math.sqrt(n_in), normal(runs, 1, n_out, seed=seed + 1)
+    parts = (weight, bias * offset)
+    return Affine(*((grain * (2 * part / grain).round() if grain else part).float() for part in parts))
+
+
+def by_hand(*layers: tuple[list[list[float]], list[float]], act: Activation = RELU) -> BakedNetwork:
+    """One network from the nested lists of its weights and biases."""
+    return BakedNetwork([Affine(torch.tensor([w]), torch.tensor([[b]])) for w, b in layers], act)
+
+
+def scaled(network: BakedNetwork, *factors: float, bias: bool = False) -> BakedNetwork:
+    """With the weights of each layer times its factor; the biases, too, times those of all layers so far."""
+    products = itertools.accumulate(factors, lambda a, b: a * b)
+    layers = zip(network.layers, factors, products, strict=True)
+    return replace(network, layers=[Affine(w * f, b * (p if bias else 1)) for (w, b), f, p in layers])
+
+
+def degenerate(network: BakedNetwork) -> BakedNetwork:
+    """With features that are equal, parallel, zero and constant everywhere, in both of its layers of 6."""
+    layers = [Affine(weight.clone(), bias.clone()) for weight, bias in network.layers]
+    for i, (weight, bias) in enumerate(layers[:-1]):
+        weight[:, 1], bias[..., 1] = weight[:, 0], bias[..., 0]
+        weight[:, 2], bias[..., 2] = 0, 0
+        weight[:, 4] = 2 * weight[:, 3]
+        if i > 0:
+            weight[:, 1, :2] = weight[:, 0, [1, 0]]  # equal, because what they are computed from is
+            weight[:, 5] = 0
+    return replace(network, layers=layers)
+
+
+def pairs(*rooms: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Choices of an option of each room in which every option occurs."""
+    options = [list(room) for room in rooms]
+    return [tuple(room[i % len(room)] for room in options) for i in range(max(map(len, options)))]
+
+
+# The command lines of trained networks: every constraint and every activation, and the runs of each stack.
+TRAINED = [
+    (*case, f"act={act}", "model.depth=2")
+    for case, act in pairs(constraint_cases(bounded=False).values(), options("act"))
+]
+EACH_LIPSCHITZ = ("lipschitz=0.01", "lipschitz=1", "lipschitz=3", "lipschitz=100")
+
+
+# Activations of a user -------------------------------------------------------------------------------------------
+
+
+class Bent(Activation):
+    """z / 4 below 0 and 3 z / 4 above."""
+
+    norms = ALL_NORMS
+    slopes = (0.25, 0.75)
+
+    def forward(self, z):
+        return torch.where(z > 0, 0.75 * z, 0.25 * z)
+
+    def active_map(self, z):
+        if np.any(z == 0):
+            return None
+        return ActiveMap(np.broadcast_to(np.arange(z.shape[-1]), z.shape), np.where(z > 0, 3, 1), -2)
+
+    def breakpoints(self, width):
+        return np.stack([np.arange(width)[::-1], np.full(width, -1)], axis=1)
+
+
+class Descending(Activation):
+    """Sorts neighbours, the largest first; its breakpoints are listed backwards."""
+
+    norms = ALL_NORMS
+
+    def __init__(self, size=2):
+        super().__init__()
+        self.size = size
+
+    def forward(self, z):
+        return z.unflatten(-1, (-1, self.size)).sort(dim=-1, descending=True).values.flatten(-2)
+
+    def groups(self, width):
+        return np.arange(width).reshape(-1, self.size)[:, ::-1]
+
+    def active_map(self, z):
+        members = -z.reshape(*z.shape[:-1], -1, self.size)
+        order = np.argsort(members, axis=-1)
+        members = np.take_along_axis(members, order, axis=-1)
+        if np.any(members[..., 1:] == members[..., :-1]):
+            return None
+        index = order + self.size * np.arange(order.shape[-2])[:, None]
+        return ActiveMap(index.reshape(z.shape), np.ones(z.shape, dtype=np.int64))
+
+    def breakpoints(self, width):
+        pairs = [pair for group in self.groups(width)[::-1] for pair in itertools.combinations(group[::-1], 2)]
+        return np.array(pairs)
+
+
+ACTS = {
+    "relu": RELU,
+    "leaky_relu": LeakyReLU(0.1),
+    "abs": Abs(),
+    "bent": Bent(),
+    "maxmin": GroupSort(),
+    "groups of 3": GroupSort(group_size=3),
+    "fullsort": GroupSort(n_groups=1),
+    "descending pairs": Descending(),
+    "descending threes": Descending(3),
+}
+
+
+# In rational arithmetic ------------------------------------------------------------------------------------------
+
+Form = list[Fraction]  # an affine function: its gradient, then its constant
+Piece = list[tuple[int, Fraction]]  # a linear map of features: out[j] = factor z[index]
+
+
+def groups_of(act: Activation, width: int) -> list[list[int]] | None:
+    """The features that are sorted together, the place of the smallest first; None: there are two slopes."""
+    if isinstance(act, GroupSort):
+        n = width // act.size(width)
+        return [list(range(first, width, n)) for first in range(n)]
+    if isinstance(act, Descending):
+        return [list(range(first, first + act.size))[::-1] for first in range(0, width, act.size)]
+    return None
+
+
+def slopes_of(act: Activation) -> tuple[Fraction, Fraction]:
+    """Below 0 and above."""
+    return (Fraction(1, 4), Fraction(3, 4)) if isinstance(act, Bent) else (Fraction(act.slope), Fraction(1))
+
+
+def piece(act: Activation, z: Sequence[Any]) -> Piece:
+    """What `act` does to features z: equal ones stay in the order of their indices, and 0 counts as negative."""
+    groups = groups_of(act, len(z))
+    if groups is None:
+        return [(j, slopes_of(act)[v > 0]) for j, v in enumerate(z)]
+    return _sorting(groups, [sorted(sorted(group), key=lambda j: z[j]) for group in groups])
+
+
+def pieces(act: Activation, width: int) -> Iterator[Piece]:
+    """All that `act` could do to so many features."""
+    groups = groups_of(act, width)
+    if groups is None:
+        for slopes in itertools.product(slopes_of(act), repeat=width):
+            yield list(enumerate(slopes))
+    else:
+        for orders in itertools.product(*map(itertools.permutations, groups)):
+            yield _sorting(groups, orders)
+
+
+def _sorting(groups: Sequence[Sequence[int]], orders: Sequence[Sequence[int]]) -> Piece:
+    source = dict(zip(itertools.chain(*groups), itertools.chain(*orders), strict=True))
+    return [(source[place], Fraction(1)) for place in range(len(source))]
+
+
+def exact_layers(network: BakedNetwork, run: int = 0) -> list[list[Form]]:
+    """The rows of each layer's weight, each with its bias."""
+    parts = [torch.cat([weight[run], bias[run].mT], dim=1) for weight, bias in network.layers]
+    return [[[Fraction(v) for v in row] for row in part.double().tolist()] for part in parts]
+
+
+def dot(a: Sequence[Any], b: Sequence[Any]) -> Any:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def behind(rows: list[Form], forms: Sequence[Form]) -> list[Form]:
+    """A layer of affine functions."""
+    columns = list(zip(*forms, strict=True))
+    behind = [[dot(row[:-1], column) for column in columns] for row in rows]
+    return [[*form[:-1], form[-1] + row[-1]] for form, row in zip(behind, rows, strict=True)]
+
+
+def local_map(network: BakedNetwork, point: Any, run: int = 0) -> tuple[list[Form], list[Piece]]:
+    """The affine map of each output near a point that is on no breakpoint, and the pieces that lead to it."""
+    x, chosen = [*(Fraction(float(v)) for v in point), Fraction(1)], []
+    forms, *layers = exact_layers(network, run)
+    for rows in layers:
+        chosen.append(piece(network.act, [dot(form, x) for form in forms]))
+        forms = behind(rows, [[factor * v for v in forms[j]] for j, factor in chosen[-1]])
+    return forms, chosen
+
+
+def gradient(network: BakedNetwork, point: Any, run: int = 0) -> Form:
+    return local_map(network, point, run)[0][0][:-1]
+
+
+def value(network: BakedNetwork, point: Any, run: int = 0) -> Fraction:
+    """f at any point, for one output."""
+    return dot(local_map(network, point, run)[0][0], [*(Fraction(float(v)) for v in point), 1])
+
+
+def power(vector: Sequence[Fraction], q: float) -> Fraction:
+    """||vector||_q, for q = 2 its square."""
+    return dot(vector, vector) if q == 2 else sum(map(abs, vector)) if q == 1 else max(map(abs, vector))
+
+
+def root(power: Fraction, q: float) -> float:
+    """The norm, in more digits than float64 has before it is rounded."""
+    return math.isqrt(int(power * 2**240)) / 2**120 if q == 2 else float(power)
+
+
+def pattern_power(network: BakedNetwork, q: float) -> Fraction:
+    """The largest `power` of the gradient on all patterns of pieces, whether they occur or not."""
+    *layers, last = exact_layers(network)
+    rows = {tuple(last[0][:-1])}
+    for weight in reversed(layers):
+        columns = list(zip(*weight, strict=True))[:-1]
+        pulled = set()
+        for row, chosen in itertools.product(rows, pieces(network.act, len(weight))):
+            back = [Fraction(0)] * len(weight)
+            for (j, factor), v in zip(chosen, row, strict=True):
+                back[j] += factor * v
+            pulled.add(tuple(back))
+        rows = {tuple(dot(row, column) for column in columns) for row in pulled}
+    return max(power(row, q) for row in rows)
+
+
+def region_gradients(network: BakedNetwork, box: Any = None) -> set[tuple[Fraction, ...]]:
+    """The gradients on all linear regions of two inputs with an interior in the box (low, high), or the plane.
+
+    Layer by layer, the lines of all breakpoints cut polygons of homogeneous corners (x, y, t), which are integers.
+    """
+    if box is None:
+        start = [[(s, 0, 0), (0, t, 0), (0, 0, 1)] for s in (1, -1) for t in (1, -1)]
+    else:
+        (x0, y0), (x1, y1) = ([int(v) for v in end] for end in box)
+        start = [[(x0, y0, 1), (x1, y0, 1), (x1, y1, 1), (x0, y1, 1)]]
+    forms, *layers = exact_layers(network)
+    parts = [(polygon, forms) for polygon in start]
+    for rows in layers:
+        groups = groups_of(network.act, len(forms))
+        pairs = [] if groups is None else [pair for group in groups for pair in itertools.combinations(group, 2)]
+        cut = []
+        for polygon, forms in parts:
+            gaps = [[a - b for a, b in zip(forms[i], forms[j], strict=True)] for i, j in pairs] or forms
+            polygons = [polygon]
+            for gap in gaps:
+                polygons = [side for part in polygons for side in _sides(part, gap)]
+            for part in polygons:
+                middle = [sum(column) for column in zip(*part, strict=True)]
+                chosen = piece(network.act, [dot(form, middle) for form in forms])
+                cut.append((part, behind(rows, [[factor * v for v in forms[j]] for j, factor in chosen])))
+        parts = cut
+    return {tuple(forms[0][:2]) for _, forms in parts}
+
+
+def _sides(polygon: list[Any], form: Form) -> list[Any]:
+    """The polygon, cut where the form is 0."""
+    scale = math.lcm(*(v.denominator for v in form))
+    line = [int(v * scale) for v in form]
+    values = [dot(line, corner) for corner in polygon]
+    if not min(values) < 0 < max(values):
+        return [polygon]
+    sides: tuple[list[Any], list[Any]] = ([], [])
+    around = list(zip(polygon, values, strict=True))
+    for (corner, v), (after, w) in zip(around, [*around[1:], around[0]], strict=True):
+        for sign, side in zip((1, -1), sides, strict=True):
+            if sign * v >= 0:
+                side.append(corner)
+            if v * w < 0:
+                between = [abs(w) * a + abs(v) * b for a, b in zip(corner, after, strict=True)]
+                side.append(tuple(entry // math.gcd(*between) for entry in between))
+    return list(sides)

@@ -1,0 +1,227 @@
+"""Baked networks: K stacked ones equal K of torch's, and their linear regions are those of rational arithmetic."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from networks import ACTS, by_hand, degenerate, dot, local_map, network, normal
+
+from lipexp.activations import GroupSort, ReLU, as_activation
+from lipexp.measured.gradients import scan
+from lipexp.networks import Affine, BakedNetwork, Network, inputs_and_output
+
+RUNS, BATCH = 3, 5
+
+
+def sequential(network, run):
+    """One of the stacked networks, made of torch's own parts."""
+    parts = []
+    for weight, bias in network.layers:
+        linear = torch.nn.Linear(weight.shape[2], weight.shape[1], dtype=weight.dtype)
+        linear.load_state_dict({"weight": weight[run], "bias": bias[run, 0]})
+        parts += [linear, network.act]
+    return torch.nn.Sequential(*parts[:-1])
+
+
+@pytest.mark.parametrize(
+    ("n_outputs", "runs", "act"),
+    [(1, RUNS, ReLU()), (3, 1, as_activation(torch.nn.Tanh())), (12, RUNS, GroupSort())],
+)
+def test_stacked_networks_and_their_gradients_equal_torchs_one_by_one(n_outputs, runs, act):
+    baked, x = network(2, 8, 8, n_outputs, act=act, runs=runs).double, normal(runs, BATCH, 2)
+    layers = [Affine(*(part.clone().requires_grad_() for part in layer)) for layer in baked.layers]
+    points = x.clone().requires_grad_()
+    out = inputs_and_output(layers, act, points)[1]
+    assert out.shape == (runs, BATCH, n_outputs)
+    found = torch.autograd.grad(out.square().sum(), [points, *(part for layer in layers for part in layer)])
+    for run in range(runs):
+        alone, own = sequential(baked, run), x[run].clone().requires_grad_()
+        expected = alone(own)
+        gradients = torch.autograd.grad(expected.square().sum(), [own, *alone.parameters()])
+        # The same sums in another order, in float64.
+        torch.testing.assert_close(baked(x)[run], expected, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(baked.run(run)(x[run : run + 1])[0], expected, rtol=1e-13, atol=1e-13)
+        for together, separate in zip(found, gradients, strict=True):
+            torch.testing.assert_close(together[run].reshape(separate.shape), separate, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("n_outputs", [1, 3, 6])
+def test_a_layer_can_be_differentiated_twice(n_outputs):
+    """Curved activations and penalties on the gradient need it; a layer that loses it gives wrong numbers."""
+    parts = [normal(2, BATCH, 4), normal(2, n_outputs, 4), normal(2, 1, n_outputs)]
+    parts = [part.requires_grad_() for part in parts]
+
+    def affine(x, weight, bias):
+        return Affine(weight, bias)(x).tanh()
+
+    assert torch.autograd.gradcheck(affine, parts)
+    assert torch.autograd.gradgradcheck(affine, parts)
+
+
+def test_a_network_knows_its_shape_its_norms_and_what_each_layer_receives():
+    baked, x = (
+        replace(network(2, 8, 6, 3, runs=RUNS).double, norms=[[1.0, 2, 3], [4.0, 5, 6], [7.0, 8, 9]]),
+        normal(RUNS, BATCH, 2),
+    )
+    assert (baked.n_runs, baked.n_inputs, baked.n_outputs, baked.hidden_widths) == (RUNS, 2, 3, [8, 6])
+    assert baked.run(1).norms == [[2.0], [5.0], [8.0]]
+    inputs, out = baked.inputs_and_output(x)
+    assert inputs[0] is x
+    for i, received in enumerate(inputs):
+        rest = replace(baked, layers=baked.layers[i:])
+        torch.testing.assert_close(rest(received), out, rtol=1e-13, atol=1e-13)
+    baked.layers[2].bias[1, 0, 0] = math.nan
+    assert [baked.is_finite(run) for run in range(RUNS)] == [True, False, True]
+
+
+# Saving and loading ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", [ReLU(), GroupSort(n_groups=1)], ids=["relu", "fullsort"])
+def test_a_state_dict_is_plain_and_makes_the_same_network(act):
+    baked, x = network(2, 8, 8, 1, act=act, runs=RUNS), normal(RUNS, BATCH, 2).float()
+    for run in range(RUNS):
+        state, buffer = baked.state_dict(run), io.BytesIO()
+        shapes = {key: tuple(part.shape) for key, part in state.items()}
+        assert shapes == {
+            **{"layers.0.weight": (8, 2), "layers.0.bias": (8,), "layers.1.weight": (8, 8), "layers.1.bias": (8,)},
+            **{"layers.2.weight": (1, 8), "layers.2.bias": (1,)},
+        }
+        assert {part.dtype for part in state.values()} == {torch.float32}
+        torch.save(state, buffer)
+        buffer.seek(0)
+        again = BakedNetwork.from_state_dict(torch.load(buffer, weights_only=True), act)
+        plain = Network(again)
+        assert list(plain.state_dict()) == list(state)
+        assert not any(part.requires_grad for part in plain.parameters())
+        # The same sums in another order, in float32 and of size at most 10.
+        torch.testing.assert_close(plain(x[run]), baked(x)[run], rtol=1e-5, atol=1e-5)
+        for part in state.values():
+            part.zero_()  # a copy of its own
+    assert all(part.any() for layer in baked.layers for part in layer)
+
+
+def test_an_activation_in_a_network_sees_runs_points_and_features():
+    seen = []
+    act = as_activation(lambda z: seen.append(z.shape) or z)
+    Network(network(2, 4, 1, act=act))(normal(BATCH, 2).float())
+    assert seen == [(1, BATCH, 4)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers.1.bias": None}, "layers.1.bias is missing"),
+        ({"layers.0.weight": None}, "layers.0.weight is missing"),
+        ({"layers.3.weight": torch.ones(1, 1)}, "unexpected entry layers.3.weight"),
+        ({"layers.0.bias": [1.0]}, "layers.0.bias is list, not float32"),
+        ({"layers.0.weight": torch.ones(4)}, r"layers.0.weight has shape \(4,\)"),
+        ({"layers.0.bias": torch.ones(3)}, "layers.0 has 4 rows and 3 biases"),
+        ({"layers.1.weight": torch.ones(1, 3)}, "layers.1 takes 3 features, layers.0 gives 4"),
+        ({f"layers.{i}.{part}": None for i in (0, 1) for part in ("weight", "bias")}, "there are no layers in it"),
+    ],
+)
+def test_what_is_no_state_dict_of_a_network_is_named(changes, message):
+    state = network(2, 4, 1).state_dict() | changes
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        BakedNetwork.from_state_dict({key: part for key, part in state.items() if part is not None}, ReLU())
+
+
+# Linear regions --------------------------------------------------------------------------------------------------
+
+
+def found_map(network, point):
+    """(gradient row, offset) of each output."""
+    region = network.linear_region(np.asarray(point, dtype=np.float64))
+    columns = np.column_stack([region.gradient, region.offset])
+    return [[int(value) * Fraction(2) ** region.exponent for value in row] for row in columns]
+
+
+@pytest.mark.parametrize("sizes", [(2, 6, 6, 1), (3, 6, 2), (1, 1)], ids=str)
+@pytest.mark.parametrize("name", ACTS)
+def test_the_map_of_a_region_is_the_one_of_rational_arithmetic(name, sizes):
+    baked, shared = network(*sizes, act=ACTS[name]), 0
+    for point in normal(6, sizes[0]):
+        found, (forms, pieces) = found_map(baked, point), local_map(baked, point)
+        assert found == forms
+        for near in point + 0.05 * normal(8, sizes[0], seed=1):
+            own, other = local_map(baked, near)
+            x = [*map(Fraction, near.tolist()), 1]
+            shared += other == pieces  # the point lies in the same region, and the map gives f there
+            assert other != pieces or [dot(form, x) for form in found] == [dot(form, x) for form in own]
+    assert shared > 10
+
+
+def test_the_map_of_a_region_has_the_scanned_gradient(act_option, make):
+    baked = network(2, 16, 16, 16, 1, act=make("act", f"act={act_option}"))
+    x = normal(1, 20, 2)
+    for point, expected in zip(x[0].numpy(), scan(baked, x).gradient[0], strict=True):
+        found = [float(value) for value in found_map(baked, point)[0][:-1]]
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_zeros_and_all_magnitudes_keep_their_digits():
+    baked = by_hand(
+        ([[1e-30, 0.0], [0.0, 1e30], [1e-45, -1e-45], [0.0, 0.0]], [0.0, -1e30, 1e-40, 1.0]),
+        ([[1e20, -1e-20, 0.0, 3.0]], [0.0]),
+    )
+    for point in ([1e-300, 2.0], [1e200, 0.25]):
+        assert found_map(baked, point) == local_map(baked, point)[0]
+    assert baked.linear_region(np.array([0.0, -5.0])) is None
+
+
+def test_a_point_on_a_border_is_in_no_region():
+    baked = by_hand(([[1.0, 0.0], [0.0, 1.0]], [0.0, -0.5]), ([[1.0, 1.0]], [0.0]))
+    maxmin = replace(baked, act=GroupSort())
+    inside = {
+        (0.0, 3.0): (False, True),
+        (1.0, 0.5): (False, True),
+        (1.0, 3.0): (True, True),
+        (1.0, 1.5): (True, False),
+    }
+    for point, expected in inside.items():
+        regions = (baked.linear_region(np.array(point)), maxmin.linear_region(np.array(point)))
+        assert tuple(region is not None for region in regions) == expected
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_features_that_are_equal_everywhere_or_zero_make_no_border(name):
+    baked = degenerate(network(2, 6, 6, 1, act=ACTS[name]))
+    for point in normal(10, 2):
+        assert found_map(baked, point) == local_map(baked, point)[0]
+
+
+def test_features_that_cross_make_a_border_beside_those_that_are_equal():
+    baked = degenerate(network(2, 6, 6, 1))
+    baked.layers[0].weight[0, 5], baked.layers[0].bias[0, 0, 5] = torch.tensor([1.0, -1.0]), 0
+    crossing = {ReLU(): False, GroupSort(n_groups=1): False, GroupSort(group_size=3): True}  # 0, or feature 2
+    for act, is_inside in crossing.items():
+        tied = replace(baked, act=act)
+        assert (tied.linear_region(np.array([0.5, 0.5])) is not None) == is_inside
+        assert tied.linear_region(np.array([0.5, 0.25])) is not None
+
+
+class Unlisted(ReLU):
+    """A user's class that does not say where its map changes."""
+
+    def forward(self, z):
+        return torch.relu(z)
+
+    def active_map(self, z):
+        return ReLU.active_map(self, z)
+
+
+def test_ties_are_borders_where_breakpoints_are_not_known():
+    baked = replace(degenerate(network(2, 6, 6, 1)), act=Unlisted())
+    assert baked.linear_region(np.array([0.5, 0.25])) is None
+
+
+def test_numbers_that_are_not_finite_have_no_region():
+    with pytest.raises(ArithmeticError, match="not finite"):
+        by_hand(([[math.inf, 1.0]], [0.0]), ([[1.0]], [0.0])).linear_region(np.ones(2))
