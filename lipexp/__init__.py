@@ -9,9 +9,9 @@ The rule of the house: configuration group (singular) = module (plural) = test f
     conf/model/       -> lipexp/models.py
     conf/optim/       -> lipexp/optim.py
 
-The road of a command: cli -> hydra_app -> members (configurations -> objects) -> loop (K stacked runs) -> evaluate,
-with measured (lower bounds) and proven (upper bounds) -> record and runs (the folder of a run). A sweep takes the
-side road sweep -> train. What is finished is read back by loading, for certify, report and figures.
+The road of a command: cli -> hydra_app -> members (configurations -> objects) -> loop (K stacked runs) ->
+evaluate, with measured (lower bounds) and proven (upper bounds) -> record and runs (the folder of a run). A sweep
+takes the side road sweep -> train. What is finished is read back by loading, for certify, report and figures.
 """
 
 from __future__ import annotations

@@ -250,6 +250,8 @@ def certify(folder: RunFolder, options: argparse.Namespace) -> int:
     except ConfigError as error:
         print(f"lipexp: {folder.path}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of the screen: cli.py ends the command
+        raise
     except OSError as error:
         print(f"lipexp: {folder.path}: cannot be written: {error.strerror}", file=sys.stderr)
         return 2

@@ -54,9 +54,12 @@ def main(arguments: Sequence[str]) -> int:
 def composed(overrides: Sequence[str], folder: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The configuration of `lipexp train` with these overrides, resolved, and the option chosen in each group."""
     register_schemas()
-    own = [] if folder is None else [f"hydra.searchpath=[file://{Path(folder).resolve()}]"]
-    if folder is not None and not Path(folder).is_dir():
-        raise ConfigError("--config-dir", folder, "is no folder")
+    own = []
+    if folder is not None:
+        if not Path(folder).is_dir():
+            raise ConfigError("--config-dir", folder, "is no folder")
+        quoted = str(Path(folder).resolve()).replace("\\", "\\\\").replace("'", "\\'")
+        own = [f"hydra.searchpath=['file://{quoted}']"]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("config", overrides=[*own, *overrides], return_hydra_config=True)
@@ -75,7 +78,6 @@ def check(content: dict[str, Any], choices: dict[str, Any], groups: Sequence[str
     from lipexp.laws import LAWS, Broken, Subject, statement
 
     subject = Subject(content, choices)
-    _ = subject.member  # bad input is refused before a law is called
     broken = 0
     for group in (*groups, "run"):
         print(f"{group}={choices[group]}" if group in choices else "the whole run")

@@ -21,7 +21,19 @@ VERBS = {
 
 def main() -> int:
     """Run one verb; returns the exit status: 0, 1 a run failed, 2 bad input, 130 interrupted."""
-    arguments = sys.argv[1:]
+    try:
+        status = _main(sys.argv[1:])
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("lipexp: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as in `lipexp report | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _main(arguments: list[str]) -> int:
     verb = arguments[0] if arguments else "--help"
     if verb in ("-sc", "--shell-completion"):
         return _complete(arguments)
@@ -42,18 +54,11 @@ def main() -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
-    try:
-        with ending_on_interrupt():
-            module = importlib.import_module(VERBS[verb][0])
-            if verb not in ("train", "figures"):  # these say themselves from when on they have work to lose
-                raise_on_interrupt()
-            return int(module.main(arguments))
-    except KeyboardInterrupt:
-        print("lipexp: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as in `lipexp report | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    with ending_on_interrupt():
+        module = importlib.import_module(VERBS[verb][0])
+        if verb not in ("train", "figures"):  # these say themselves from when on they have work to lose
+            raise_on_interrupt()
+        return int(module.main(arguments))
 
 
 def _usage() -> str:

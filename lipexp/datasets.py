@@ -20,7 +20,7 @@ Array = npt.NDArray[np.float32]
 
 
 class Data(NamedTuple):
-    """What one run trains and is tested on."""
+    """The training and test data of one run."""
 
     train_x: Array  # (N, D)
     train_y: Array  # (N,)
@@ -122,8 +122,8 @@ class Cones(Generated):
     """Point masses (y = 1) against unit spheres around them (y = 0), in the norm p.
 
     All mass has to move by 1, so the Wasserstein-1 distance of the two is 1, and f(x) = -min_i ||x - c_i||_p, a
-    landscape of cones, is the 1-Lipschitz function that shows it. The centres c_i lie on the first axis. A point
-    on a sphere comes with its opposite: a sample that leans to one side would reward a linear f.
+    landscape of cones, is the 1-Lipschitz function that attains it. The centres c_i lie on the first axis. Every
+    point on a sphere comes with its opposite, since a sample that leans to one side would reward a linear f.
 
     Args:
         n_inputs: D.
@@ -154,7 +154,7 @@ class Cones(Generated):
     def sample(self, n: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         y = np.arange(n) % 2
         x = np.zeros((n, self.n_inputs))
-        # A centre and a point around it, and then the opposite point, before it is the next centre's turn.
+        # Four rows per centre in turn: the centre, a point around it, the centre again, and the opposite point.
         x[:, 0] = self.spacing * (np.arange(n) // 4 % self.n_cones - (self.n_cones - 1) / 2)
         x[y == 0] += _with_opposites(on_sphere((n + 3) // 4, self.n_inputs, self.p, rng))[: n - n // 2]
         return x, y

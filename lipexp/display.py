@@ -132,11 +132,11 @@ class SweepDisplay:
     def header(
         self, jobs: int, done: int, stacks: Sequence[int], run_bytes: int = 0, processes: int | None = None
     ) -> None:
-        """How many jobs there are, how many were trained before, and in what stacks the others train.
+        """The number of jobs, of those that were trained before, and the stacks that the others train in.
 
         Args:
-            stacks: the number of runs of each.
-            run_bytes: the memory that a run takes.
+            stacks: the number of runs of each stack.
+            run_bytes: the memory that one run takes.
             processes: how many stacks train at the same time; None is one, in this process.
         """
         self._runs = stacks
@@ -167,7 +167,7 @@ class SweepDisplay:
         self._bars = None
 
     def update(self, number: int, step: int, total: int | None, live: str | None, done: bool = False) -> None:
-        """Stack `number` has finished `step` steps; `done`: and written all its results."""
+        """Stack `number` has finished `step` steps, and with `done` has written all its results."""
         self._steps[number] = step
         if live is not None:
             self._live[number] = live
@@ -195,7 +195,7 @@ class SweepDisplay:
         return f"stack {number + 1} of {len(self._runs)}, {count(self._runs[number], 'run')}"
 
     def say(self, text: str, number: int | None = None) -> None:
-        """A line, on stack `number` or on all of them."""
+        """Print a line about stack `number`, or about all of them."""
         self._print(escape(text if number is None else f"{self._name(number)}: {text}"))
 
     def result(self, rows: Sequence[Mapping[str, Any]], overrides: Sequence[str], file: Path, table: bool) -> None:
@@ -293,7 +293,7 @@ def _ranked(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str,
 
 
 def _result_cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
-    """The metric of a job, in the column of its kind, and its measured and certified constant."""
+    """The metric of a job in its own column, and its measured and certified constant."""
     if "lipschitz.measured" not in row:
         return [""] * (len(metrics) + 2 * bool(metrics))
     certified = row["lipschitz.certified"]

@@ -101,8 +101,8 @@ class Trainer:
         self.y = torch.stack([torch.from_numpy(data.train_y) for data in stack.data]).to(device, dtype)  # (K, N)
         batch_generators = [generator(s.batches) for s in stack.streams]
         self._batches = batch_indices(self.x.shape[1], stack.batch_size, batch_generators)
-        # Where the points of each run begin when all runs lie in one list: one index_select is several times as
-        # fast as a gather from each run.
+        # The index of each run's first point in the list of all runs' points: one index_select from that list is
+        # several times as fast as a gather from each run.
         self._starts = self.x.shape[1] * torch.arange(len(stack.data)).view(-1, 1)  # (K, 1)
 
         starts = [stack.model.initial(stack.shapes, generator(s.weights)) for s in stack.streams]
@@ -191,10 +191,11 @@ def batch_indices(n: int, batch_size: int, generators: Sequence[torch.Generator]
 
 
 def _keep_freed_memory() -> None:
-    """Have the C library keep what a step frees for the next one.
+    """Have the C library keep freed memory for the next step.
 
-    glibc hands blocks as large as a stack's features back to the system, and fetching them anew costs a fifth of
-    the time. It stops once it has seen a block of nearly 32 MiB freed (mallopt(3), M_MMAP_THRESHOLD).
+    glibc returns blocks as large as a stack's features to the system, and requesting them again costs a fifth of
+    the time of a step. It keeps them once it has seen a block of nearly 32 MiB freed (mallopt(3),
+    M_MMAP_THRESHOLD).
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 

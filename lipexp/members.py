@@ -185,8 +185,8 @@ def run_bytes(member: Member) -> int:
 def preferred_stack_size(member: Member) -> int:
     """The number of runs of a stack on a CPU whose features behind a layer together take 1 MiB.
 
-    That is about the second-level cache of a core, in which one operation finds what the one before has left.
-    With fewer than four runs, too little of what a step costs by itself would be shared.
+    That is about the second-level cache of a core, so each operation finds its operands there. With fewer than
+    four runs, too little of the fixed cost of a step would be shared.
     """
     widest = max(n_out for n_out, _ in member.shapes)
     return max(4, 2**20 // (4 * member.config.batch_size * widest))

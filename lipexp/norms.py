@@ -73,8 +73,8 @@ def row_norm_bound(weight: FloatArray, q: float) -> float:
 def spectral_norm_bound(weight: FloatArray) -> float:
     """A proven upper bound on the largest singular value of `weight` (out, in), some 1e-12 above it.
 
-    s is proven when the Cholesky factorisation of s^2 I - W W^T - c I runs through in float64, with a shift c
-    that covers the rounding errors of the product and of the factorisation.
+    s is proven when the Cholesky factorisation of s^2 I - W W^T - c I succeeds in float64, with a shift c that
+    covers the rounding errors of the product and of the factorisation.
 
     Reference: Rump 2006, "Verification of positive definiteness", BIT 46, theorem 2.3.
     """
@@ -85,7 +85,7 @@ def spectral_norm_bound(weight: FloatArray) -> float:
         return row_norm_bound(matrix, 2)  # one row: the two norms are the same
     gram = matrix @ matrix.T
     estimate = math.sqrt(max(0.0, np.linalg.eigvalsh(gram)[-1]))
-    frobenius = np.linalg.norm(matrix)  # about as large: nothing above it needs to be tried
+    frobenius = np.linalg.norm(matrix)  # an upper bound anyway, so nothing above it needs to be tried
     excess = cholesky_shift(matrix.shape)
     while excess < 1 and estimate * (1 + excess) < frobenius:
         candidate = estimate * (1 + excess)
@@ -122,9 +122,9 @@ def _proves(bound: float, gram: FloatArray, shape: tuple[int, int]) -> bool:
 def is_semidefinite(matrix: FloatArray, error: FloatArray | None = None) -> bool:
     """Whether each symmetric matrix within `error` of `matrix` (n, n), entry by entry, is positive semidefinite.
 
-    That is proven, for the exact numbers that both hold; without an `error` it is about `matrix` itself. Rows and
+    This is proven for the exact numbers that both hold; without an `error` it concerns `matrix` itself. Rows and
     columns of both are scaled by the same powers of two, which leaves diagonal entries between 1/2 and 2. If a
-    Cholesky factorisation of A - c I runs through, A - c I + E is semidefinite for some E with
+    Cholesky factorisation of A - c I succeeds, A - c I + E is semidefinite for some E with
     ||E||_2 <= gamma_{n+1} / (1 - gamma_{n+1}) trace(A - c I); and the largest row sum of `error` is at least the
     2-norm of any symmetric matrix within it. So c has to be at least the sum of the two.
 
@@ -176,7 +176,7 @@ def even_split(lipschitz: float, n_layers: int) -> float:
 
 
 def _sum_up(terms: FloatArray) -> float:
-    """The exact sum of float64 numbers, rounded up: fsum rounds correctly, and so does the sign of the rest."""
+    """The exact sum of float64 numbers, rounded up; fsum rounds correctly, so the sign of the rest is certain."""
     total = math.fsum(terms)
     return math.nextafter(total, math.inf) if math.fsum([*terms, -total]) > 0 else total
 

@@ -202,12 +202,14 @@ def show(rows: pd.DataFrame, columns: Sequence[str], by: Sequence[str], root: st
 def cell(row: dict[Any, Any], key: str, root: str) -> str:
     """What stands in the table: settings in full, numbers rounded, bounds to their safe side."""
     value = row[key]
+    if value is None:
+        return ""
     if key == "run":
         return os.path.relpath(value, root)
     if key == "status" and row["reason"]:
         return f"{value}: {' '.join(row['reason'].split())}"
     if not isinstance(value, float):
-        return "" if value is None else str(value)
+        return str(value)
     if key in (MEASURED, CERTIFIED):
         return below(value) if key == MEASURED else above(value, row[TARGET])
     rounded = f"{value:#.4g}" if key in (*TESTED, "worst") else f"{value:.4g}"

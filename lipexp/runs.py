@@ -129,7 +129,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the folder for this process, once others have let go of it; leaves no file behind."""
+        """Locks the folder for this process, once no other process holds it; leaves no file behind."""
         handle = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)

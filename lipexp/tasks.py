@@ -52,4 +52,3 @@ TASKS = {
     "regression": Task("mse", False, mean_squared_error, "any number", has_classes=False, decides=False),
 }
 METRICS = {task.metric: task.larger_is_better for task in TASKS.values()}  # -> larger is better
-

@@ -14,7 +14,7 @@ SUBSCRIPT = {1: "₁", 2: "₂", "inf": "∞"}
 
 
 def shown_path(path: Path) -> str:
-    """From here, or from the root for what lies outside."""
+    """A path relative to the current folder, or absolute if it lies outside."""
     shown = os.path.relpath(path)
     return str(path.absolute()) if shown.startswith("..") else shown
 
@@ -41,8 +41,10 @@ def robustness_line(robustness: Robustness) -> str:
     """`certified accuracy within ‖δ‖₂ ≤ 0.1: 0.998  0.25: 0.9965   median radius 0.5122`, or why there is none."""
     if robustness.certified_accuracy is None:
         return f"no certified radii: {robustness.reason}"
-    shares = "  ".join(f"{radius}: {share:.4g}" for radius, share in robustness.certified_accuracy.items())
-    within = f"certified accuracy within ‖δ‖{SUBSCRIPT[robustness.p]} ≤ {shares}   " if shares else ""
+    fractions = "  ".join(
+        f"{radius}: {fraction:.4g}" for radius, fraction in robustness.certified_accuracy.items()
+    )
+    within = f"certified accuracy within ‖δ‖{SUBSCRIPT[robustness.p]} ≤ {fractions}   " if fractions else ""
     median = robustness.median_radius
     return f"{within}median radius {'infinite' if median is None else below(median)}"
 
@@ -50,8 +52,9 @@ def robustness_line(robustness: Robustness) -> str:
 def interval_line(lipschitz: Interval) -> str:
     """`‖∇f‖₂  measured 0.9942 ≤ exact 0.9943 ≤ product 0.9999972 ≤ L = 1   PASS`, each rounded to its safe side.
 
-    Without an exact constant it is the certified bound, with its method where that is not the product. Measured is
-    over the box of the data, and so is a first exact constant; the second one holds everywhere.
+    Without an exact constant the certified bound is shown, with its method if that is not the product. `measured`
+    is a maximum over the box of the data. Of two exact constants the first is that of the box, the second holds
+    everywhere.
     """
     parts = [f"measured {below(lipschitz.measured)}"]
     exact, certified, product = lipschitz.exact, lipschitz.certified, lipschitz.product
@@ -100,5 +103,5 @@ def _decimal(value: float, digits: int, rounding: str) -> str:
 
 
 def rounded(value: float | None) -> str:
-    """`value` to four significant digits; of a missing one, a question mark."""
+    """`value` to four significant digits, or a question mark if there is none."""
     return "?" if value is None else f"{value:.4g}"

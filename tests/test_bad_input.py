@@ -6,47 +6,34 @@ from pathlib import Path
 
 import pytest
 import torch
-
-DEBUG = ("experiment=debug", "device=cpu")
+from commands import INLINE, TINY, content
 
 BAD_INPUT = {
-    "loss=hing": "loss=hing: no such option; did you mean loss=hinge? (bce, hinge, kantorovich, mse)",
+    "loss=hing": "loss=hing: no such option; did you mean loss=hinge? (bce, ",
     "los=hinge": "los: no such setting; did you mean loss?",
     "loss.margn=1": "loss.margn: no such setting; did you mean loss.margin?",
     "loss=null": "loss=null: needs one option",
     "loss=bce,hinge": "loss=bce,hinge: several values are a sweep, which needs -m",
     "steps=foo": "steps=foo: must be a whole number",
-    "steps=1.5": "steps=1.5: must be a whole number",
     "steps=-1": "steps=-1: must be a whole number, at least 0",
-    "seed=-1": "seed=-1: must be a whole number, at least 0",
-    "eval_every=-1": "eval_every=-1: must be a whole number, at least 0",
     "threads=0": "threads=0: must be a whole number, at least 1",
-    "lipschitz=0": "lipschitz=0.0: must be a finite number above 0",
-    "lipschitz=-1": "lipschitz=-1.0: must be a finite number above 0",
     "lipschitz=nan": "lipschitz=nan: must be a finite number above 0",
-    "lipschitz=inf": "lipschitz=inf: must be a finite number above 0",
     "lipschitz=1e100": "lipschitz=1e+100: must be between 1e-30 and 1e+30",
     "batch_size=2001": "batch_size=2001: must be at most dataset.n_train=2000",
-    "batch_size=0": "batch_size=0: must be a whole number, at least 1",
     "model.width=63": "model.width=63: must be a multiple of act's group size, MaxMin's 2",
     "act.n_groups=5": "model.width=64: must be a multiple of act.n_groups=5",
-    "act.group_size=5": "model.width=64: must be a multiple of act.group_size 5",
     "act.n_groups=2 act.group_size=32": "act.n_groups=2: give it or group_size (now 32), not both",
     "constraint=linf constraint.p=3": "constraint.p=3: must be 1, 2 or inf",
-    "constraint=linf constraint.p=x": "constraint.p=x: must be 1, 2 or inf",
     "loss=mse": "loss=mse: is for regression, but dataset=two_moons is classification (bce, hinge)",
     "dataset=absolute_value loss=bce": "loss=bce: is for classification, but dataset=absolute_value is regression",
-    "loss.margin=-1": "loss.margin=-1: must be a finite number, at least 0",
     "loss.margin=wide": "loss.margin=wide: must be a finite number, at least 0",
     "loss=bce loss.temperature=0": "loss.temperature=0: must be a finite number above 0",
-    "dataset.noise=-1": "dataset.noise=-1: must be a finite number, at least 0",
     "optim.lr=0": "optim.lr=0: must be a finite number above 0",
     "optim.schedule=cosin": "optim.schedule=cosin: no such option; did you mean cosine?",
     "optim.betas=[0.9,1]": "optim.betas=[0.9, 1]: must be two numbers in [0, 1)",
     "radii=0.1": "radii: must be a list in [brackets]",
     "radii=[0.1,-1]": "radii=-1.0: must be a finite number above 0",
     "radii=[wide]": "radii[0]=wide: must be a number",
-    "dataset=digits_parity dataset.n_train=1398": "dataset.n_train=1398: n_train + n_test must be at most 1797",
     "device=tpu": "device=tpu: no such option; did you mean cpu?",
     "act._target_=nowhere.Act": "act._target_=nowhere.Act: cannot be used: No module named 'nowhere'",
     "act._target_=lipexp.activations.Nope": "cannot be used: lipexp.activations has no Nope",
@@ -81,22 +68,20 @@ def test_cuda_without_a_device_is_refused(lipexp):
     assert (done.code, done.err) == (2, "lipexp: device=cuda: no CUDA device is available here (auto, cpu)\n")
 
 
-@pytest.mark.parametrize("mode", [(), ("-m",)])
+@pytest.mark.parametrize("mode", [(), ("-m", INLINE)])
 def test_outputs_that_cannot_be_written_are_refused(lipexp, mode):
     Path("outputs").write_text("a file")
-    done = lipexp("train", *mode, *DEBUG)
+    done = lipexp("train", *mode, *TINY)
     assert done.code == 2
     assert "cannot be written: Not a directory" in done.err
     assert len(done.err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("mode", ["run", "sweep"])
-def test_a_finished_result_is_never_overwritten(lipexp, mode):
-    flags = ["-m"] if mode == "sweep" else []
-    command = ("train", *flags, f"hydra.{mode}.dir=kept", *DEBUG)
-    assert lipexp(*command).code == 0
-    before = {path: path.read_bytes() for path in Path("kept").rglob("*") if path.is_file()}
-    again = lipexp(*command, "seed=1")
-    assert again.code == 2
-    assert "is not empty; results are never overwritten" in again.err
-    assert {path: path.read_bytes() for path in Path("kept").rglob("*") if path.is_file()} == before
+def test_a_finished_result_is_never_overwritten(lipexp):
+    for command in (("hydra.run.dir=kept/run",), ("-m", INLINE, "hydra.sweep.dir=kept/sweep")):
+        assert lipexp("train", *command, *TINY).code == 0
+        before = content(Path("kept"))
+        again = lipexp("train", *command, *TINY, "seed=1")
+        assert again.code == 2
+        assert "is not empty; results are never overwritten" in again.err
+        assert content(Path("kept")) == before

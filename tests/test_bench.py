@@ -3,215 +3,88 @@
 from __future__ import annotations
 
 import re
-import sys
 import tempfile
-from collections.abc import Callable
-from importlib.util import find_spec
 
 import pytest
 import torch
 from rich.console import Console
 
 from lipexp import loop
-from lipexp.bench import bench
 from lipexp.activations import GroupSort
-from lipexp.bench.bench import Case, MinimumMaximum, SortedPairs, one_run, quartiles, table, take_turns
-
-
-@pytest.fixture(autouse=True)
-def wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-@pytest.fixture
-def run(capsys) -> Callable[..., tuple[int, list[str], str]]:
-    """run("step", "--rounds", "1") -> the exit status, the lines on stdout, and stderr."""
-
-    def run(*arguments: str) -> tuple[int, list[str], str]:
-        try:
-            status = bench.main(list(arguments))
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
-        return status, [line.rstrip() for line in out.splitlines()], err
-
-    return run
-
+from lipexp.bench import main, steps, sweep, timing
+from lipexp.bench.timing import Case
 
 NUMBER = r"[\d,]+(\.\d+)?"
-TIMES = rf"{NUMBER} (µs|ms)\s+{NUMBER} (µs|ms)"
+TIMES = rf"{NUMBER} (µs|ms) +{NUMBER} (µs|ms)"
+ROW = rf"(?P<name>\S.*?)  +(1|{NUMBER} +{NUMBER} to {NUMBER} +(≤ {NUMBER} +(met|missed) +)?) *{TIMES}"
 
 
-PEERS = {
-    "deel.torchlip": "torchlip Spectral + GroupSort2",
-    "monotonicnetworks": "MonotonicNetworks inf + GroupSort",
-}
+def compared(printed: str) -> list[list[str]]:
+    """The names in the rows of each table; the first is what the others are compared with."""
+    found: list[list[str]] = []
+    for line in map(str.rstrip, printed.splitlines()):
+        if re.fullmatch(r"\d rounds? +ratio +quartiles +target +CPU +wall", line):
+            found.append([])
+        elif row := re.fullmatch(ROW, line):
+            assert (row[2] == "1") == (not found[-1])
+            found[-1].append(row["name"])
+    return found
 
 
-def is_reference(line: str, name: str) -> bool:
-    return re.fullmatch(rf"{re.escape(name)}\s+1\s+{TIMES}", line) is not None
-
-
-def is_row(line: str, name: str, target: str | None = None) -> bool:
-    goal = r"" if target is None else rf"≤ {re.escape(target)}\s+(met|missed)\s+"
-    return re.fullmatch(rf"{re.escape(name)}\s+{NUMBER}\s+{NUMBER} to {NUMBER}\s+{goal}{TIMES}", line) is not None
-
-
-# The sections ---------------------------------------------------------------------------------------------------
-
-
-def test_a_train_step_is_compared_with_plain_torch(run):
-    status, (title, heading, reference, *rows), err = run("step", "--rounds", "2")
-    assert (status, err) == (0, "")
-    assert title == "train step, 2-128-128-1, batch 256, hinge, Adam"
-    assert heading.split() == ["2", "rounds", "ratio", "quartiles", "target", "CPU", "wall"]
-    assert is_reference(reference, "torch MLP, ReLU")
-    assert is_row(rows[0], "lipexp none + ReLU")
-    assert is_row(rows[1], "lipexp linf + MaxMin", "1.3")
-    assert is_row(rows[2], "lipexp spectral + MaxMin", "1.6")
-    assert is_row(rows[3], "torch spectral_norm + MaxMin")
-    for module, name in PEERS.items():
-        if find_spec(module.partition(".")[0]) is not None:
-            assert any(is_row(row, name) for row in rows[4:])
-
-
-def test_libraries_that_are_not_installed_are_named(run, monkeypatch):
-    for module in PEERS:
-        monkeypatch.setitem(sys.modules, module, None)
-    status, lines, err = run("step", "--rounds", "1")
-    assert (status, err) == (0, "")
-    packages = "deel-torchlip", "monotonicnetworks"
-    assert lines[-1] == f"not installed: {', '.join(packages)} (pip install {' '.join(packages)})"
-    assert len(lines) == 2 + 5 + 1
-
-
-def test_maxmin_is_compared_with_relu(run):
-    status, (title, _, reference, *rows), err = run("activation", "--rounds", "1")
-    assert (status, err) == (0, "")
-    assert title == "activation, forward and backward, 256 x 128"
-    assert is_reference(reference, "torch ReLU")
-    assert is_row(rows[0], "lipexp MaxMin", "3.3")
-    assert is_row(rows[1], "torch.sort of pairs")
-    assert is_row(rows[2], "torch.minimum, maximum")
-
-
-def test_commands_are_compared_and_leave_nothing_behind(run, monkeypatch, tmp_path):
+def test_the_quick_sections_print_ratios_and_leave_nothing_behind(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(bench, "TRAIN", ("train", "--cfg", "job"))
-    monkeypatch.setattr(bench, "IMPORTS", "import json")
-    monkeypatch.setattr(bench, "COMMAND_WARM_UP", 0)
-    status, lines, err = run("commands", "--rounds", "1")
-    assert (status, err) == (0, "")
-    assert is_reference(lines[2], "python -c pass")
-    assert is_row(lines[3], "lipexp --help", "3")
-    assert is_reference(lines[6], "python -c 'import json'")
-    assert is_row(lines[7], "lipexp train --cfg job", "4")
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(steps, "TRAIN", ("train", "--cfg", "job"))
+    monkeypatch.setattr(steps, "IMPORTS", "import json")
+    assert main(["step", "commands", "--rounds", "2", "activation", "step"]) == 0
+    step, help_command, train, activation = compared(capsys.readouterr().out)
+    own = ["lipexp none + ReLU", "lipexp linf + MaxMin", "lipexp spectral + MaxMin"]
+    assert step[:5] == ["torch MLP, ReLU", *own, "torch spectral_norm + MaxMin"]
+    assert help_command == ["python -c pass", "lipexp --help"]
+    assert train == ["python -c 'import json'", "lipexp train --cfg job"]
+    assert activation == ["torch ReLU", "lipexp MaxMin", "torch.sort of pairs", "torch.minimum, maximum"]
+    assert list(tmp_path.glob("lipexp*")) == []
+    monkeypatch.setattr(steps, "TRAIN", ("train", "act=rellu"))
+    assert main(["commands", "--rounds", "1"]) == 1
+    assert re.fullmatch(r"lipexp: \S+ train act=rellu: .*did you mean act=relu\?.*\n", capsys.readouterr().err)
 
 
-def test_a_command_that_fails_is_reported(run, monkeypatch):
-    monkeypatch.setattr(bench, "IMPORTS", "import json")
-    monkeypatch.setattr(bench, "TRAIN", ("train", "act=rellu"))
-    status, _, err = run("commands", "--rounds", "1")
-    assert status == 1
-    assert re.fullmatch(r"lipexp: \S+ train act=rellu: lipexp: .*did you mean act=relu\?.*\n", err)
-
-
-# The command line -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def called(monkeypatch) -> list[tuple[str, int, int]]:
-    """The sections that would run: (name, rounds, torch's threads)."""
-    calls: list[tuple[str, int, int]] = []
-
-    def recorder(name: str) -> Callable[[Console, int], None]:
-        return lambda console, rounds: calls.append((name, rounds, torch.get_num_threads()))
-
-    monkeypatch.setattr(bench, "SECTIONS", {name: recorder(name) for name in bench.SECTIONS})
-    return calls
-
-
-def test_all_sections_run_by_default_with_one_thread(run, called):
-    torch.set_num_threads(2)
-    try:
-        assert run()[0] == 0
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)
-    assert called == [("step", 30, 1), ("activation", 30, 1), ("commands", 30, 1)]
-
-
-def test_sections_run_once_each_in_the_order_given(run, called):
-    assert run("commands", "--rounds", "7", "step", "commands")[0] == 0
-    assert called == [("commands", 7, 1), ("step", 7, 1)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["stpe"], "stpe: no such section; did you mean step? (step, activation, commands, sweep)"),
-        (["--rounds", "0"], "--rounds=0: must be a whole number, at least 1"),
-        (["--rounds", "some"], "argument --rounds: invalid int value: 'some' (lipexp bench --help says more)"),
-        (["--rounds"], "argument --rounds: expected one argument (lipexp bench --help says more)"),
-        (["--fast"], "unrecognized arguments: --fast (lipexp bench --help says more)"),
-    ],
-)
-def test_bad_options_are_refused_in_one_line(arguments, message, run, called):
-    assert run(*arguments) == (2, [], f"lipexp: {message}\n")
-    assert called == []
-
-
-def test_help_names_the_sections(run):
-    status, lines, _ = run("--help")
-    assert status == 0
-    for section in bench.SECTIONS:
-        assert any(line.startswith(f"{section} ") for line in lines)
-
-
-# Measuring ------------------------------------------------------------------------------------------------------
-
-
-def test_cases_take_turns():
-    order: list[str] = []
-    cases = [Case(name, lambda name=name: order.append(name)) for name in "abc"]
-    take_turns(cases, rounds=2, inner=2, warm_up=1)
-    assert "".join(order) == "abc" + "aabbcc" + "bbccaa"
-    assert all(len(case.cpu) == len(case.wall) == 2 for case in cases)
-
-
-def test_a_ratio_is_the_median_of_those_within_a_round():
-    reference = Case("torch", lambda: None, cpu=[1.0, 2.0, 3.0], wall=[1.0, 2.0, 3.0])
-    other = Case("lipexp [x]", lambda: None, 1.9, cpu=[2.0, 6.0, 3.0], wall=[1e-5, 2e-5, 3e-5])
+def test_the_sections_of_a_sweep_compare_runs_of_a_stack(capsys):
     console = Console(width=200)
-    with console.capture() as capture:
-        console.print(table("title", [reference, other], 3))
-    last = capture.get().splitlines()[-1]
-    assert " ".join(last.split()) == "lipexp [x] 2.00 1.50 to 2.50 ≤ 1.9 missed 3,000 ms 20 µs"
+    sweep.steps(console, rounds=1, runs=2)
+    sweep.arithmetic(console, rounds=1, runs=2)
+    sweep.composition(console, rounds=1)
+    *stacked, arithmetic, composition = compared(capsys.readouterr().out)
+    assert stacked[0] == ["torch MLP, ReLU", "linf + MaxMin, a run of 2", "spectral + MaxMin, a run of 2"]
+    assert (arithmetic, composition) == (["torch.bmm alone", "linf + MaxMin"], ["Hydra", "lipexp"])
 
 
-def test_one_round_is_its_own_quartiles():
-    assert quartiles([3.0]) == (3.0, 3.0, 3.0)
-    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+def test_a_ratio_is_the_median_of_those_within_a_round(monkeypatch):
+    calls: list[str] = []
+    costs = {"a": [1, 1, 1, 1, 1, 1], "b": [2, 2, 6, 6, 4, 4]}  # seconds of each call
+    monkeypatch.setattr(timing, "cpu_seconds", lambda: sum(sum(costs[c][: calls.count(c)]) for c in costs))
+    cases = [Case("a", lambda: calls.append("a")), Case("b [x]", lambda: calls.append("b"), target=1.4, runs=2)]
+    timing.take_turns(cases, rounds=3, calls=2, warm_up=0)
+    assert calls == [*"aabb", *"bbaa", *"aabb"]  # each is first in its turn
+    assert [case.cpu for case in cases] == [[1, 1, 1], [1, 3, 2]]  # of one run
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(timing.table("title", cases))
+    assert re.search(r"b \[x\] +2\.00 +1\.50 to 2\.50 +≤ 1\.4 +missed", captured.get())
 
 
-def test_the_step_that_is_timed_is_the_one_that_training_takes(monkeypatch):
-    """bench times Trainer.step; fit must call it for every step and do nothing else between checkpoints."""
-    runs = one_run("steps=3", "eval_every=0")
-    steps = []
-    step = loop.Trainer.step
-    monkeypatch.setattr(loop.Trainer, "step", lambda trainer: (steps.append(trainer.steps_done), step(trainer))[1])
+def test_what_is_timed_is_the_step_of_training(monkeypatch):
+    runs, taken, step = steps.one_run("steps=3", "eval_every=0"), [], loop.Trainer.step
+    monkeypatch.setattr(loop.Trainer, "step", lambda trainer: (taken.append(trainer.steps_done), step(trainer))[1])
     loop.fit(runs, lambda checkpoint: None)
-    assert steps == [0, 1, 2]
-
-
-def test_the_network_that_is_timed_is_the_default_job_but_for_its_width():
-    runs = one_run()
-    assert runs.model.shapes(2) == [(128, 2), (128, 128), (1, 128)]
-    assert (len(runs.data), runs.batch_size, type(runs.loss).__name__) == (1, 256, "Hinge")
-
-
-def test_the_other_maxmins_are_the_same_map():
+    assert (taken, runs.shapes) == ([0, 1, 2], [(128, 2), (128, 128), (1, 128)])
     x = torch.randn(2, 7, 10, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(MinimumMaximum()(x), GroupSort()(x))
-    assert torch.equal(SortedPairs()(x), GroupSort().baked()(x))
+    assert torch.equal(steps.MinimumMaximum()(x), GroupSort()(x))
+
+
+@pytest.mark.parametrize("arguments", [["stpe"], ["--rounds", "0"]])
+def test_bad_input_is_one_line(arguments, capsys):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(("lipexp: stpe: no such section; did you mean step?", "lipexp: --rounds=0: must be"))

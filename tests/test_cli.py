@@ -1,4 +1,4 @@
-"""The command line as a user meets it: verbs, run folders, exit codes, help and completion."""
+"""The command line as a user meets it: verbs, run folders, exit statuses, help and completion."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,20 +13,20 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from commands import DEBUG, INLINE, SCRIPT, TINY, WAITING, ctrl_c, ended, start, wait_for
 
 from lipexp import cli
+from lipexp.config import conf_dir
 
-ACTS = ("abs", "fullsort", "groupsort", "leaky_relu", "maxmin", "relu")
-DEBUG = ("experiment=debug", "device=cpu")
-SCRIPT = str(Path(sys.executable).with_name("lipexp"))
+# A run ---------------------------------------------------------------------------------------------------------
 
 
-def test_train_leaves_a_complete_run_folder(lipexp, run_folders):
-    done = lipexp("train", "loss=hinge", "act=groupsort", *DEBUG)
-    assert done.code == 0, done.err
+def test_train_leaves_a_complete_run_folder_and_the_same_command_the_same_bits(lipexp, run_folders, trained_run):
+    done = lipexp("train", *DEBUG)
+    assert (done.code, done.err) == (0, "")
     (folder,) = run_folders()
-    tables = {"history.csv", "gradients.csv", "layers.csv", "radii.csv"}
-    expected = {".hydra", "metrics.json", "model.pt", "figure.png"} | tables
+    tables = ["gradients.csv", "history.csv", "layers.csv", "radii.csv"]
+    expected = {".hydra", "metrics.json", "model.pt", "figure.png", *tables}
     assert {path.name for path in folder.iterdir()} == expected
     assert {path.name for path in (folder / ".hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
     assert str(folder) in done.out
@@ -35,13 +34,16 @@ def test_train_leaves_a_complete_run_folder(lipexp, run_folders):
     assert "≤ exact" in interval
     assert "≤ product" in interval
     assert interval.endswith("≤ L = 1   PASS")
+    for name in ("model.pt", "figure.png", *tables):
+        assert (folder / name).read_bytes() == (trained_run() / name).read_bytes()
+    one, other = (json.loads((path / "metrics.json").read_text()) for path in (folder, trained_run()))
+    assert one.pop("timing").keys() == other.pop("timing").keys()
+    assert one == other
 
 
-def test_metrics_say_what_the_tables_say(lipexp, run_folders):
-    assert lipexp("train", *DEBUG).code == 0
-    (folder,) = run_folders()
-    metrics = json.loads((folder / "metrics.json").read_text())
-    gradients, history = pd.read_csv(folder / "gradients.csv"), pd.read_csv(folder / "history.csv")
+def test_metrics_say_what_the_tables_say(trained_run):
+    metrics = json.loads((trained_run() / "metrics.json").read_text())
+    gradients, history = (pd.read_csv(trained_run() / f"{name}.csv") for name in ("gradients", "history"))
     assert list(gradients.columns) == ["split", "x0", "x1", "y", "f", "grad_1", "grad_2", "grad_inf"]
     assert gradients["split"].value_counts().to_dict() == {"train": 200, "test": 200}
     for split in ("train", "test"):
@@ -49,21 +51,19 @@ def test_metrics_say_what_the_tables_say(lipexp, run_folders):
         assert metrics[split]["accuracy"] == pytest.approx(((part["f"] > 0) == (part["y"] == 1)).mean(), abs=1e-12)
         hinge = (0.5 - (2 * part["y"] - 1) * part["f"]).clip(lower=0).mean()
         assert metrics[split]["loss"] == pytest.approx(hinge, rel=1e-9)
-    assert metrics["gradient_norm"]["median"] == pytest.approx(gradients["grad_2"].median(), rel=1e-9)
-    assert metrics["gradient_norm"]["by"]["data"] == pytest.approx(gradients["grad_2"].max(), rel=1e-9)
-    assert metrics["gradient_norm"]["max"] == max(metrics["gradient_norm"]["by"].values())
-    assert metrics["lipschitz"]["measured"] == metrics["gradient_norm"]["max"]
+    gradient, lipschitz = metrics["gradient_norm"], metrics["lipschitz"]
+    assert gradient["median"] == pytest.approx(gradients["grad_2"].median(), rel=1e-9)
+    assert gradient["by"]["data"] == pytest.approx(gradients["grad_2"].max(), rel=1e-9)
+    assert lipschitz["measured"] == gradient["max"] == max(gradient["by"].values())
     assert list(history["step"]) == [0, 10, 20]
-    assert history["certified"].iloc[-1] == metrics["lipschitz"]["product"]
+    assert history["certified"].iloc[-1] == lipschitz["product"]
     assert (history["grad_max"] <= history["certified"]).all()
     assert history["test_accuracy"].iloc[-1] == metrics["test"]["accuracy"]
 
 
-def test_layers_csv_holds_norms_within_their_bound(lipexp, run_folders):
-    assert lipexp("train", "constraint=linf", "lipschitz=8", *DEBUG).code == 0
-    (folder,) = run_folders()
-    layers = pd.read_csv(folder / "layers.csv")
-    state = torch.load(folder / "model.pt", weights_only=True)
+def test_layers_csv_holds_the_norms_of_model_pt_within_their_bound(trained_run):
+    folder = trained_run("constraint=linf", "lipschitz=8")
+    layers, state = pd.read_csv(folder / "layers.csv"), torch.load(folder / "model.pt", weights_only=True)
     assert list(layers["norm"]) == ["row 2-norm", "row 1-norm", "row 1-norm"]
     assert (layers["bound"] == 2.0).all()
     assert (layers["operator_norm"] <= layers["bound"]).all()
@@ -77,70 +77,35 @@ def test_layers_csv_holds_norms_within_their_bound(lipexp, run_folders):
         assert row["operator_norm"] == pytest.approx(float(norm), rel=1e-12)
 
 
-def test_the_same_command_twice_gives_the_same_bits(lipexp, run_folders):
-    for _ in range(2):
-        assert lipexp("train", *DEBUG).code == 0
-    first, second = run_folders()
-    assert (first / "model.pt").read_bytes() == (second / "model.pt").read_bytes()
-    for name in ("history.csv", "gradients.csv", "layers.csv"):
-        assert (first / name).read_bytes() == (second / name).read_bytes()
-    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (first, second)]
-    for m in metrics:
-        assert m.pop("timing")
-    assert metrics[0] == metrics[1]
-
-
-def test_model_pt_is_a_plain_state_dict_whose_hash_is_recorded(lipexp, run_folders):
-    assert lipexp("train", *DEBUG).code == 0
-    (folder,) = run_folders()
-    state = torch.load(folder / "model.pt", weights_only=True)
+def test_model_pt_is_a_plain_state_dict_whose_hash_is_recorded(trained_run):
+    file = trained_run() / "model.pt"
+    state = torch.load(file, weights_only=True)
     assert list(state) == [f"layers.{i}.{part}" for i in range(3) for part in ("weight", "bias")]
     assert [tuple(t.shape) for t in state.values()] == [(16, 2), (16,), (16, 16), (16,), (1, 16), (1,)]
     assert all(t.dtype == torch.float32 for t in state.values())
-    recorded = json.loads((folder / "metrics.json").read_text())["model_sha256"]
-    assert recorded == hashlib.sha256((folder / "model.pt").read_bytes()).hexdigest()
+    recorded = json.loads((trained_run() / "metrics.json").read_text())["model_sha256"]
+    assert recorded == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def test_absolute_value_brings_its_loss_and_its_length(lipexp, run_folders):
-    shown = lipexp("train", "dataset=absolute_value", "--cfg", "job")
-    assert shown.code == 0
-    assert "lipexp.losses.MSE" in shown.out
-    assert "steps: 3000" in shown.out
-    chosen = lipexp("train", "dataset=absolute_value", "steps=7", "--cfg", "job")
-    assert "steps: 7\n" in chosen.out
-    done = lipexp("train", "dataset=absolute_value", *DEBUG)
-    assert done.code == 0, done.err
-    (folder,) = run_folders()
-    assert "test_mse" in pd.read_csv(folder / "history.csv")
-    assert (folder / "figure.png").stat().st_size > 10_000
+def test_a_run_replays_from_its_folder(lipexp, trained_run):
+    folder = trained_run("act=relu", "lipschitz=2")
+    again = lipexp("train", "-cp", str(folder / ".hydra"), "-cn", "config", "hydra.run.dir=outputs/again/run")
+    assert again.code == 0, again.err
+    assert Path("outputs/again/run/model.pt").read_bytes() == (folder / "model.pt").read_bytes()
+
+
+def test_a_dataset_brings_its_loss_and_its_length_and_the_command_line_wins(lipexp):
+    shown = lipexp("train", "dataset=absolute_value", "--cfg", "job").out
+    assert "lipexp.losses.MSE" in shown
+    assert "steps: 3000\n" in shown
+    assert "steps: 7\n" in lipexp("train", "dataset=absolute_value", "steps=7", "--cfg", "job").out
 
 
 def test_flags_may_stand_anywhere(lipexp):
-    done = lipexp("train", "loss=hinge", "-m", "act=relu,groupsort", *DEBUG)
+    done = lipexp("train", "loss=hinge", "-m", "act=relu,groupsort", *TINY, INLINE)
     assert done.code == 0, done.err
-    jobs = sorted(Path("outputs").glob("*/*/*/metrics.json"))
-    assert [path.parent.name for path in jobs] == ["0", "1"]
+    assert sorted(path.parent.name for path in Path("outputs").glob("*/*/*/metrics.json")) == ["0", "1"]
     assert not Path("multirun").exists()
-
-
-def test_a_sweep_names_every_failed_job_and_keeps_the_others(lipexp):
-    done = lipexp("train", "-m", "act.n_groups=5,8,3", *DEBUG)
-    assert done.code == 1
-    lines = done.err.splitlines()
-    assert len(lines) == 2
-    assert all("model.width=16: must be a multiple of act.n_groups=" in line for line in lines)
-    sweep = next(Path("outputs").glob("*/*"))
-    assert (sweep / "1" / "metrics.json").is_file()
-    for job in ("0", "2"):
-        assert "n_groups" in json.loads((sweep / job / "failed.json").read_text())["reason"]
-
-
-def test_report_lists_the_runs(lipexp):
-    assert lipexp("train", "-m", "act=relu,groupsort", *DEBUG).code == 0
-    done = lipexp("report", "--csv", "-")
-    assert done.code == 0
-    assert "relu" in done.out
-    assert "groupsort" in done.out
 
 
 def test_a_loss_that_turns_nan_fails_the_run_and_says_when(lipexp, run_folders):
@@ -153,24 +118,32 @@ def test_a_loss_that_turns_nan_fails_the_run_and_says_when(lipexp, run_folders):
     assert not run_folders()
 
 
+# As a process ----------------------------------------------------------------------------------------------------
+
+
 def test_ctrl_c_is_one_line_and_130(tmp_path):
-    process = subprocess.Popen(
-        [SCRIPT, "train", "steps=1000000", "eval_every=20"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:  # training has begun once the first checkpoints are printed
-        if line.startswith("step    40"):
-            break
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "lipexp: interrupted\n")
+    (tmp_path / "waiting.py").write_text(WAITING)
+    os.mkfifo(tmp_path / "gate")
+    process = start(tmp_path, "train", *TINY, "dataset._target_=waiting.Waiting")
+    wait_for((tmp_path / "waits").exists)
+    ctrl_c(process)
+    code, _, err = ended(process)
+    assert (code, err) == (130, "lipexp: interrupted\n")
     (failed,) = tmp_path.glob("outputs/*/*/failed.json")
     assert json.loads(failed.read_text())["reason"] == "interrupted"
     assert not list(tmp_path.glob("outputs/*/*/metrics.json"))
+
+
+def test_a_reader_that_goes_ends_the_command_without_a_word(trained_run):
+    for command in (["--help"], ["report", trained_run()]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run([SCRIPT, *command], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (1, "")
+
+
+# Help, flags and completion --------------------------------------------------------------------------------------
 
 
 def test_help_needs_neither_torch_nor_hydra(tmp_path):
@@ -186,18 +159,21 @@ def test_help_needs_neither_torch_nor_hydra(tmp_path):
     assert all(verb in done.stdout for verb in cli.VERBS)
 
 
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
 def test_train_help_lists_groups_and_settings(lipexp):
     done = lipexp("train", "--help")
     assert done.code == 0
     assert "lipexp train: trains a network" in done.out
-    assert f"act: {', '.join(ACTS)}" in done.out
+    assert f"act: {', '.join(options('act'))}" in done.out
     assert "lipschitz: 1.0" in done.out
     assert 'eval "$(lipexp train -sc install=bash)"' in done.out
     assert "Powered by Hydra" not in done.out
 
 
 def test_hydras_own_flags_pass_through(lipexp):
-    assert "batch_size: 256" in lipexp("train", "--cfg", "job").out
     assert "margin: 0.5" in lipexp("train", "--cfg", "job", "-p", "loss").out
     assert "| main     |" in lipexp("train", "--info", "searchpath").out
     Path("mine").mkdir()
@@ -208,10 +184,9 @@ def test_hydras_own_flags_pass_through(lipexp):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("lipexp ", set(cli.VERBS)),
         ("lipexp tr", set(cli.VERBS)),  # the shell filters by what is typed
         ("lipexp train loss=h", {"loss=hinge"}),
-        ("lipexp train act=", {f"act={name}" for name in ACTS}),
+        ("lipexp train act=", {f"act={name}" for name in options("act")}),
         ("lipexp train ste", {"steps="}),
     ],
 )
@@ -231,55 +206,12 @@ def test_completion_in_a_real_shell(tmp_path):
         'hydra_bash_completion; echo "${COMPREPLY[@]}"\n'
     )
     environment = {**os.environ, "PATH": f"{Path(SCRIPT).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        [bash, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    command = [bash, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "hinge" in done.stdout, done.stderr
 
 
-def test_the_installed_script_runs_from_any_folder(tmp_path):
-    done = subprocess.run(
-        [SCRIPT, "train", *DEBUG], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert len(list(tmp_path.glob("outputs/*/*/metrics.json"))) == 1
-    assert "\x1b" not in done.stdout  # plain lines when the output is not a terminal
-
-
-def test_the_other_verbs_run_as_installed(lipexp):
-    assert lipexp("train", "act=relu", *DEBUG).code == 0
-    for verb, expected in (
-        (("report",), "relu"),
-        (("bench", "activation", "--rounds", "1"), "lipexp MaxMin"),
-        (("--version",), "lipexp 0."),
-    ):
-        done = subprocess.run([SCRIPT, *verb], capture_output=True, text=True, check=False, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert expected in done.stdout
-
-
-def test_unknown_verbs_are_refused(lipexp):
-    done = lipexp("tarin")
-    assert done.code == 2
-    verbs = ", ".join(cli.VERBS)
-    assert done.err == f"lipexp: tarin: no such command; did you mean train? ({verbs})\n"
-
-
-def test_two_runs_at_once_get_their_own_folders(tmp_path):
-    started = [
-        subprocess.Popen([SCRIPT, "train", *DEBUG], cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
-    assert len(list(tmp_path.glob("outputs/*/*/metrics.json"))) == 2
-
-
-def test_a_run_replays_from_its_folder(lipexp, run_folders):
-    assert lipexp("train", "act=relu", "lipschitz=2", *DEBUG).code == 0
-    (folder,) = run_folders()
-    again = lipexp(
-        "train", "-cp", str((folder / ".hydra").resolve()), "-cn", "config", "hydra.run.dir=outputs/again/run"
-    )
-    assert again.code == 0, again.err
-    replayed = Path("outputs/again/run")
-    assert (replayed / "model.pt").read_bytes() == (folder / "model.pt").read_bytes()
+def test_unknown_verbs_are_refused_and_the_version_is_said(lipexp):
+    refused = f"lipexp: tarin: no such command; did you mean train? ({', '.join(cli.VERBS)})\n"
+    assert lipexp("tarin") == (2, "", refused)
+    assert lipexp("--version").out.startswith("lipexp 0.")

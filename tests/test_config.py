@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -21,14 +20,13 @@ from lipexp.config import (
     conf_dir,
     instantiate,
     lipschitz_constant,
-    no_such,
     number,
     one_of,
     plain,
     whole,
 )
 
-GROUPSORT = "lipexp.activations.GroupSort"
+GROUPSORT, RELU = "lipexp.activations.GroupSort", "lipexp.activations.ReLU"
 
 
 def refusal(call, *args, **kwargs) -> str:
@@ -44,18 +42,13 @@ def test_an_error_is_one_line_of_option_value_and_what_is_allowed():
     assert str(error) == "noise=-1: must be at least 0"
     assert str(error.under("dataset")) == "dataset.noise=-1: must be at least 0"
     assert str(ConfigError("run", None, "must be named")) == "run: must be named"
-    assert isinstance(error, ValueError)
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**300), 10**300))
-def test_a_number_comes_back_as_a_float_of_its_value(value):
+@given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**300), 10**300), st.floats(-10, 10))
+def test_a_number_is_a_float_of_its_value_above_exclusive_and_least_inclusive_limits(value, limit):
     found = number("x", value)
     assert type(found) is float
     assert found == float(value)
-
-
-@given(st.floats(allow_nan=False, allow_infinity=False), st.floats(-10, 10))
-def test_the_limits_of_a_number_are_above_exclusive_and_least_inclusive(value, limit):
     for limits, allowed in (({"above": limit}, value > limit), ({"least": limit}, value >= limit)):
         if allowed:
             assert number("x", value, **limits) == value
@@ -68,7 +61,7 @@ def test_a_refused_number_names_its_limits():
     assert refusal(number, "noise", -0.5, least=0) == "noise=-0.5: must be a finite number, at least 0"
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "1", None, True, [1], 1j])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "1", None, True, [1], 1j, 10**400])
 def test_what_is_not_a_finite_number_is_refused(value):
     shown = "x" if value is None else f"x={value}"
     assert refusal(number, "x", value) == f"{shown}: must be a finite number"
@@ -78,66 +71,45 @@ def test_a_lipschitz_constant_is_one_that_float32_can_realise():
     for value in (1e-30, 1, 2.5, 1e30):
         assert lipschitz_constant("lipschitz", value) == value
     for value in (9e-31, 2e30):
-        assert refusal(lipschitz_constant, "lipschitz", value) == (
-            f"lipschitz={value}: must be between 1e-30 and 1e+30, for float32"
-        )
+        expected = f"lipschitz={value}: must be between 1e-30 and 1e+30, for float32"
+        assert refusal(lipschitz_constant, "lipschitz", value) == expected
     assert refusal(lipschitz_constant, "lipschitz", 0) == "lipschitz=0: must be a finite number above 0"
-    column = torch.ones(2)
-    assert lipschitz_constant("lipschitz", column) is column
-
-
-def test_a_whole_number_too_large_for_a_float_is_refused():
-    assert "must be a finite number" in refusal(number, "lr", 10**400, above=0)
-
-
-def test_a_tensor_of_one_value_a_run_passes_as_it_is():
-    value = torch.tensor([-1.0, 2.0])
-    assert number("x", value, above=0) is value
 
 
 def test_whole_numbers_are_integers_and_large_enough():
     assert whole("n", 3, least=3) == 3
-    for value in (2, 3.0, "3", math.nan):
+    for value in (2, 3.0, "3", math.nan, True):
         assert refusal(whole, "n", value, least=3) == f"n={value}: must be a whole number, at least 3"
-    assert refusal(whole, "n", True, least=1) == "n=True: must be a whole number, at least 1"
-    assert refusal(whole, "n", None, least=3) == "n: must be a whole number, at least 3"
 
 
 def test_one_of_names_the_nearest_match_and_all_that_is_allowed():
     names = ["cosine", "linear", "constant"]
     assert one_of("schedule", "linear", names) == "linear"
-    assert refusal(one_of, "schedule", "cosin", names) == (
-        "schedule=cosin: no such option; did you mean cosine? (cosine, linear, constant)"
-    )
+    expected = "schedule=cosin: no such option; did you mean cosine? (cosine, linear, constant)"
+    assert refusal(one_of, "schedule", "cosin", names) == expected
     assert refusal(one_of, "schedule", "zzz", names) == "schedule=zzz: no such option (cosine, linear, constant)"
-    assert refusal(one_of, "schedule", None, names).endswith("(cosine, linear, constant)")
 
 
-def test_a_near_match_is_spelled_as_it_is_typed():
-    text = no_such("option", "hing", ["bce", "hinge", "mse"], "loss=")
-    assert text == "no such option; did you mean loss=hinge? (bce, hinge, mse)"
-
-
-def test_conf_is_the_folder_beside_or_inside_the_package():
+def test_conf_lies_beside_or_inside_the_package_and_sets_every_setting_of_the_schema():
     package = Path(lipexp.__file__).resolve().parent
     assert conf_dir().parent in (package, package.parent)
-    assert (conf_dir() / "config.yaml").is_file()
-
-
-def test_every_setting_of_the_schema_must_be_set_by_conf():
-    assert OmegaConf.missing_keys(OmegaConf.structured(Settings)) == {f.name for f in dataclasses.fields(Settings)}
+    names = {field.name for field in dataclasses.fields(Settings)}
+    assert OmegaConf.missing_keys(OmegaConf.structured(Settings)) == names
+    config = OmegaConf.load(conf_dir() / "config.yaml")
+    assert names == set(config) - {"defaults", "hydra"} | {key for line in config.defaults for key in line} & names
 
 
 def test_plain_resolves_interpolations_against_the_whole_configuration():
-    config = OmegaConf.create(
-        {"lipschitz": 3.0, "loss": {"margin": 0.5, "lipschitz": "${lipschitz}"}, "act": None}
-    )
-    assert plain(config.loss) == {"margin": 0.5, "lipschitz": 3.0}
+    config = OmegaConf.create({"lipschitz": 3.0, "loss": {"lipschitz": "${lipschitz}"}, "act": None})
+    assert plain(config.loss) == {"lipschitz": 3.0}
     assert plain(config.act) == {}
 
 
+# Instantiation -------------------------------------------------------------------------------------------------
+
+
 def test_instantiate_makes_the_object_with_its_arguments():
-    made = instantiate({"_target_": GROUPSORT, "n_groups": 4}, "act")
+    made = instantiate({"_target_": GROUPSORT, "n_groups": 4}, "act", trust=False)
     assert type(made) is GroupSort
     assert made.n_groups == 4
 
@@ -147,15 +119,11 @@ def test_an_option_without_a_target_is_refused(node):
     assert refusal(instantiate, node, "act").endswith("needs an option with a _target_")
 
 
-def test_a_refused_argument_is_named_as_on_the_command_line():
-    assert refusal(instantiate, {"_target_": GROUPSORT, "n_groups": 0}, "act") == (
-        "act.n_groups=0: must be a whole number, at least 1"
-    )
-
-
-def test_an_unknown_argument_is_refused_by_its_name():
-    text = refusal(instantiate, {"_target_": "lipexp.activations.ReLU", "slope": 1}, "act")
-    assert text.startswith("act._target_=lipexp.activations.ReLU: does not take these arguments:")
+def test_refused_and_unknown_arguments_are_named_as_on_the_command_line():
+    expected = "act.n_groups=0: must be a whole number, at least 1"
+    assert refusal(instantiate, {"_target_": GROUPSORT, "n_groups": 0}, "act") == expected
+    text = refusal(instantiate, {"_target_": RELU, "slope": 1}, "act")
+    assert text.startswith(f"act._target_={RELU}: does not take these arguments:")
     assert "'slope'" in text
 
 
@@ -165,11 +133,7 @@ def test_an_unknown_argument_is_refused_by_its_name():
         ("lipexp.activations.Nope", "Nope"),
         ("lipexp.nope.ReLU", "No module named 'lipexp.nope'"),
         ("nomodule.ReLU", "No module named 'nomodule'"),
-        ("ReLU", "not a dotted path"),
-        ("", "not a dotted path"),
-        (".ReLU", ""),
-        ("lipexp..ReLU", ""),
-        ("lipexp.activations.", ""),
+        *((target, "not a dotted path") for target in ("ReLU", "", ".ReLU", "lipexp..ReLU", "lipexp.losses.")),
     ],
 )
 def test_a_target_that_cannot_be_found_is_refused_with_the_reason(target, why):
@@ -178,61 +142,29 @@ def test_a_target_that_cannot_be_found_is_refused_with_the_reason(target, why):
     assert why in text
 
 
-@pytest.mark.parametrize(
-    ("source", "why"),
-    [
-        ("def broken(:", "invalid syntax"),
-        ("Mine = undefined_name", "undefined_name"),
-        ("import no_such_module", "no_such_module"),
-        ("class Mine:\n    def __init__(self): self.missing", "missing"),
-        ("class Mine:\n    def __init__(self): import no_such_module", "no_such_module"),
-    ],
-    ids=["syntax error", "name error", "missing module", "attribute error inside", "missing module inside"],
-)
-def test_a_class_of_the_user_that_breaks_is_refused_with_the_reason(source, why, request, tmp_path, monkeypatch):
-    module = "users_" + request.node.callspec.id.replace(" ", "_")
-    (tmp_path / f"{module}.py").write_text(source)
+BROKEN = {
+    "syntax": ("def broken(:", "invalid syntax"),
+    "name": ("Mine = undefined_name", "undefined_name"),
+    "module": ("import no_such_module", "no_such_module"),
+    "attribute": ("class Mine:\n    def __init__(self): self.missing", "missing"),
+    "module_inside": ("class Mine:\n    def __init__(self): import no_such_module", "no_such_module"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_users_class_that_breaks_is_refused_with_the_reason(name, tmp_path, monkeypatch):
+    source, why = BROKEN[name]
+    (tmp_path / f"users_{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    text = refusal(instantiate, {"_target_": f"{module}.Mine"}, "act")
-    assert text.startswith(f"act._target_={module}.Mine: cannot be used: ")
+    text = refusal(instantiate, {"_target_": f"users_{name}.Mine"}, "act")
+    assert text.startswith(f"act._target_=users_{name}.Mine: cannot be used: ")
     assert why in text
-
-
-def test_a_class_of_the_user_is_instantiated_when_trusted(tmp_path, monkeypatch):
-    (tmp_path / "users_own.py").write_text("class Mine:\n    pass\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert type(instantiate({"_target_": "users_own.Mine"}, "act")).__name__ == "Mine"
 
 
 @pytest.mark.parametrize("target", ["torch.nn.Tanh", "lipexpert.Evil", "lipexp", "os.system"])
 def test_without_trust_a_target_outside_lipexp_is_refused(target):
     text = refusal(instantiate, {"_target_": target}, "act", trust=False)
     assert text == f"act._target_={target}: lies outside lipexp and runs code; pass trust (--trust) to allow it"
-
-
-def test_without_trust_a_class_of_lipexp_is_instantiated():
-    assert type(instantiate({"_target_": "lipexp.activations.ReLU"}, "act", trust=False)) is ReLU
-
-
-@pytest.mark.parametrize(
-    "argument",
-    [
-        {"_target_": "strangers.groups"},
-        [{"inside": {"_target_": "strangers.groups"}}],
-        "${oc.create:{_target_: strangers.groups}}",
-    ],
-    ids=["nested", "in a list", "by interpolation"],
-)
-def test_without_trust_an_argument_cannot_bring_a_target_of_its_own(argument, tmp_path, monkeypatch):
-    """Hydra resolves and instantiates nested nodes too: the rule must hold for all of them, before code is run."""
-    (tmp_path / "strangers.py").write_text(
-        f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef groups(): return 2\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "strangers", raising=False)
-    with pytest.raises(ConfigError):
-        instantiate({"_target_": GROUPSORT, "n_groups": argument}, "act", trust=False)
-    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -248,5 +180,22 @@ def test_without_trust_an_argument_cannot_bring_a_target_of_its_own(argument, tm
 )
 def test_without_trust_only_classes_that_lipexp_defines_are_instantiated(target):
     """What a module of lipexp imports is not lipexp's, and a function such as hydra_app.main can run anything."""
-    with pytest.raises(ConfigError):
-        instantiate({"_target_": target}, "act", trust=False)
+    assert "lies outside lipexp" in refusal(instantiate, {"_target_": target}, "act", trust=False)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"_target_": "strangers.groups"},
+        [{"inside": {"_target_": "strangers.groups"}}],
+        "${oc.create:{_target_: strangers.groups}}",
+    ],
+    ids=["nested", "in a list", "by interpolation"],
+)
+def test_without_trust_an_argument_cannot_bring_a_target_of_its_own(argument, tmp_path, monkeypatch):
+    """Hydra resolves and instantiates nested nodes too: the rule must hold for all of them, before code is run."""
+    (tmp_path / "strangers.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef groups(): return 2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "strangers", raising=False)
+    refusal(instantiate, {"_target_": GROUPSORT, "n_groups": argument}, "act", trust=False)
+    assert not (tmp_path / "ran").exists()

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from rational import network
+from networks import network, scaled
 
-from lipexp.proven import methods as bounds
-from lipexp.activations import ReLU
-from lipexp.proven.methods import Certificate, Problem, Proof, product_certificate, prove
+from lipexp import proven
+from lipexp.activations import ReLU, as_activation
 from lipexp.config import ConfigError
 from lipexp.constraints import LInf, Spectral, Unconstrained
 from lipexp.evaluate import Evaluator
 from lipexp.measured.gradients import Maximum
-from lipexp.models import Layer
+from lipexp.proven import Certificate, Chain, Problem, Proof, prove, prove_quickly
+from lipexp.proven.methods import METHODS, OVERFLOW
+from lipexp.proven.regions import Constants, Steepest
 from lipexp.proven.semidefinite import eclipse, lipsdp
 
-METHODS = {
-    "loose": lambda problem: Proof(5.0),
-    "tight": lambda problem: Proof(3.0),
-    "box": lambda problem: Proof(1.0, everywhere=False),
-    "none": lambda problem: Proof(None, "is for other networks"),
+CHAIN = Chain(2.0, 2.0, 2.0, 4.5, None, ("spectral norm",) * 2)
+PROOFS = {
+    "loose": Proof(5.0),
+    "tight": Proof(3.0),
+    "box": Proof(1.0, everywhere=False),
+    "none": Proof(None, "is for other networks"),
 }
 
 
@@ -32,25 +33,23 @@ METHODS = {
 def problem(monkeypatch):
     """problem(4.0) -> one with this product of norms, and with methods that prove what they are told to."""
 
-    def problem(product, reason=None):
-        certificate = Certificate(2.0, 4.5, [2.0, 2.0], 2.0, product, reason)
-        return Problem([], None, None, certificate, None, None, 0)
+    def problem(product, act=None):
+        return problem_of(replace(network(2, 4, 1, act=act or ReLU()), norms=[[product], [1.0]]), CHAIN)
 
-    monkeypatch.setattr(bounds, "METHODS", {"product": bounds.METHODS["product"], **METHODS})
+    own = {name: lambda problem, proof=proof: proof for name, proof in PROOFS.items()}
+    monkeypatch.setattr(proven, "METHODS", {"product": METHODS["product"], **own})
     return problem
+
+
+def problem_of(net, chain, measured=0.0, **limits):
+    box = torch.zeros(net.n_inputs).double(), torch.ones(net.n_inputs).double()
+    return Problem(net, chain, box, Maximum(measured, ()), limits.pop("max_regions", 0), **limits)
 
 
 def test_the_smallest_bound_that_holds_everywhere_is_taken(problem):
     certificate = prove(problem(4.0))
-    assert (certificate.value, certificate.method) == (3.0, "tight")
-    assert {name: proof.value for name, proof in certificate.proofs.items()} == {
-        "product": 4.0,
-        "loose": 5.0,
-        "tight": 3.0,
-        "box": 1.0,
-        "none": None,
-    }
-    assert (certificate.p, certificate.target, certificate.layer_norms) == (2.0, 4.5, [2.0, 2.0])
+    assert (certificate.value, certificate.method, certificate.chain) == (3.0, "tight", CHAIN)
+    assert certificate.proofs == {"product": Proof(4.0)} | PROOFS
 
 
 @pytest.mark.parametrize(
@@ -58,8 +57,7 @@ def test_the_smallest_bound_that_holds_everywhere_is_taken(problem):
 )
 def test_a_method_that_is_named_is_taken_beside_the_product(problem, named, value, method):
     certificate = prove(problem(4.0), named)
-    assert (certificate.value, certificate.method) == (value, method)
-    assert list(certificate.proofs) == ["product", named]
+    assert (certificate.value, certificate.method, [*certificate.proofs]) == (value, method, ["product", named])
 
 
 def test_a_method_that_is_named_and_has_no_bound_is_refused(problem):
@@ -67,59 +65,60 @@ def test_a_method_that_is_named_and_has_no_bound_is_refused(problem):
         prove(problem(4.0), "none")
 
 
-def test_numbers_that_overflow_leave_the_bounds_open():
-    draws = torch.Generator().manual_seed(0)
-    sizes = [2, *[4] * 10, 1]
-    layers = [
-        Layer(1e37 * torch.randn(1, n_out, n_in, generator=draws), torch.zeros(1, 1, n_out))
-        for n_in, n_out in itertools.pairwise(sizes)
-    ]
-    product = product_certificate(Unconstrained(), ReLU(), layers, 0)
-    ends = torch.zeros(2).double(), torch.ones(2).double()
-    problem = Problem(layers, ReLU(), Unconstrained(), product, ends, Maximum(0.0, ()), 1000, seconds=1.0)
-    proofs = {name: bounds.METHODS[name](problem) for name in ("rows", "exact", "bnb")}
-    assert {(proof.value, proof.reason) for proof in proofs.values()} == {(None, bounds.OVERFLOW)}
+def test_without_a_product_another_method_gives_the_bound(problem):
+    tanh = as_activation(torch.nn.Tanh())
+    certificate = prove(problem(4.0, tanh))
+    assert (certificate.value, certificate.reason, certificate.method) == (3.0, None, "tight")
+    certificate, reason = prove_quickly(problem(4.0, tanh)), "the activation declares no bound in the 2-norm"
+    assert (certificate.value, certificate.reason, certificate.method) == (None, reason, "none")
+    assert certificate.verdict(1.0) == "OPEN"
 
 
-def test_a_tighter_bound_does_not_hide_that_baking_failed(trained, monkeypatch):
+def test_a_verdict_compares_what_is_measured_proven_and_targeted():
+    def verdict(measured, value, **proofs):
+        return Certificate(CHAIN, value, None, "product", proofs).verdict(measured)
+
+    assert verdict(4.0, 4.0) == verdict(4.5, 4.5) == "PASS"
+    assert verdict(math.nextafter(4.0, 5), 4.0) == verdict(1.0, math.nextafter(4.5, 5)) == "FAIL"
+    # A bound over the box of the data, where was measured, counts as well.
+    assert verdict(1.0, 4.0, bnb=Proof(2.0, everywhere=False)) == "PASS"
+    assert verdict(2.1, 4.0, bnb=Proof(2.0, everywhere=False)) == "FAIL"
+    constants = Constants(Steepest(4.0, ()), Steepest(2.0, ()), [[0.0, 1.0]], 7)
+    assert verdict(2.1, 4.0, exact=Proof(4.0, constants=constants)) == "FAIL"
+    interval = Certificate(CHAIN, 4.0, None, "exact", {"exact": Proof(4.0, constants=constants)}).interval(
+        Maximum(1.0, (), exact=False)
+    )
+    assert (interval.verdict, interval.exact, interval.exact_box["value"], interval.regions) == (
+        "PASS",
+        4.0,
+        2.0,
+        7,
+    )
+    assert interval.measured_by == "float64 estimate"
+
+
+def test_a_tighter_bound_does_not_hide_that_baking_failed(trained):
     """The product of a baked network is within L, or the run fails, whatever else is proven."""
     result = trained("constraint=spectral")
-    evaluator = Evaluator(result.stack)
-    measured = Maximum(0.1, ())
-    assert evaluator._prove(result.checkpoint, 0, measured).verdict(0.1) == "PASS"
-    above = replace(evaluator.certify(result.checkpoint, 0), value=1.0000001)
-    monkeypatch.setattr("lipexp.evaluate.product_certificate", lambda *arguments: above)
-    assert evaluator._prove(result.checkpoint, 0, measured).verdict(0.1) == "FAIL"
-
-
-def test_without_a_product_another_method_gives_the_bound(problem):
-    certificate = prove(problem(None, "no bound"))
-    assert (certificate.value, certificate.reason, certificate.method) == (3.0, None, "tight")
-    certificate = prove(problem(None, "no bound"), "product")
-    assert (certificate.value, certificate.reason, certificate.method) == (None, "no bound", "product")
+    evaluator, net, measured = Evaluator(result.stack), result.checkpoint.network.run(0), Maximum(0.1, ())
+    assert evaluator._certificate(net, 0, measured).verdict(0.1) == "PASS"
+    above = replace(net, norms=[[1.0000001], *[[1.0]] * (len(net.layers) - 1)])
+    assert evaluator._certificate(above, 0, measured).verdict(0.1) == "FAIL"
 
 
 # The methods themselves ------------------------------------------------------------------------------------------
 
 
-CONSTRAINTS = {
-    "none": Unconstrained(),
-    "spectral": Spectral(1.0),
-    "linf": LInf(lipschitz=1.0, p=2),
-    "linf,p=inf": LInf(lipschitz=1.0, p=math.inf),
-}
+def of_network(net, constraint, measured, **limits):
+    net = constraint.prove(net)
+    return problem_of(net, Chain.of(constraint, len(net.layers)), measured, **limits)
 
 
-def of_network(layers, act, constraint, measured: float) -> Problem:
-    certificate = product_certificate(constraint, act, layers, 0)
-    box = torch.zeros(3).double(), torch.ones(3).double()
-    return Problem(layers, act, constraint, certificate, box, Maximum(measured, ()), 0)
-
-
-@pytest.mark.parametrize("name", CONSTRAINTS)
-def test_the_best_bound_is_taken_where_it_holds(name):
-    layers, constraint = network(3, 16, 16, 1), CONSTRAINTS[name]
-    found = prove(of_network(layers, ReLU(), constraint, measured=0.01))
+@pytest.mark.parametrize(
+    "constraint", [Unconstrained(), Spectral(1.0), LInf(lipschitz=1.0, p=2), LInf(lipschitz=1.0, p=math.inf)]
+)
+def test_the_best_bound_is_taken_where_it_holds(constraint):
+    found = prove(of_network(network(3, 16, 16, 1), constraint, measured=0.01))
     if constraint.q == 2:
         assert found.method == "lipsdp"
         assert found.value == found.proofs["lipsdp"].value < found.proofs["eclipse"].value
@@ -128,22 +127,34 @@ def test_the_best_bound_is_taken_where_it_holds(name):
         assert found.method in ("product", "rows")
 
 
-def test_the_descent_is_for_a_gap_above_a_tenth():
-    layers = network(3, 16, 16, 1)
-    closed = eclipse(layers)
-    near = prove(of_network(layers, ReLU(), Unconstrained(), measured=closed / 1.09))
+def test_lipsdp_is_for_small_networks_and_a_gap_above_a_tenth_unless_it_is_asked_for(monkeypatch):
+    net, none = network(3, 16, 16, 1), Unconstrained()
+    closed = eclipse(net)
+    near = prove(of_network(net, none, measured=closed / 1.09))
     assert (near.method, near.proofs["lipsdp"].reason) == ("eclipse", "the gap is below 10 %")
-    asked = prove(of_network(layers, ReLU(), Unconstrained(), measured=0.0), "lipsdp")
+    monkeypatch.setattr("lipexp.proven.methods.LARGEST", 34)
+    large = prove(of_network(net, none, measured=0.01))
+    assert (large.method, large.proofs["lipsdp"].reason[:23]) == ("eclipse", "35 inputs and features,")
+    asked = prove(of_network(net, none, measured=0.0), "lipsdp")
     assert asked.method == "lipsdp"
     assert asked.value < closed
 
 
-def test_a_large_network_is_left_to_those_who_ask(monkeypatch):
-    monkeypatch.setattr("lipexp.proven.methods.LARGEST", 34)
-    layers = network(3, 16, 16, 1)
-    found = prove(of_network(layers, ReLU(), Unconstrained(), measured=0.01))
-    assert (found.method, found.proofs["lipsdp"].reason[:23]) == ("eclipse", "35 inputs and features,")
-    assert prove(of_network(layers, ReLU(), Unconstrained(), measured=0.01), "lipsdp").method == "lipsdp"
+def test_the_exact_constant_ends_the_table_and_too_many_regions_leave_it_open():
+    net, none = network(2, 6, 6, 1), Unconstrained()
+    found = prove(of_network(net, none, 0.0, max_regions=1000))
+    assert (found.method, [*found.proofs]) == ("exact", ["product", "rows", "exact"])
+    assert found.value < min(found.proofs["product"].value, found.proofs["rows"].value)
+    capped = prove(of_network(net, none, 0.0, max_regions=5))
+    assert capped.interval(Maximum(0.0, ())).open == "more than 5 linear regions (max_regions)"
+    assert prove(of_network(net, none, 0.0)).proofs["exact"] == Proof(None, "max_regions=0")
+
+
+def test_numbers_that_overflow_leave_the_bounds_open():
+    net = scaled(network(2, *[4] * 10, 1), *[1e37] * 11)
+    problem = of_network(net, Unconstrained(), 0.0, max_regions=1000, seconds=0.1)
+    proofs = {name: METHODS[name](problem) for name in ("rows", "exact", "bnb")}
+    assert {(proof.value, proof.reason) for proof in proofs.values()} == {(None, OVERFLOW)}
 
 
 class Softer(torch.nn.Module):
@@ -156,8 +167,8 @@ class Softer(torch.nn.Module):
 
 
 def test_a_class_that_declares_its_slopes_gains_from_them():
-    layers = network(3, 8, 8, 1)
-    found = prove(of_network(layers, Softer(), Unconstrained(), measured=0.01))
+    net = network(3, 8, 8, 1)
+    found = prove(of_network(replace(net, act=as_activation(Softer())), Unconstrained(), measured=0.01))
     assert found.method == "lipsdp"
     # Its patterns have 0.5 where those of ReLU have 1, in two layers.
-    assert found.value == pytest.approx(lipsdp(layers, (0.0, 1.0)) / 4, rel=1e-3)
+    assert found.value == pytest.approx(lipsdp(net) / 4, rel=1e-3)

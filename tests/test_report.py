@@ -28,10 +28,10 @@ def run(trained_run, tmp_path, monkeypatch, capsys):
         settings = OmegaConf.create(config | {"seed": seed})
         for key, value in dict(change).items():
             OmegaConf.update(settings, key, value, merge=False, force_add=True)
-        (folder.path / ".hydra").mkdir(parents=True)
-        OmegaConf.save(settings, folder.path / ".hydra" / "config.yaml")
         hydra = {"hydra": {"runtime": {"choices": choices | dict(chosen)}}}
-        OmegaConf.save(hydra, folder.path / ".hydra" / "hydra.yaml")
+        (folder.path / ".hydra").mkdir(parents=True)
+        for file, content in (("config", settings), ("hydra", hydra)):
+            OmegaConf.save(content, folder.path / ".hydra" / f"{file}.yaml")
         if score is None:
             folder.write_failure(results.get("reason", "not finite"), step=2)
             return folder.path
@@ -60,7 +60,7 @@ def report(capsys):
 
 @pytest.fixture
 def table(report):
-    """table("--by", "act") -> the rows of the CSV."""
+    """The same as the rows of a CSV."""
     return lambda *arguments: list(csv.DictReader(io.StringIO(report(*arguments, "--csv", "-"))))
 
 
@@ -90,7 +90,6 @@ def test_any_column_or_key_sorts(run, report):
     run("c", 0.7, seed=2, measured=0.6, median=0.2, within=0.8)
     run("d", seed=1)
     assert order(report("--sort", "measured")) == ["b", "a", "c", "d"]
-    assert order(report("--sort", "lipschitz.measured")) == ["b", "a", "c", "d"]
     assert order(report("--sort", "test accuracy")) == ["a", "b", "c", "d"]
     assert order(report("--sort", "seed")) == ["c", "b", "a", "d"]  # as numbers, not as words
     assert order(report("outputs/a", "--sort", "act", "outputs/b")) == ["b", "a"]
@@ -124,7 +123,6 @@ def test_settings_that_tell_rows_with_the_same_option_apart_are_columns(run, rep
     run("c", 0.7, "groupsort", seed=3, change=change, chosen={"optim": "sgd"})
     assert set(headings()[5:8]) == {"optim", "act.n_groups", "constraint.lipschitz"}
     assert set(report().splitlines()[-1].split()[5:8]) == {"sgd", "4", "0.5"}
-    assert "null" in report().splitlines()[-2]
 
 
 def test_bounds_are_rounded_to_their_safe_side_and_lines_are_whole(run, report, monkeypatch):
@@ -164,18 +162,8 @@ def test_folding_gives_mean_spread_count_and_worst(run, report, table):
     assert (relu["n"], relu["worst"], relu["failed"], relu["lipschitz.verdict"]) == ("3", "0.8", "1", "PASS")
     assert (relu["lipschitz.measured.max"], relu["lipschitz.certified.max"]) == ("0.75", "0.875")
     assert (groupsort["worst"], groupsort["failed"], groupsort["lipschitz.verdict"]) == ("0.7", "0", "OPEN")
-    assert report("--by", "act").splitlines()[-2].split() == [
-        "relu",
-        "0.8900",
-        "±",
-        "0.085",
-        "3",
-        "0.8000",
-        "0.75",
-        "0.875",
-        "PASS",
-        "1",
-    ]
+    line = report("--by", "act").splitlines()[-2]
+    assert line.split() == ["relu", "0.8900", "±", "0.085", "3", "0.8000", "0.75", "0.875", "PASS", "1"]
     by_worst = table("--by", "act,seed", "--sort", "worst")  # best first: the smallest mse, the largest accuracy
     assert [row["worst"] for row in by_worst] == ["0.97", "0.9", "0.8", "0.6", "0.7", ""]
 
@@ -216,8 +204,8 @@ def test_folded_rows_are_sorted_and_a_repeated_seed_counts_once(run, report):
 
 
 def test_runs_without_hydras_record_are_shown_and_never_folded(run, report, table):
-    for name in ("a", "b"):
-        (run(name, 0.8) / ".hydra").rename(f"{name}.moved")
+    (run("a", 0.8) / ".hydra").rename("a.moved")
+    (run("b", 0.8) / ".hydra").rename("b.moved")
     run("c", 0.9)
     assert order(report()) == ["c", "a", "b"]
     assert [row["n"] for row in table("--by", "act")] == ["1", "1", "1"]
@@ -254,9 +242,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, capsys, tmp_path, monkeyp
     assert refused("empty").startswith("FOLDER=empty: no run found there")
     assert refused("--sort", "mesured").startswith("--sort=mesured: no such key; did you mean measured? (run, ")
     assert "did you mean gradient_norm.median?" in refused("--sort", "gradient_norm.mediam")
-    assert refused("--by", "act,optim.rl").startswith(
-        "--by=optim.rl: no such key; did you mean optim.lr? (dataset, "
-    )
+    assert "--by=optim.rl: no such key; did you mean optim.lr? (dataset, act, " in refused("--by", "act,optim.rl")
     assert refused("--by", "").startswith("--by=: no such key")
     assert refused("--csv", "nowhere/a.csv").startswith("--csv=nowhere/a.csv: cannot be written: No such file")
     assert refused("--csv", "outputs").startswith("--csv=outputs: must be a file")

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from networks import ACTS, EACH_LIPSCHITZ, NORMS, TRAINED, Bent, Descending, by_hand, network, normal, pattern_power, root
 
-from lipexp.activations import Abs, GroupSort, PiecewiseLinear, ReLU
-from lipexp.proven.methods import product_certificate
+from lipexp.activations import Abs, GroupSort, ReLU, as_activation
 from lipexp.measured.gradients import norms, scan
-from lipexp.models import Layer
-from lipexp.proven.rows import bound, refusal
+from lipexp.norms import product_bound
+from lipexp.proven.rows import bound, why_not_applicable
+
+EXAMPLE = by_hand(([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [0.0, 0.0]], [0.0] * 4), ([[1.0, -1.0, 0.5, 1.0]], [0.0]))
 
 
-def by_hand(*weights: list[list[float]]) -> list[Layer]:
-    return [Layer(torch.tensor([weight]), torch.zeros(1, 1, len(weight))) for weight in weights]
+class Tripled(ReLU):
+    def forward(self, z):
+        return 3 * torch.relu(z)
 
 
-EXAMPLE = by_hand([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [0.0, 0.0]], [[1.0, -1.0, 0.5, 1.0]])
+class Declared(torch.nn.Module):
+    slopes = (-0.5, 0.25)
+
+    def forward(self, z):
+        return -0.5 * torch.relu(z)
 
 
 @pytest.mark.parametrize(
@@ -28,74 +35,46 @@ EXAMPLE = by_hand([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [0.0, 0.0]], [[1.0, -1.0,
         (ReLU(), 2, 5 + 1 + 0.5 * 2),
         (Abs(), 1, 7 + 1 + 0.5 * 2),
         (ReLU(), math.inf, 4 + 1 + 0.5 * 2),
+        (Bent(), 2, 0.75 * (5 + 1 + 0.5 * 2)),
+        (as_activation(Declared()), 2, 0.5 * (5 + 1 + 0.5 * 2)),
         # Pairs of neighbours, of features that stand apart, and all four sorted: each gets the largest bound.
-        (GroupSort(neighbours=True), 2, 5 + 5 + 0.5 * 2 + 2),
+        (Descending(), 2, 5 + 5 + 0.5 * 2 + 2),
         (GroupSort(), 2, 5 + 1 + 0.5 * 5 + 1),
         (GroupSort(n_groups=1), 2, 5 * 3.5),
     ],
 )
 def test_an_example_by_hand(act, q, expected):
-    found = bound(EXAMPLE, act, q)
-    assert expected <= found <= expected * (1 + 1e-13)
+    net = replace(EXAMPLE, act=act)
+    assert why_not_applicable(net) is None
+    assert expected <= bound(net, q) <= expected * (1 + 1e-13)
 
 
-def test_a_feature_without_gradient_adds_nothing():
-    assert bound(by_hand([[0.0, 0.0]], [[2.0]]), ReLU(), 2) == 0
+@pytest.mark.parametrize("name", [name for name in ACTS if name != "fullsort"])
+def test_the_bound_holds_for_all_patterns(name):
+    net = network(2, 3 if "three" in name or "3" in name else 4, 6, 1, act=ACTS[name])
+    for q in NORMS:
+        assert root(pattern_power(net, q), q) <= bound(net, q)
 
 
-def test_trained_networks_stay_within_the_bound(trained, act_option, constraint_case):
+@pytest.mark.parametrize("overrides", TRAINED, ids=" ".join)
+def test_trained_networks_stay_within_the_bound(overrides, trained):
     """In the chain p -> inf -> inf it is at most the product, up to rounding."""
-    result = trained(f"act={act_option}", *constraint_case, "loss=hinge")
-    constraint, act = result.stack.constraint, result.checkpoint.act
-    for run in range(2):
-        layers = [Layer(w[run : run + 1], b[run : run + 1]) for w, b in result.checkpoint.layers]
-        assert refusal(layers, act) is None
-        found = bound(layers, act, constraint.q)
-        x = 8 * torch.rand(1, 5000, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 4
-        assert float(norms(scan(layers, act, x).gradient, constraint.q).max()) <= found * (1 + 1e-12)
-        product = product_certificate(constraint, act, result.checkpoint.layers, run).value
+    result = trained(*overrides, runs=EACH_LIPSCHITZ)
+    constraint, x = result.stack.constraint, 3 * normal(1, 2000, 2)
+    for run in range(4):
+        net = result.checkpoint.network.run(run)
+        found = bound(net, constraint.q)
+        assert float(norms(scan(net, x).gradient, constraint.q).max()) <= found * (1 + 1e-12)
         if constraint.hidden_p == math.inf:
-            assert found <= product * (1 + 1e-12)
-
-
-def test_what_the_bound_does_not_cover_is_refused():
-    assert refusal(EXAMPLE, ReLU()) is None
-    assert refusal(EXAMPLE, torch.nn.Tanh()) == "Tanh neither declares slopes nor sorts"
-    assert refusal(by_hand([[1.0, 2.0]], [[1.0], [2.0]]), ReLU()) == "is for one output"
-
-
-class Reversed(PiecewiseLinear):
-    """A user's permutation without a kink: each feature takes the place of another."""
-
-    norms = (1, 2, math.inf)
-
-    def forward(self, x):
-        return x.flip(-1)
-
-    def kinks(self, width):
-        return np.empty((0, 2), dtype=np.int64)
-
-
-class Tripled(ReLU):
-    def forward(self, x):
-        return 3 * torch.relu(x)
-
-
-class Half(torch.nn.Module):
-    slopes = (0, 0.5)
-
-    def forward(self, x):
-        return 0.5 * torch.relu(x)
+            assert found <= product_bound(norm for (norm,) in net.norms) * (1 + 1e-12)
 
 
 def test_an_activation_counts_for_what_it_declares_of_its_own_map():
-    for act in (Reversed(), Tripled()):
-        assert refusal(EXAMPLE, act) == f"{type(act).__name__} neither declares slopes nor sorts"
-    assert refusal(EXAMPLE, Half()) is None
-    assert bound(EXAMPLE, Half(), 2) == pytest.approx(bound(EXAMPLE, ReLU(), 2) / 2)
+    for act in (Tripled(), as_activation(torch.tanh)):
+        assert why_not_applicable(replace(EXAMPLE, act=act)) == f"{act.label} neither declares slopes nor sorts"
+    assert why_not_applicable(by_hand(([[1.0, 2.0]], [0.0]), ([[1.0], [2.0]], [0.0, 0.0]))) == "is for one output"
 
 
-def test_what_underflows_does_not_become_zero():
-    """2^-140 to the ninth is below the smallest float64, and not 0."""
-    tiny = by_hand(*[[[2.0**-140]]] * 9)
-    assert 0 < bound(tiny, ReLU(), 2) < 2.0**-1000
+def test_what_has_no_gradient_adds_nothing_and_what_underflows_does_not_become_zero():
+    assert bound(by_hand(([[0.0, 0.0]], [0.0]), ([[2.0]], [0.0])), 2) == 0
+    assert 0 < bound(by_hand(*[([[2.0**-140]], [0.0])] * 9), 2) < 2.0**-1000  # below the smallest float64

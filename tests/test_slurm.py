@@ -13,15 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
-import processes
 import pytest
 import yaml
-from processes import wait_for
+from commands import TINY, content, ended, start, statuses, wait_for
 
 pytestmark = pytest.mark.slurm
 
 SCRIPT = Path(__file__).resolve().parent.parent / ".ci" / "slurm"
-TINY = ("experiment=debug", "device=cpu", "dataset.n_train=64", "dataset.n_test=32", "batch_size=32")
 SLURM = ("hydra.launcher.executor=slurm", "hydra.launcher.slurm.mem_gb=1")
 NO_WAIT = "hydra.launcher.slurm.wait=false"
 
@@ -44,6 +42,10 @@ def busy(cluster) -> Iterator[str]:
     answer = run("sbatch", "--parsable", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 600")
     wait_for(lambda: "RUNNING" in run("squeue", "--noheader", "--format=%T"))
     yield answer.strip()
+    cancel_all()
+
+
+def cancel_all() -> None:
     run("scancel", f"--user={os.getuid()}")
     wait_for(lambda: not run("squeue", "--noheader"))
 
@@ -51,22 +53,23 @@ def busy(cluster) -> Iterator[str]:
 @pytest.fixture
 def sweep(lipexp):
     """Trains a sweep in an empty folder, in the folder s of it by default: sweep("seed=0,1") -> Result."""
-    return lambda *arguments: lipexp("train", "-m", "hydra.sweep.dir=s", *arguments, *TINY)
+    return lambda *arguments: lipexp("train", "-m", *TINY, "hydra.sweep.dir=s", *arguments)
 
 
 @pytest.fixture
-def background(cluster, tmp_path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def background(cluster, lipexp, tmp_path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """background("seed=0,1") -> the same through SLURM, in a process of its own."""
     started = []
 
     def begin(*arguments: str) -> subprocess.Popen[str]:
-        started.append(processes.start(tmp_path, "train", "-m", "hydra.sweep.dir=s", *arguments, *SLURM, *TINY))
+        started.append(start(tmp_path, "train", "-m", *TINY, "hydra.sweep.dir=s", *SLURM, *arguments))
         return started[-1]
 
     yield begin
     for process in started:
         process.kill()
         process.communicate()
+    cancel_all()
 
 
 def wait_with(process: subprocess.Popen[str], condition: Callable[[], object]) -> None:
@@ -79,20 +82,14 @@ def run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def content(pattern: str) -> dict[Path, tuple[bytes, int]]:
-    """file -> bytes and time of change, of the files in s that match."""
-    files = (path for path in Path("s").glob(pattern) if path.is_file())
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+def results() -> dict[str, tuple[bytes, int]]:
+    return {file: state for file, state in content(Path("s")).items() if file.endswith("metrics.json")}
 
 
 def submitted() -> dict[str, list[int]]:
     """SLURM's number of each stack -> its jobs."""
     stacks = json.loads(Path("s/slurm/submitted.json").read_text())
     return {number: [job["index"] for job in jobs] for number, jobs in stacks.items()}
-
-
-def statuses() -> list[str]:
-    return list(pd.read_csv("s/sweep.csv")["status"])
 
 
 def assert_same_results(one: str, other: str) -> None:
@@ -163,19 +160,19 @@ def preempt() -> None:
 @pytest.mark.parametrize("interrupt", [kill, preempt])
 def test_an_interrupted_stack_goes_on_and_keeps_what_is_finished(sweep, background, one_by_one, interrupt):
     waiting = background(*one_by_one)
-    wait_with(waiting, lambda: content("*/metrics.json"))
+    wait_with(waiting, lambda: results())
     interrupt()
-    finished = content("*/metrics.json")
+    finished = results()
     assert len(finished) < 3
-    code, out, err = processes.ended(waiting)
+    code, out, err = ended(waiting)
     assert (code, err) == (0, "")
-    assert finished.items() <= content("*/metrics.json").items()
+    assert finished.items() <= results().items()
     numbers = list(submitted())
     if interrupt is kill:
         assert (
             f"stack 1 of 1, 3 runs: SLURM job {numbers[0]} died (FAILED), submitted again as {numbers[1]}\n" in out
         )
-        rest = [job for job in range(3) if Path(f"s/{job}/metrics.json") not in finished]
+        rest = [job for job in range(3) if f"{job}/metrics.json" not in finished]
         assert submitted() == {numbers[0]: [0, 1, 2], numbers[1]: rest}
     else:  # SLURM starts it again by itself
         assert "DUE TO PREEMPTION" in Path(f"s/slurm/{numbers[0]}_0_log.err").read_text()
@@ -190,15 +187,16 @@ def cancel(number: str) -> None:
 
 def end_time(number: str) -> None:
     run("scontrol", "update", f"JobId={number}", "EndTime=now")
+    wait_for(lambda: "TIMEOUT" in run("squeue", "--states=all", "--format=%T"))
 
 
 @pytest.mark.parametrize(("end", "state"), [(cancel, "CANCELLED"), (end_time, "TIMEOUT")])
 def test_a_stack_that_is_cancelled_or_out_of_time_is_not_submitted_again(background, end, state):
     waiting = background("seed=0,1", "steps=1000000")
-    wait_with(waiting, lambda: content("slurm/*_progress.json"))
+    wait_with(waiting, lambda: list(Path("s/slurm").glob("*_progress.json")))
     (number,) = submitted()
     end(number)
-    code, out, err = processes.ended(waiting)
+    code, out, err = ended(waiting)
     assert code == 1
     assert f"stack 1 of 1, 2 runs: SLURM job {number} ended ({state})\n" in out
     assert err.startswith(
@@ -206,7 +204,7 @@ def test_a_stack_that_is_cancelled_or_out_of_time_is_not_submitted_again(backgro
         f"hydra.sweep.dir=s resume=true submits them again; s/slurm/{number}_0_log.err ends:\n    "
     )
     assert list(submitted()) == [number]
-    assert statuses() == ["missing"] * 2
+    assert statuses(Path("s")) == ["missing"] * 2
 
 
 @pytest.mark.parametrize(
@@ -231,7 +229,7 @@ def test_a_job_that_dies_shows_the_end_of_its_log(cluster, sweep, setup, times, 
     assert end[-1].startswith("    ")
     assert end[-1].endswith(log)
     assert len(submitted()) == times
-    assert statuses() == ["missing"] * 2
+    assert statuses(Path("s")) == ["missing"] * 2
 
 
 def edit(margin: float) -> None:
@@ -283,16 +281,16 @@ def test_a_sweep_is_left_to_slurm_and_collected_later(busy, sweep):
 def test_ctrl_c_leaves_the_sweep_to_slurm(sweep, background):
     jobs = ("seed=0,1", "steps=1000")
     waiting = background(*jobs)
-    wait_with(waiting, lambda: content("slurm/*_progress.json"))
+    wait_with(waiting, lambda: list(Path("s/slurm").glob("*_progress.json")))
     waiting.send_signal(signal.SIGINT)
-    code, out, err = processes.ended(waiting)
+    code, out, err = ended(waiting)
     assert (code, err) == (130, "lipexp: interrupted\n")
     (number,) = submitted()
     assert f"1 stack left to SLURM (scancel {number} ends it); hydra.sweep.dir=s resume=true" in out
-    assert statuses() == ["queued"] * 2
+    assert statuses(Path("s")) == ["queued"] * 2
     assert sweep(*jobs, *SLURM, "resume=true").code == 0
     assert list(submitted()) == [number]
-    assert statuses() == ["ok"] * 2
+    assert statuses(Path("s")) == ["ok"] * 2
 
 
 def test_resources_are_those_of_each_stack(busy, sweep):
@@ -334,11 +332,11 @@ def test_what_slurm_refuses_is_one_line_and_nothing_is_left(cluster, sweep, opti
 def test_a_refused_resubmission_leaves_the_sweep_as_it_was(busy, sweep):
     assert sweep("seed=0,1", *SLURM, NO_WAIT).code == 0
     run("scancel", *submitted())
-    before = content("**/*")
+    before = content(Path("s"))
     refused = sweep("seed=0,1", *SLURM, "hydra.launcher.slurm.partition=mian", "resume=true")
     assert refused.code == 2
     assert len(refused.err.splitlines()) == 1
-    assert content("**/*") == before
+    assert content(Path("s")) == before
 
 
 def test_a_slurm_that_does_not_answer(cluster, sweep, monkeypatch, tmp_path):

@@ -1,0 +1,54 @@
+"""The verb `bench`: the speed of lipexp, as ratios to other implementations measured in the same run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from lipexp.arguments import Parser
+from lipexp.bench import steps, sweep
+from lipexp.config import ConfigError, no_such, whole
+from lipexp.process import cpu_threads
+
+SECTIONS = {"step": steps.step, "activation": steps.activation, "commands": steps.commands, "sweep": sweep.sweep}
+DEFAULT = ("step", "activation", "commands")  # a sweep takes minutes
+
+EPILOG = """\
+step        a train step (batch, forward, loss, backward, optimiser) against a plain torch MLP with ReLU and Adam
+activation  MaxMin, forward and backward, against ReLU
+commands    lipexp --help against an empty Python, lipexp train against its imports
+sweep       runs of a stack against single ones; takes minutes, so it runs only when it is named
+
+A time is CPU time, user and system, unless it says wall. Targets are aims: missing one is no error."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `lipexp bench`; returns the exit status: 0, 1 a command failed, 2 bad input."""
+    parser = Parser("lipexp bench")
+    parser.description = "Speed, as ratios to other implementations measured in the same run."
+    parser.epilog = EPILOG
+    sections = f"{', '.join(SECTIONS)} (default: all but sweep)"
+    parser.add_argument("sections", metavar="SECTION", nargs="*", help=sections)
+    parser.add_argument("--rounds", metavar="N", type=int, default=30, help="how often each case is timed (30)")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        whole("--rounds", options.rounds, least=1)
+        for section in options.sections:
+            if section not in SECTIONS:
+                raise ConfigError(section, None, no_such("section", section, list(SECTIONS)))
+    except ConfigError as error:
+        print(f"lipexp: {error}", file=sys.stderr)
+        return 2
+    console = Console(highlight=False)
+    try:
+        with cpu_threads(1):
+            for section in dict.fromkeys(options.sections or DEFAULT):
+                SECTIONS[section](console, options.rounds)
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or "").strip().splitlines()
+        print(f"lipexp: {' '.join(error.cmd)}: {said[-1] if said else error}", file=sys.stderr)
+        return 1
+    return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,27 +18,19 @@ from omegaconf import OmegaConf, open_dict
 from rich.console import Console
 from torch import nn
 
-from lipexp.bench.bench import (
-    BATCH,
-    Case,
-    command,
-    composed,
-    cpu_seconds,
-    mlp,
-    peer_networks,
-    table,
-    take_turns,
-    torch_step,
-)
-from lipexp.sweep.compose import Composer
+from lipexp.bench.steps import BATCH, LIPEXP, command, composed, mlp, peer_networks, torch_step
+from lipexp.bench.timing import Case, cpu_seconds, table, take_turns
 from lipexp.config import conf_dir
+from lipexp.hydra_app import register_schemas
 from lipexp.loop import Stack, Trainer
-from lipexp.train import build, stack
+from lipexp.members import build, stack
+from lipexp.sweep.compose import Composer
 
-RUNS = 64
-WIDTH = 64
-STEPS_TIMED = 4  # calls in a round
+RUNS, WIDTH = 64, 64
+STEP_CALLS = 4  # in a round
 EMPTY_JOB_MS = 80
+IN_PROCESSES = "hydra.launcher.executor=process"
+BY_HYDRA = ("hydra/launcher=basic", "hydra/sweeper=basic")
 
 
 def sweep(console: Console, rounds: int) -> None:
@@ -64,21 +55,17 @@ def stacked(runs: int, constraint: str) -> Stack:
 def steps(console: Console, rounds: int, runs: int) -> None:
     """A step of one run of a stack, against a step of another library's network of the same size."""
     single = stacked(1, "none")
-    peers, missing = peer_networks(WIDTH)
-    for name, network, target in (
-        ("torch MLP, ReLU", mlp(nn.Linear, nn.ReLU, WIDTH), 0.35),
-        ("torchlip Spectral + GroupSort2", peers.get("torchlip Spectral + GroupSort2"), 1 / 12),
-    ):
-        if network is None:
-            console.print(f"not installed: {', '.join(missing)} (pip install {' '.join(missing)})", soft_wrap=True)
+    networks = {"torch MLP, ReLU": mlp(nn.Linear, nn.ReLU, WIDTH)} | peer_networks(console, WIDTH)
+    for name, target in (("torch MLP, ReLU", 0.35), ("torchlip Spectral + GroupSort2", 1 / 12)):
+        if name not in networks:
             continue
         cases = [
-            Case(name, torch_step(network, single)),
+            Case(name, torch_step(networks[name], single)),
             Case(f"linf + MaxMin, a run of {runs}", Trainer(stacked(runs, "linf")).step, target, runs=runs),
             Case(f"spectral + MaxMin, a run of {runs}", Trainer(stacked(runs, "spectral")).step, runs=runs),
         ]
-        take_turns(cases, rounds, STEPS_TIMED)
-        console.print(table(f"train step, 2-{WIDTH}-{WIDTH}-1, batch {BATCH}, a run of a stack", cases, rounds))
+        take_turns(cases, rounds, STEP_CALLS)
+        console.print(table(f"train step, 2-{WIDTH}-{WIDTH}-1, batch {BATCH}, a run of a stack", cases))
 
 
 def arithmetic(console: Console, rounds: int, runs: int) -> None:
@@ -87,25 +74,22 @@ def arithmetic(console: Console, rounds: int, runs: int) -> None:
         Case("torch.bmm alone", products(runs)),
         Case("linf + MaxMin", Trainer(stacked(runs, "linf")).step, 2.0),
     ]
-    take_turns(cases, rounds, STEPS_TIMED)
-    console.print(table(f"a step of {runs} runs against its matrix products", cases, rounds))
+    take_turns(cases, rounds, STEP_CALLS)
+    console.print(table(f"a step of {runs} runs against its matrix products", cases))
 
 
 def products(runs: int) -> Callable[[], object]:
     """The matrix products of one step: x W^T, g W but for the first layer, g^T x or, where it is faster, x^T g."""
     pairs = []
     for layer, (n_in, n_out) in enumerate(((2, WIDTH), (WIDTH, WIDTH), (WIDTH, 1))):
-        x, weight, g = (
-            torch.randn(runs, BATCH, n_in),
-            torch.randn(runs, n_out, n_in),
-            torch.randn(runs, BATCH, n_out),
-        )
-        pairs += [(x, weight.mT), (g.mT, x) if n_out <= n_in else (x.mT, g)] + ([(g, weight)] if layer else [])
+        x, g = torch.randn(runs, BATCH, n_in), torch.randn(runs, BATCH, n_out)
+        weight = torch.randn(runs, n_out, n_in)
+        pairs += [(x, weight.mT), (g.mT, x) if n_out <= n_in else (x.mT, g)] + [(g, weight)] * (layer > 0)
     return lambda: [torch.bmm(a, b) for a, b in pairs]
 
 
 def composition(console: Console, rounds: int) -> None:
-    """One job of a sweep composed and recorded in `.hydra/`, by lipexp and by Hydra."""
+    """One job of a sweep composed and recorded in `.hydra/`, by Hydra and by lipexp."""
     with tempfile.TemporaryDirectory(prefix="lipexp-bench-") as folder, hydra_loader(folder) as (loader, master):
         composer = Composer(loader, master)
         numbers = count()
@@ -120,11 +104,9 @@ def composition(console: Console, rounds: int) -> None:
             with open_dict(config):
                 config.hydra.job.id = config.hydra.job.num = number
             record = Path(folder) / str(number) / ".hydra"
-            for name, part in (
-                ("config", without_hydra(config)),
-                ("hydra", OmegaConf.create({"hydra": config.hydra})),
-            ):
-                _save_config(part, f"{name}.yaml", record)
+            own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+            _save_config(own, "config.yaml", record)
+            _save_config(OmegaConf.create({"hydra": config.hydra}), "hydra.yaml", record)
             _save_config(config.hydra.overrides.task, "overrides.yaml", record)
 
         def by_lipexp() -> None:
@@ -132,31 +114,27 @@ def composition(console: Console, rounds: int) -> None:
             composer.job(number, overrides(number)).write_hydra_files()
 
         cases = [Case("Hydra", by_hydra), Case("lipexp", by_lipexp, 1 / 8)]
-        take_turns(cases, rounds, inner=1, warm_up=1)
-    console.print(table("composition and .hydra/, a job", cases, rounds))
+        take_turns(cases, rounds, calls=1, warm_up=1)
+    console.print(table("composition and .hydra/, a job", cases))
 
 
 @contextmanager
 def hydra_loader(folder: str) -> Iterator[tuple[Any, Any]]:
     """Hydra's configuration loader, and the configuration of a sweep into `folder`."""
+    register_schemas()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         yield loader, loader.load_configuration("config", [f"hydra.sweep.dir={folder}"], RunMode.MULTIRUN)
 
 
-def without_hydra(config: Any) -> Any:
-    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-
-
 def empty_jobs(console: Console, runs: int, settings: Sequence[str] = ()) -> None:
-    """A job without a step, from its overrides to its files: what so many cost more than one."""
-    lipexp = str(Path(sys.executable).with_name("lipexp"))
+    """A job without a step, from its overrides to its files: what each job beyond the first costs."""
     seconds = []
     with tempfile.TemporaryDirectory(prefix="lipexp-bench-") as folder:
         for jobs in (1, runs):
-            sweep = command(folder, lipexp, "train", "-m", f"seed=range({jobs})", "steps=0", *settings)
+            seeds = f"seed=range({jobs})"
             before = cpu_seconds()
-            sweep()
+            command(folder, LIPEXP, "train", "-m", seeds, "steps=0", IN_PROCESSES, *settings)()
             seconds.append(cpu_seconds() - before)
     each = 1000 * (seconds[1] - seconds[0]) / (runs - 1)
     console.print(f"an empty job (steps=0) of {runs}, with all its files: {each:.0f} CPU-ms (≤ {EMPTY_JOB_MS})")
@@ -164,21 +142,16 @@ def empty_jobs(console: Console, runs: int, settings: Sequence[str] = ()) -> Non
 
 def commands(console: Console, runs: int, settings: Sequence[str] = ()) -> None:
     """Whole commands, each once: a sweep as stacks, by Hydra's launcher, and as single processes."""
-    lipexp = str(Path(sys.executable).with_name("lipexp"))
-    seeds = f"seed=range({runs})"
     with tempfile.TemporaryDirectory(prefix="lipexp-bench-") as folder:
-        two = "hydra.launcher.executor=process"
-        stacks = command(folder, lipexp, "train", "-m", seeds, two, *settings)
-        basic = ("hydra/launcher=basic", "hydra/sweeper=basic")
+
+        def train(*arguments: str) -> Callable[[], object]:
+            return command(folder, LIPEXP, "train", *arguments, *settings)
+
+        many = ("-m", f"seed=range({runs})")
         for reference, target in (
-            (
-                Case(
-                    "basic launcher", command(folder, lipexp, "train", "-m", seeds, *basic, *settings), runs=runs
-                ),
-                1 / 6,
-            ),
-            (Case("a process a job", command(folder, lipexp, "train", *settings)), 1 / 15),
+            (Case("basic launcher", train(*many, *BY_HYDRA), runs=runs), 1 / 6),
+            (Case("a process a job", train()), 1 / 15),
         ):
-            case = Case("stacks, in processes", stacks, target, runs)
-            take_turns([reference, case], rounds=1, inner=1, warm_up=0)
-            console.print(table(f"whole commands, {runs} jobs, a job", [reference, case], 1, clock="wall"))
+            case = Case("stacks, in processes", train(*many, IN_PROCESSES), target, runs)
+            take_turns([reference, case], rounds=1, calls=1, warm_up=0)
+            console.print(table(f"whole commands, {runs} jobs, a job", [reference, case], clock="wall"))

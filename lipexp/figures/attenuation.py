@@ -18,15 +18,15 @@ from lipexp.figures.style import ACT_COLOUR, ACT_NAME, BLACK, PAGE, band, label,
 START, TRAINED = "attenuation_start", "attenuation"
 ACTS = ("groupsort", "relu")
 BINS = np.linspace(0, 1, 41)
-# of its name in the histogram
+# Where the name of each activation stands in the histogram.
 PLACE: dict[str, dict[str, Any]] = {"relu": {"xytext": (7, -4)}, "groupsort": {"xytext": (0, 5), "ha": "right"}}
 
 
 def at_hidden_layers(runs: pd.DataFrame) -> npt.NDArray[np.float64]:
     """(runs, layers) the median gradient norm at the input of each layer after the first.
 
-    The first is left out: its input has two features, and 64 x 2 weights can hand back no more than the two
-    dimensions of a gradient that they map from.
+    The first layer is left out: its input has two features, and a 64 x 2 matrix passes back only the part of a
+    gradient that lies in its two-dimensional range.
     """
     return np.array([table(run, "layers")["gradient_median"].to_numpy()[1:] for run in runs["run"]])
 

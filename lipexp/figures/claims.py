@@ -102,7 +102,7 @@ class Verdict:
 
 
 def verdict(claim: str, measured: float, figure: str = "") -> Verdict:
-    """The verdict on one of THRESHOLDS; what is not a number holds nothing."""
+    """The verdict on one of THRESHOLDS; a claim does not hold if `measured` is NaN."""
     threshold = THRESHOLDS[claim]
     known = None if math.isnan(measured) else float(measured)
     return Verdict(figure, claim, known, str(threshold), known is not None and threshold.holds(known))

@@ -51,7 +51,7 @@ def _title(n_groups: int) -> str:
 
 
 def sorted_in(n_groups: int, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """x (D,) sorted within groups of neighbours; GroupSort itself takes feature j into group j mod n_groups."""
+    """x (D,) sorted within groups of neighbours. GroupSort itself puts feature j into group j mod n_groups."""
     act = GroupSort(n_groups)
     neighbours = act.groups(D).ravel()
     spread = np.empty_like(x)

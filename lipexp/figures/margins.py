@@ -17,7 +17,7 @@ RADII = {0.1: SKY, 0.25: BLUE, 0.4: GREEN}
 
 
 def certified_accuracy(run: pd.Series, radius: float) -> float:
-    """The share of test points whose class is right, and proven to stay so within `radius`."""
+    """The fraction of test points whose class is right, and proven to stay so within `radius`."""
     points = table(run["run"], "radii")
     return float(((points["correct"] == 1) & (points["radius"] >= radius)).mean())
 

@@ -41,7 +41,7 @@ COLOUR = {"relu": ACT_COLOUR["relu"], "sort": ACT_COLOUR["groupsort"]}
 
 
 def shares(runs: Runs, case: Case, act: str) -> pd.Series:
-    """The score on fresh samples over the product of norms of each seed; `sort` is GroupSort of any group size."""
+    """The score on test samples divided by the product of norms, for each seed; `sort` is any GroupSort."""
     chosen = runs[case.experiment]
     for key, value in case.where.items():
         kept = chosen[key].astype(float) == value if isinstance(value, float | int) else chosen[key] == value
@@ -54,8 +54,9 @@ def first_layer_ceiling(run: RunFolder) -> float:
     """E max_i |<w_i, x>| over the test points around the centre, for the rows w_i of the first layer.
 
     With rows ||w_i||_2 <= 1 and later layers of norm 1 in the inf-norm, f(0) - f(x) is at most the largest change
-    of a feature, |<w_i, x>|: no network with this first layer scores more, and none whatever near 1 in many
-    dimensions, where every direction sees little of a random x. Exactly so for L = 1; it scales with L.
+    of a feature, |<w_i, x>|. So no network with this first layer scores more; and in many dimensions, where a
+    random x has a small component in every fixed direction, no network comes near 1. This is for L = 1, and scales
+    with L.
     """
     points = table(run, "gradients")
     points = points[(points["split"] == "test") & (points["y"] == 0)]
@@ -70,7 +71,7 @@ def ceiling(runs: Runs) -> float:
 
 
 def draw(runs: Runs) -> Figure:
-    """One dot a seed; the optimum is 1, and dotted lines are what cannot be exceeded."""
+    """One dot per seed; the optimum is 1, and dotted lines are ceilings."""
     figure, (ax,) = panels(PAGE, 2.5)
     for place, case in enumerate(CASES):
         for act, shift in (("relu", 0.13), ("sort", -0.13)):

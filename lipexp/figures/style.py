@@ -13,7 +13,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart with any colour vision.
+# Okabe and Ito's palette, whose colours can be told apart with any colour vision.
 BLUE, ORANGE, GREEN, RED, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9"
 BLACK, GREY = "#222222", "#8a8a8a"
 ACT_COLOUR = {"relu": ORANGE, "groupsort": BLUE}
@@ -51,7 +51,7 @@ def look() -> AbstractContextManager[None]:
 def panels(
     width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of so many inches and its panels, row by row. Draw and save it under `look()`."""
+    """A figure of `width` x `height` inches and its panels, row by row. Draw and save it under `look()`."""
     figure = Figure(figsize=(width, height), dpi=DPI)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, list(axes.flat)

@@ -18,7 +18,6 @@ from lipexp.networks import BakedNetwork
 
 # Small enough for a law to take a moment; what a class does not know is left out.
 SMALL = {
-    "model.width": 8,
     "dataset.n_train": 64,
     "dataset.n_test": 32,
     "batch_size": 32,
@@ -50,11 +49,18 @@ class Subject:
     """
 
     def __init__(self, content: Mapping[str, Any], choices: Mapping[str, Any] = {}, width: int = 8) -> None:
-        self.content = copy.deepcopy(dict(content))
         self.choices = choices
-        for key, value in (SMALL | {"model.width": width}).items():
-            self._set(self.content, key, value)
         self.generator = torch.Generator().manual_seed(0)
+        self.content = copy.deepcopy(dict(content))
+        for key, value in SMALL.items():
+            self._set(self.content, key, value)
+        own = copy.deepcopy(self.content)
+        self._set(self.content, "model.width", width)
+        try:
+            self.member = self.build()
+        except ConfigError:  # such as an activation whose groups need the width that was asked for
+            self.content = own
+            self.member = self.build()
 
     @staticmethod
     def _set(content: dict[str, Any], key: str, value: Any) -> None:
@@ -70,10 +76,6 @@ class Subject:
         for key, value in changes.items():
             self._set(content, key, value)
         return build(content, self.choices)
-
-    @cached_property
-    def member(self) -> Member:
-        return self.build()
 
     @property
     def width(self) -> int:

@@ -131,8 +131,8 @@ class Falsifier:
     def lowest(self, reach: Tensor) -> tuple[Tensor, Tensor]:
         """The points (N, D) within `reach` (N,) of x with the lowest sign(f(x)) f that is found, and these values.
 
-        The first start is x, the second the lowest point on its secants, the others are random. A point that has
-        flipped is left alone.
+        The first start is x, the second the lowest point on its secants, the others are random. Points that have
+        flipped are not attacked again.
         """
         best, margin = self.x.clone(), torch.full_like(reach, math.inf)
         for restart in range(RESTARTS):

@@ -26,7 +26,7 @@ from lipexp.exact import norm_below
 from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF
 
-GRID_POINTS = {1: 2001, 2: 64}  # per axis, for inputs of so many dimensions
+GRID_POINTS = {1: 2001, 2: 64}  # number of inputs -> points per axis
 _CANDIDATES = 8  # points tried in exact arithmetic before a source is given up; more than one is rarely needed
 _CHUNK = 2**18  # features of one layer held at once while scanning: 2 MB in float64, which fit the cache
 

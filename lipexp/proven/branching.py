@@ -117,7 +117,7 @@ def branch_and_bound(
         box: low and high, (D,).
         root: a bound that is known for the whole box.
         best: a point whose gradient norm is a lower bound.
-        report: is told the interval now and then.
+        report: is called with the interval every two seconds.
     """
     own = _network(network)
     started = reported = time.monotonic()

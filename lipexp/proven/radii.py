@@ -151,7 +151,7 @@ def _layer_error(arithmetic: Arithmetic, layer: Affine, size: Tensor, error: Ten
     terms = torch.addmm(layer.bias[0, 0].double().abs(), size + error.unsqueeze(1), weight.T)  # |W| |h^| + |b|
     found = (gamma + 2 * unit) * terms + torch.outer(error, weight.sum(dim=1)) + (n + 2) * arithmetic.smallest
     found = found.masked_fill(~(terms <= arithmetic.largest), math.inf)
-    # This very bound is a float64 sum of n + 1 terms that are not negative, and of few others.
+    # The bound itself is computed in float64, as a sum of n + 1 terms that are not negative and a few others.
     return found.amax(dim=1) * (1 + 4 * (n + 8) * UNIT_ROUNDOFF)
 
 

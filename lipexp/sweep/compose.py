@@ -1,8 +1,8 @@
 """The configurations of a sweep's jobs: the same as Hydra's, composed once per choice of options.
 
-Hydra composes every job from its files, 0.1 s of CPU each. The jobs of a sweep differ mostly in values, not in
-files, so here each set of options is composed once, by Hydra, and a job is a copy of it with its values set, by
-Hydra's own functions. What is written into `.hydra/` is what Hydra's launcher writes.
+Hydra composes every job from its files, which takes 0.1 s of CPU time each. The jobs of a sweep differ mostly in
+values, not in files. So here Hydra composes each set of options once, and a job is a copy of that configuration in
+which Hydra's own functions set the values. `.hydra/` holds what Hydra's launcher writes.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class Composer:
     def __init__(self, loader: ConfigLoaderImpl, master: DictConfig) -> None:
         self.loader = loader
         self.master = master
-        _ = master.hydra.sweep.dir  # resolved now, its time stamp is the same for all jobs
+        _ = master.hydra.sweep.dir  # resolved now, so that its time stamp is the same for all jobs
         own: Any = OmegaConf.to_container(master.hydra.overrides.hydra)
-        # The files that can be chosen are those that these overrides let Hydra find (hydra.searchpath).
+        # These overrides decide which files Hydra finds (hydra.searchpath).
         name = master.hydra.job.config_name
         self._files = loader._parse_overrides_and_create_caching_repo(name, own)[1]
         self._parser = OverridesParser.create(config_loader=loader)
@@ -79,10 +79,10 @@ class Composer:
         self._bases: dict[tuple[str, ...], DictConfig] = {}
 
     def job(self, index: int, overrides: Sequence[str]) -> Job:
-        """The job number `index` of the sweep.
+        """Compose job `index` of the sweep.
 
         Raises:
-            HydraException: whatever Hydra says of these overrides.
+            HydraException: Hydra refuses these overrides.
             OmegaConfBaseException: an interpolation that cannot be resolved.
         """
         parsed = [self._parse(line) for line in overrides]
@@ -112,7 +112,7 @@ class Composer:
         return bool(self._files.group_exists(key))
 
     def _parse(self, line: str) -> Override:
-        """`line`, parsed; Hydra's refusal of a sweep within a job included."""
+        """`line`, parsed; Hydra refuses a sweep within a job."""
         if line not in self._parsed:
             (override,) = self._parser.parse_overrides([line])
             self.loader.validate_sweep_overrides_legal([override], RunMode.RUN, from_shell=True)
@@ -120,7 +120,7 @@ class Composer:
         return self._parsed[line]
 
     def _chooses_files(self, override: Override) -> bool:
-        """Whether an override takes part in choosing the files that are composed, or is one of Hydra's own."""
+        """Whether an override decides which files are composed, or is one of Hydra's own."""
         if override.is_hydra_override() or override.package is not None:
             return True
         return self._files.group_exists(override.key_or_group) and not isinstance(override.value(), dict)
@@ -134,7 +134,7 @@ class Composer:
         """What Hydra makes of a composed job: its content, the same resolved, and its folder."""
         running: Any = HydraConfig.instance()
         before = running.cfg
-        running.cfg = config  # for the `hydra:` resolver; HydraConfig.set_config would copy it, in 5 ms
+        running.cfg = config  # for the `hydra:` resolver; HydraConfig.set_config would copy it, which takes 5 ms
         try:
             folder = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
             with flag_override(config.hydra.runtime, ["readonly", "struct"], [False, False]):

@@ -7,8 +7,8 @@ import signal
 import tempfile
 from collections import deque
 from collections.abc import Sequence
-from multiprocessing import connection, forkserver
-from multiprocessing.process import BaseProcess
+from multiprocessing import connection, forkserver, resource_tracker
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def start_server() -> None:
         ConfigError: no process can be started here.
     """
     CONTEXT.set_forkserver_preload(["lipexp.sweep.work"])
+    resource_tracker.ensure_running()  # the server would start it otherwise, and unblock Ctrl-C with that
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
@@ -58,15 +59,16 @@ def in_processes(stacks: Sequence[Sequence[Job]], processes: int, display: Sweep
     start_server()
     # The largest first, so that all processes end at about the same time.
     waiting = deque(sorted(range(len(stacks)), key=lambda number: -len(stacks[number])))
-    running: dict[int, BaseProcess] = {}
+    running: dict[int, ForkServerProcess] = {}
     with tempfile.TemporaryDirectory(prefix="lipexp-") as folder:
         try:
             while waiting or running:
                 while waiting and len(running) < processes:
                     number = waiting.popleft()
                     arguments = (stacks[number], Path(folder, str(number)))
-                    running[number] = CONTEXT.Process(target=train_and_report, args=arguments)
-                    running[number].start()
+                    worker = CONTEXT.Process(target=train_and_report, args=arguments)
+                    worker.start()
+                    running[number] = worker
                 connection.wait([worker.sentinel for worker in running.values()], timeout=REPORT_SECONDS)
                 for number, worker in list(running.items()):
                     code = worker.exitcode

@@ -30,7 +30,7 @@ from lipexp.sweep import executors
 from lipexp.sweep.compose import Composer, Job
 from lipexp.sweep.options import LauncherOptions
 from lipexp.sweep.plan import RECORD, Plan, digest, make_plan
-from lipexp.wording import count
+from lipexp.wording import broken_bound, count
 
 if TYPE_CHECKING:
     from lipexp.sweep.slurm import Cluster
@@ -161,7 +161,8 @@ class Sweep:
             if outcome.status == "failed":
                 log = RunFolder(job.folder).path / "train.log"
                 where = f"traceback in {log}" if log.is_file() else f"{job.folder}"
-                lines.append(f"{outcome.reason}{f' at step {outcome.step}' if outcome.step else ''} ({where})")
+                reason = broken_bound(outcome.metrics.lipschitz) if outcome.metrics else outcome.reason
+                lines.append(f"{reason}{f' at step {outcome.step}' if outcome.step else ''} ({where})")
         missing = sum(outcome.status == "missing" for outcome in outcomes)
         if missing and self.cluster is None:
             lines.append(

@@ -1,4 +1,4 @@
-"""How far a stack is, told through a file by another process or another machine."""
+"""The progress of a stack, reported through a file by another process or another machine."""
 
 from __future__ import annotations
 

@@ -13,11 +13,11 @@ from lipexp.proven.regions.polygons import INFINITY, ExactLine, Floats, Plane, P
 class Domain:
     """The box low..high and the parts around it, cut out by the lines through its sides.
 
-    One dimension is the half of a plane on which nothing depends on y. A box without interior is left out: what is
-    cut is then the plane at one of its points.
+    One dimension is treated as a half-plane on which nothing depends on y. A box without interior is left out: the
+    plane is then cut by lines through one of its points.
 
     Args:
-        plane: to which the lines and corners are added.
+        plane: takes the lines and corners.
         low, high: (D,), D = 1 or 2.
     """
 
@@ -25,11 +25,11 @@ class Domain:
         self.plane = plane
         self.dims = len(low)
         self.sides: list[list[float]] = np.stack([low, high], axis=1).tolist()
-        self.lines: dict[int, ExactLine] = {}  # in integers, by their numbers
+        self.lines: dict[int, ExactLine] = {}  # index of a line -> the line in integers
         self.cells, self.inside = self._cut_out(low, high)
 
     def _cut_out(self, low: Floats, high: Floats) -> tuple[Polygons, npt.NDArray[np.bool_]]:
-        """The polygons, and which of them is the box."""
+        """The polygons, and a mask that is true for the box."""
         has_box = bool((high > low).all())
         cuts = [[a, b] if has_box else [a] for a, b in zip(low.tolist(), high.tolist(), strict=True)]
         if self.dims == 1:
@@ -75,7 +75,7 @@ class Domain:
         xs, ys = lines
         left, right = (xs[i] if 0 <= i < len(xs) else None for i in (column - 1, column))
         below, above = (ys[i] if 0 <= i < len(ys) else None for i in (row - 1, row))
-        # The sides in order, each with the direction in which one walks along it.
+        # The sides in anticlockwise order, each with its direction.
         walk = [(below, (1, 0)), (right, (0, 1)), (above, (-1, 0)), (left, (0, -1))]
         sides = [(line, direction) for line, direction in walk if line is not None]
         part = []
@@ -84,7 +84,7 @@ class Domain:
             if turns > 0:
                 part.append((self._corner(line, following, None), following))
                 continue
-            # Open to infinity. Between opposite directions lies one corner there, or two where a side is missing.
+            # The part is unbounded here. Opposite directions share one corner at infinity; others have two.
             away, back = direction, (-after[0], -after[1])
             if away == back:
                 part.append((self._corner(line, infinity, away), following))
@@ -94,7 +94,7 @@ class Domain:
         return part
 
     def _corner(self, first: int, second: int, direction: tuple[int, int] | None) -> int:
-        """The corner where two lines meet; `direction`: in which it lies, at infinity."""
+        """The corner where two lines meet; `direction` says where it lies if that is at infinity."""
         a, b = self.lines[first], self.lines[second]
         x, y, t = a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
         ahead = t if direction is None else x * direction[0] + y * direction[1]
@@ -108,7 +108,9 @@ class Domain:
             value = [float(direction[0]), float(direction[1]), 0.0]
         (number,) = self.plane.corners.append(
             value=np.array([value]),
-            error=np.zeros((1, 3)),  # the ends of the box are float64 numbers, and the scales powers of two
+            error=np.zeros(
+                (1, 3)
+            ),  # exact: the ends of the box are float64 numbers, and the scales are powers of two
             lines=np.array([[first, second]]),
             sign=np.array([sign]),
         )

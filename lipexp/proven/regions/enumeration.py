@@ -46,7 +46,7 @@ class Constants(NamedTuple):
     everywhere: Steepest
     box: Steepest | None  # None: the box has no interior
     domain: list[list[float]]  # [low, high] of each coordinate of the box
-    regions: int  # in the whole plane or line; the edges of the box count as kinks
+    regions: int  # in the whole plane or line; the edges of the box count as breakpoints
 
     def in_box(self) -> dict[str, Any] | None:
         """What metrics.json says of the constant over the box."""
@@ -109,7 +109,7 @@ class Enumeration:
         # For each hidden layer: the region of the layer before that a region is part of, and the active map there.
         self.parents: list[Integers] = []
         self.active: list[tuple[Integers, npt.NDArray[np.int64]]] = []
-        # Regions are counted on through all layers; this is the number of the first region before each layer.
+        # Regions are numbered through all layers; this is the number of the first region of each layer.
         self._first_region = [0]
         self._exact_maps: dict[tuple[int, int], Exact] = {}
         self._exact_layers: dict[int, tuple[Exact, Exact]] = {}

@@ -26,8 +26,8 @@ class Maps:
 
     Scalars for each region and c: the entries are off by at most `error` and at most `size` large, in the inf-norm
     over the H features; `error_2` and `size_2` are the same in the 2-norm. A layer multiplies an error by its own
-    norm, and one of spectral norm 1 may have row sums of sqrt(H): followed in the inf-norm alone, the errors of
-    deep networks would grow until only integers told the sides of their kinks.
+    norm, and a layer of spectral norm 1 may have row sums of sqrt(H). If errors were followed in the inf-norm
+    alone, those of deep networks would grow until every side of a breakpoint had to be decided in integers.
     """
 
     value: Floats  # (P, 3, H)
@@ -48,7 +48,7 @@ class Maps:
 
     @classmethod
     def identity(cls, n: int, dims: int) -> Maps:
-        """The inputs themselves as two features, of n regions; in one dimension the second is zero."""
+        """The inputs themselves as two features, for n regions; in one dimension the second feature is zero."""
         value = np.zeros((n, 3, 2))
         value[:, 0, 0] = 1.0
         value[:, 1, 1] = 1.0 if dims == 2 else 0.0
@@ -78,15 +78,15 @@ class Maps:
             frobenius = SAFETY * float(np.linalg.norm(matrix))
             error_2 = spectral * self.error_2 + gamma * frobenius * (self.size_2 + self.error_2)
             error_2[:, 2] += gamma * SAFETY * float(np.linalg.norm(offset))
-        # Where all products are of zeros the result is exact; elsewhere they may underflow.
+        # Products of zeros are exact; all others may underflow.
         underflow = TINY * n_in * (self.size + self.error > 0)
         return _checked(value, SAFETY * error + underflow, SAFETY * error_2 + n_out * underflow)
 
     def activated(self, parent: Integers, index: Integers, factor: Integers, exponent: int) -> Maps:
-        """Behind an activation, out[j] = factor[j] 2^exponent z[index[j]], of regions that are parts of others.
+        """The maps behind an activation, out[j] = factor[j] 2^exponent z[index[j]], for parts of the regions.
 
         Args:
-            parent: (P',) the region here of which each is a part.
+            parent: (P',) the region of this object that each part lies in.
             index, factor: (P', H).
         """
         width = index.shape[1]
@@ -99,7 +99,7 @@ class Maps:
         most = np.abs(scale).max(axis=1, keepdims=True)
         underflow = TINY * ((self.size[parent] > 0) & (most > 0))
         error = SAFETY * most * (self.error[parent] + UNIT_ROUNDOFF * self.size[parent]) + underflow
-        # A feature may be handed on several times.
+        # An activation may copy a feature to several places.
         places = (index + width * np.arange(len(index))[:, None]).ravel()
         copies = math.sqrt(np.bincount(places).max(initial=1))
         with np.errstate(over="ignore", invalid="ignore"):
@@ -109,9 +109,9 @@ class Maps:
 
 
 def _checked(value: Floats, error: Floats, error_2: Floats) -> Maps:
-    """Maps, each error no larger than what the other says: ||.||_inf <= ||.||_2 <= sqrt(H) ||.||_inf.
+    """Maps whose two error bounds are tightened by each other: ||.||_inf <= ||.||_2 <= sqrt(H) ||.||_inf.
 
-    The squares of large numbers overflow: then the inf-norm is left, and an `error_2` that is not finite.
+    Where squares overflow, `error_2` is not finite and only the inf-norm is used.
     """
     error = np.fmin(error, error_2)
     error_2 = np.fmin(error_2, SAFETY * math.sqrt(value.shape[2]) * error)

@@ -1,11 +1,11 @@
 """The plane, cut by lines into convex polygons, with exact decisions.
 
 Points and lines are homogeneous: a point v = (x, y, t), t >= 0, stands for (x, y) / t, and for a point at infinity
-where t = 0; a line c is the set c . v = 0, and its sides are the signs of c . v. So unbounded polygons are like
-any others, and what is found holds on the whole plane.
+where t = 0; a line c is the set c . v = 0, and its sides are the signs of c . v. Unbounded polygons need no
+special treatment, so an enumeration covers the whole plane.
 
-Each corner is known by the two lines that meet there, and each line can be had in exact integers. In float64
-corners and lines carry bounds on their rounding errors; where such a bound leaves a sign open, which is rare, the
+Each corner is stored as the two lines that meet there, and each line is available in exact integers. In float64
+corners and lines carry bounds on their rounding errors. Where such a bound leaves a sign open, which is rare, the
 sign of the determinant of three lines is computed in integers. So no polygon is lost, however thin, and none is
 cut by a line that only touches it.
 
@@ -34,7 +34,7 @@ INFINITY = (0, 0, 1)  # the line t = 0
 
 
 class Table:
-    """Rows that are appended in blocks, as arrays that grow."""
+    """A table of rows that grows in blocks, stored as one array per column."""
 
     def __init__(self, **columns: tuple[tuple[int, ...], type]) -> None:
         self.size = 0
@@ -46,7 +46,7 @@ class Table:
         return self._columns[name][: self.size]
 
     def append(self, **blocks: npt.NDArray[Any]) -> Integers:
-        """Append one block for each column; returns the new rows' numbers."""
+        """Append one block per column; returns the indices of the new rows."""
         n = len(next(iter(blocks.values())))
         for name, block in blocks.items():
             column = self._columns[name]
@@ -63,9 +63,9 @@ class Polygons:
     """P convex polygons: the corners of polygon i are the entries start[i] to start[i + 1], in cyclic order."""
 
     start: Integers  # (P + 1,)
-    corner: Integers  # (E,) numbers of corners
+    corner: Integers  # (E,) indices of corners
     edge: Integers  # (E,) the line from this corner to the next
-    parent: Integers  # (P,) a number that the children of a polygon inherit
+    parent: Integers  # (P,) a number that the parts of a polygon inherit
 
     def __len__(self) -> int:
         return len(self.parent)
@@ -86,25 +86,25 @@ class Polygons:
 
 
 def offsets(counts: Integers) -> Integers:
-    """(P + 1,) where lists of so many entries begin and end."""
+    """(P + 1,) where lists with these numbers of entries begin and end when they are joined."""
     return np.concatenate([[0], np.cumsum(counts)])
 
 
 def ranges(starts: Integers, counts: Integers) -> Integers:
-    """starts[0], starts[0] + 1, ... counts[0] of them, then those of the next."""
+    """Concatenated ranges: `counts[i]` consecutive integers from `starts[i]`, for each i."""
     before = np.cumsum(counts) - counts
     return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
 
 
 def scaled(values: Floats, error: Floats) -> tuple[Floats, Floats]:
-    """Rows of (N, 3) times a power of two each, after which the largest entry is between 1/2 and 1."""
-    x, y, t = np.abs(values).T  # ufunc.reduce over so short an axis takes ten times as long
+    """Rows of (N, 3), each multiplied by the power of two that brings its largest entry between 1/2 and 1."""
+    x, y, t = np.abs(values).T  # ufunc.reduce over an axis of length 3 takes ten times as long
     exponent = -np.frexp(np.maximum(np.maximum(x, y), t))[1][:, None]
     return np.ldexp(values, exponent), np.ldexp(error, exponent)
 
 
 def dot(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """(N,) the dot products of rows (N, 3); of truth values, whether both are true somewhere."""
+    """(N,) the dot products of rows (N, 3); for truth values, whether both are true in some column."""
     return np.einsum("ij,ij->i", a, b)
 
 
@@ -112,12 +112,12 @@ class Plane:
     """The lines and corners of a partition, and the signs of corners with respect to lines.
 
     Args:
-        exact: the three integers of line number i; any positive multiple of the line will do.
+        exact: returns line i as three integers, up to any positive factor.
     """
 
     def __init__(self, exact: Callable[[int], ExactLine]) -> None:
         self.exact_line = exact
-        # Of a line, `owner` and `pair` say which difference of two numbers vanishes there: see `add_lines`.
+        # `owner` and `pair` say which difference of two features is zero on a line: see `add_lines`.
         self.lines = Table(
             value=((3,), np.float64), error=((3,), np.float64), owner=((), np.int64), pair=((2,), np.int64)
         )
@@ -126,10 +126,11 @@ class Plane:
         )
 
     def add_lines(self, value: Floats, error: Floats, owner: Integers, pair: Integers) -> Integers:
-        """Append lines (N, 3) that are off by at most `error`; returns their numbers.
+        """Append lines (N, 3) that are off by at most `error`; returns their indices.
 
         Args:
-            owner, pair: line z_i - z_j = 0 of an affine map z has pair (i, j) and the number of that map, or -1.
+            owner, pair: the line z_i - z_j = 0 of an affine map z has the pair (i, j) and the index of that map as
+                owner, which is -1 for a line that belongs to no map.
         """
         value, error = scaled(value, error)
         return self.lines.append(value=value, error=error, owner=owner, pair=pair)
@@ -152,7 +153,7 @@ class Plane:
         value = dot(point, line)
         error = dot(line_size, point_error) + dot(line_error, most)
         error = SAFETY * (error + 4 * UNIT_ROUNDOFF * dot(size, line_size))
-        # A product of numbers other than zero may still vanish.
+        # A product of two nonzero numbers may underflow to zero.
         error += TINY * dot(most > 0, line_size + line_error > 0)
         signs = np.sign(value).astype(np.int64)
         open_ = np.flatnonzero((np.abs(value) <= error) & ((value != 0) | (error != 0)))
@@ -184,7 +185,7 @@ class Plane:
     # Corners ---------------------------------------------------------------------------------------------------
 
     def meet(self, edges: Integers, lines: Integers, ends: tuple[Integers, Integers]) -> Integers:
-        """The corners where lines cross edges, strictly between the ends of each edge; returns their numbers."""
+        """Append the corners where lines cross edges, strictly between the edges' ends; returns their indices."""
         value, error = _cross_floats(
             (self.lines["value"][edges], self.lines["error"][edges]),
             (self.lines["value"][lines], self.lines["error"][lines]),
@@ -226,7 +227,7 @@ class Plane:
         return (np.minimum.reduceat(sign, start) < 0) & (np.maximum.reduceat(sign, start) > 0)
 
     def cut(self, polygons: Polygons, lines: Integers) -> Polygons:
-        """Both parts of each polygon i that line i cuts: P parts on the positive sides, then the P others."""
+        """Both parts of each polygon i, which line i cuts: the P parts on the positive sides, then the others."""
         sign = self.signs(polygons.corner, np.repeat(lines, np.diff(polygons.start)))
         line = np.repeat(lines, np.diff(polygons.start))
         following = np.arange(len(sign)) + 1
@@ -240,12 +241,12 @@ class Plane:
     def arrange(self, polygons: Polygons, lists: Sequence[Integers], most: int) -> Polygons | None:
         """Cut each polygon with the lines that `lists` has for it, until none of them cuts any part.
 
-        The lines of a polygon are tried again on its parts, and the one in the middle of the list is taken first:
-        that takes far fewer tests than one line after the other through all parts.
+        Each polygon is cut by the line in the middle of its list first, and its other lines are then tried on both
+        parts. This takes far fewer tests than trying each line on all parts in turn.
 
         Args:
             lists: (where, lines): line lines[i] cuts polygon where[i]; `where` ascending.
-            most: polygons; None is returned when there would be more.
+            most: the largest number of polygons; None is returned when there would be more.
         """
         where, lines = lists
         done: list[Polygons] = []
@@ -256,7 +257,7 @@ class Plane:
             done.append(polygons.take(finished))
             n_done += len(finished)
             rest = np.flatnonzero(counts)
-            # Each line that cuts a polygon makes one more of it, if not several.
+            # Each line that cuts a polygon adds at least one part.
             so_far = n_done + len(rest)
             if so_far + len(lines) > most and so_far + self._distinct(where, lines) > most:
                 return None
@@ -276,25 +277,25 @@ class Plane:
         return Polygons.join(done)
 
     def _distinct(self, where: Integers, lines: Integers) -> int:
-        """How many lines there are in all polygons; those that float64 cannot tell apart in one count once."""
+        """The number of lines in all polygons; lines of one polygon that are equal in float64 count once."""
         value = self.lines["value"][lines]
         largest = np.take_along_axis(value, np.abs(value).argmax(axis=1)[:, None], axis=1)
-        # Copies of one line have any scale, and differ by their rounding errors.
+        # Copies of one line may have different scales, and differ by rounding errors.
         return len(np.unique(np.column_stack([where, np.round(value / largest, 9)]), axis=0))
 
 
 def _side(part: Polygons, sign: Integers, following: Integers, new: Integers, line: Integers) -> Polygons:
-    """What lies where `sign` (E,) is positive of polygons that are cut there by `line` (E,).
+    """The parts of polygons, cut by `line` (E,), that lie where `sign` (E,) is positive.
 
     Args:
         following: (E,) the entry of the next corner.
         new: (E,) the corner where the edge after an entry is cut, or -1.
     """
-    # Two places an entry: the corner itself, and the new one on the edge after it.
+    # Each entry has two places: for the corner itself, and for a new corner on the edge after it.
     keeps, cuts = sign >= 0, new >= 0
     kept = np.stack([keeps, cuts], axis=1)
     corner = np.stack([part.corner, new], axis=1)
-    # Where the boundary leaves this side it goes on along the line.
+    # Where the boundary leaves this side, it continues along the line.
     leaves = (sign == 0) & (sign[following] < 0)
     edge = np.stack([np.where(leaves, line, part.edge), np.where(sign > 0, line, part.edge)], axis=1)
     counts = np.add.reduceat(keeps.astype(np.int64) + cuts, part.start[:-1])

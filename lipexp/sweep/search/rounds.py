@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import sqlite3
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from lipexp.config import ConfigError
 
 try:
     import optuna
+    import sqlalchemy
 except ImportError:
     raise ConfigError("hydra/sweeper", "search", "needs optuna: pip install 'lipexp[search]'") from None
 
-from sqlalchemy import NullPool
-from sqlalchemy.exc import SQLAlchemyError
-
-from lipexp.members import build
 from lipexp.process import raise_on_interrupt
 from lipexp.record import Outcome
 from lipexp.runs import RunFolder, SweepFailed, write_csv
@@ -40,27 +34,23 @@ from lipexp.sweep.options import LauncherOptions
 from lipexp.sweep.search.options import SearchOptions
 from lipexp.sweep.search.outcome import ranked, show, write_best, write_picture
 from lipexp.sweep.search.space import Space
-from lipexp.wording import shown_path
-
-DATABASE = "study.db"
 
 
 def search(context: HydraContext, master: DictConfig, arguments: Sequence[str]) -> None:
-    """Carry out a search for Hydra's sweeper, of the space that the arguments of the command line span.
+    """Carry out a search for Hydra's sweeper; `master` is the configuration of the search itself.
 
-    Raises:
-        HydraException: a configuration that composition refuses; nothing is written then.
-        ConfigError: options, a space or a folder that cannot be used.
-        SweepFailed: no trial has a value, or a worker process died.
+    Raises HydraException or ConfigError for bad input, and SweepFailed if no trial has a value or a worker died.
     """
     options, launcher = SearchOptions.of(master.hydra.sweeper), _launcher(master)
     refuse_callbacks(context)
-    loader = cast(ConfigLoaderImpl, context.config_loader)
+    loader: Any = context.config_loader
     overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
     space = Space.of([override for override in overrides if override.key_or_group != "resume"])
     several = launcher.executor == "auto" and launcher.processes > 1
     if launcher.executor == "process" or (several and options.round * max(1, len(space.seeds)) > MANY):
         executors.start_server()
+    from lipexp.members import build  # imports torch, while the server does
+
     composer = Composer(loader, master)
     first, *_ = [composer.job(0, space.jobs(values)[0]) for values in space.examples()]
     member = build(first.resolved, first.choices, here=launcher.executor != "slurm")
@@ -71,8 +61,8 @@ def search(context: HydraContext, master: DictConfig, arguments: Sequence[str]) 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         used = {entry.name for entry in folder.iterdir()} - {LOCK}
-        if used and not (OmegaConf.select(master, "resume") and DATABASE in used):
-            allowed = "is not empty; results are never overwritten (resume=true continues a search, in study.db)"
+        if used and not (OmegaConf.select(master, "resume") and "study.db" in used):
+            allowed = "is not empty; results are never overwritten (resume=true continues a search from study.db)"
             raise ConfigError("hydra.sweep.dir", folder, allowed)
         with exclusive(folder):
             Search(space, options, launcher, composer, metric, folder, _study(folder, definition)).run()
@@ -81,7 +71,7 @@ def search(context: HydraContext, master: DictConfig, arguments: Sequence[str]) 
 
 
 def _launcher(master: DictConfig) -> LauncherOptions:
-    """The settings of lipexp's launcher; raises ConfigError for another one, or if it does not wait for results."""
+    """The settings of lipexp's launcher; raises ConfigError for another one, or one that does not wait."""
     if not master.hydra.launcher._target_.startswith("hydra_plugins.lipexp_stack"):
         option = master.hydra.runtime.choices["hydra/launcher"]
         raise ConfigError("hydra/launcher", option, "cannot train a search; hydra/launcher=stack does")
@@ -97,18 +87,16 @@ def _launcher(master: DictConfig) -> LauncherOptions:
 
 
 def _study(folder: Path, definition: Mapping[str, Any]) -> optuna.Study:
-    """The study in the folder's database, made or found there; raises ConfigError if that is another one or none."""
+    """The study in the folder's database, made or found there; raises ConfigError for another one, or for none."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    file = (folder / DATABASE).absolute()
+    file, direction = folder / "study.db", definition["direction"]
     # Not by a URL, in which some characters of a path have a meaning of their own.
-    engine = {"creator": lambda: sqlite3.connect(file), "poolclass": NullPool}
+    engine = {"creator": lambda: sqlite3.connect(file.absolute()), "poolclass": sqlalchemy.NullPool}
     try:
         storage = optuna.storages.RDBStorage("sqlite://", engine)
-        study = optuna.create_study(
-            storage=storage, study_name="lipexp", direction=definition["direction"], load_if_exists=True
-        )
-    except SQLAlchemyError:
-        raise ConfigError("resume", "true", f"{folder / DATABASE} cannot be read") from None
+        study = optuna.create_study(storage=storage, study_name="lipexp", direction=direction, load_if_exists=True)
+    except sqlalchemy.exc.SQLAlchemyError:
+        raise ConfigError("resume", "true", f"{file} cannot be read") from None
     own = {key: repr(value) for key, value in definition.items() if key not in ("trials", "round")}
     known = study.user_attrs.get("definition", own)
     if known != own:
@@ -133,10 +121,7 @@ class Search:
 
     def run(self) -> None:
         """Train what is missing; writes sweep.csv after each round, and the outcome at the end."""
-        console = Console(highlight=False, markup=False)
-        ends = [
-            *self.study.user_attrs.get("ends", [0])
-        ]  # of the rounds; those of an earlier call stay as they are
+        ends = [*self.study.user_attrs.get("ends", [0])]  # of the rounds; those of an earlier call stay
         starts = range(ends[-1], self.options.trials, self.options.round)
         ends += [min(start + self.options.round, self.options.trials) for start in starts]
         self.study.set_user_attr("ends", ends)
@@ -144,41 +129,39 @@ class Search:
             self._ask(first, end)
             self._train(number, self.study.trials[first:end])
             best = [f"best {self.metric} {trial.value:.6g} (trial {trial.number})" for trial in ranked(self.study)]
-            line = f"round {number + 1} of {len(ends) - 1}: {end} trials, {[*best, 'none has a value'][0]}"
-            console.print(line, soft_wrap=True)
+            print(f"round {number + 1} of {len(ends) - 1}: {end} trials, {[*best, 'none has a value'][0]}")
         if not best:
-            reasons = sorted({str(run["reason"]) for run in self.rows} - {""})
+            reasons = sorted({run["reason"] for run in self.rows} - {""})
             raise SweepFailed([f"no trial has a value: {'; '.join(reasons[:3])}"])
-        result = (self.study, self.space, self.metric)
-        files = [write_best(self.folder, *result, self.composer.is_group), write_picture(self.folder, *result)]
-        show(console, *result)
-        for file in (*files, self.folder / "sweep.csv"):
-            console.print(shown_path(file), soft_wrap=True)
+        result = (self.folder, self.study, self.space, self.metric)
+        write_best(*result, self.composer)
+        write_picture(*result)
+        show(*result)
 
     def _ask(self, first: int, end: int) -> None:
         """Ask for the trials of a round that an earlier call has not asked for.
 
         Each has a random stream of its own, so that a search that is resumed asks for the same trials. After the
-        first round, which knows nothing yet, `stack` trials at a time agree on all axes but those of real numbers.
+        first round, which knows nothing yet, `stack` trials at a time differ in real numbers alone.
         """
         # Asked in memory and then stored whole, so that a kill leaves no trial that lacks some of its values.
         study = optuna.create_study(direction=self.study.direction)
         study.add_trials(self.study.trials)
+        real = [k for k, a in self.space.axes.items() if isinstance(a, optuna.distributions.FloatDistribution)]
         for number in range(len(study.trials), end):
-            leader = number - (number - first) % self.options.stack
-            shared = self.space.shared if 0 < first <= leader < number else []
-            study.sampler = _sampler(
-                self.options, number, {key: study.trials[leader].params[key] for key in shared}
-            )
-            study.ask({**self.space.axes})
+            place = (number - first) % self.options.stack
+            if first and place and real:
+                values = study.trials[number - place].params
+                study.enqueue_trial({key: value for key, value in values.items() if key not in real})
+            seed = int(np.random.SeedSequence([self.options.seed, number]).generate_state(1)[0])
+            # Trials of the same round have no value yet and count as bad ones, so that a round spreads out.
+            tpe = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+            study.sampler = tpe if self.options.sampler == "tpe" else optuna.samplers.RandomSampler(seed=seed)
+            study.ask(self.space.axes)
             self.study.add_trial(study.trials[number])
 
     def _train(self, number: int, trials: Sequence[optuna.trial.FrozenTrial]) -> None:
-        """Train what is missing of a round as one sweep, and tell the study the mean over the seeds of each trial.
-
-        A trial that has no value is "pruned" to optuna: the estimator ranks it below all that have one. Those that
-        "failed" it would ignore, and ask for their like again.
-        """
+        """Train what is missing of a round as one sweep, and tell the study the mean over each trial's seeds."""
         folder = self.folder / f"round-{number}"
         where = f"hydra.sweep.dir={QuotedString(str(folder), Quote.single).with_quotes()}"
         runs = [(trial.number, lines) for trial in trials for lines in self.space.jobs(trial.params)]
@@ -189,25 +172,15 @@ class Search:
             outcomes = [Outcome.of(RunFolder(job.folder)) for job in jobs]
             if any(outcome.status == "missing" for outcome in outcomes):
                 raise
-        rows = [row(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True)]
-        for line, (trial, _) in zip(rows, runs, strict=True):
-            if line.get(self.metric) is None:
-                line["reason"] = line["reason"] or f"{self.metric} is null"
-            self.rows.append({"trial": trial, "round": number, **line})
+        for (trial, _), job, outcome in zip(runs, jobs, outcomes, strict=True):
+            run = {"trial": trial, "round": number, **row(job, outcome)}
+            if run.get(self.metric) is None:
+                run["reason"] = run["reason"] or f"{self.metric} is null"
+            self.rows.append(run)
         write_csv(self.folder / "sweep.csv", self.rows)
-        for trial in trials:
-            own = [run for run in self.rows if run["trial"] == trial.number]
+        for told in trials:
+            own = [run for run in self.rows if run["trial"] == told.number]
             value = None if any(run["reason"] for run in own) else fmean(run[self.metric] for run in own)
+            # The sampler ranks "pruned" trials below all others; "failed" ones it would ignore, and repeat.
             state = optuna.trial.TrialState.PRUNED if value is None else None
-            self.study.tell(trial.number, value, state, skip_if_finished=True)
-
-
-def _sampler(options: SearchOptions, number: int, fixed: Mapping[str, Any]) -> optuna.samplers.BaseSampler:
-    """The sampler for trial `number`, some of whose values are fixed."""
-    seed = int(np.random.SeedSequence([options.seed, number]).generate_state(1)[0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # The other trials of a round have no value yet. They are taken for bad ones, so that a round spreads out.
-        tpe = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-        free = optuna.samplers.RandomSampler(seed=seed) if options.sampler == "random" else tpe
-        return optuna.samplers.PartialFixedSampler(dict(fixed), free)
+            self.study.tell(told.number, value, state, skip_if_finished=True)

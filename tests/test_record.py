@@ -1,0 +1,97 @@
+"""metrics.json is read back as it was written, and what is not it is refused; a run as a row."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from lipexp.record import Bound, Certification, Metrics, Outcome, certify, numeric_keys, settings
+from lipexp.runs import RunFolder
+
+
+@pytest.fixture
+def folder(trained_run, tmp_path):
+    """A folder with the metrics of a finished run, and nothing else."""
+    folder = RunFolder(tmp_path)
+    folder.write_json("metrics.json", json.loads((trained_run() / "metrics.json").read_text()))
+    return folder
+
+
+def change(folder: RunFolder, **values: object) -> None:
+    folder.write_json("metrics.json", folder.read_json("metrics.json") | values)
+
+
+def test_metrics_are_read_as_they_were_written(folder, trained_run, tmp_path):
+    for run in (folder, RunFolder(trained_run("dataset=absolute_value"))):
+        written = run.read_json("metrics.json")
+        assert written["schema"] == 2
+        Metrics.read(run).write(folder)
+        assert folder.read_json("metrics.json") == written
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"schema": 1}, "its schema is 1, this lipexp reads 2: train it again"),
+        ({"lipschitz": {}}, "Interval lacks 'p'"),
+        ({"lipschitz": [1]}, r"Interval must be an object, not \[1\]"),
+        ({"more": 1}, "Metrics does not know 'more'"),
+    ],
+)
+def test_what_is_no_such_record_is_refused_in_one_line(folder, values, reason):
+    change(folder, **values)
+    with pytest.raises(ValueError, match=f"^{reason}$"):
+        Metrics.read(folder)
+    outcome = Outcome.of(folder)
+    assert (outcome.status, outcome.metrics) == ("failed", None)
+    assert outcome.reason.startswith("metrics.json cannot be read: ")
+
+
+def test_a_certificate_keeps_what_an_earlier_one_found_about_the_same_model(folder):
+    def found(digest: str, bound: str, attack: dict[str, int] | None) -> Certification:
+        interval = Metrics.read(folder).lipschitz
+        return Certification(digest, False, interval, {bound: Bound(1.0, None, True)}, [], {}, None, attack)
+
+    certify(folder, found("a", "one", {"points": 3}))
+    certify(folder, found("a", "two", None))
+    both = Metrics.read(folder).certify
+    assert (list(both.bounds), both.attack) == (["one", "two"], {"points": 3})
+    certify(folder, found("b", "two", None))
+    assert Metrics.read(folder).certify == found("b", "two", None)
+
+
+def test_an_outcome_is_what_the_files_tell(folder, tmp_path):
+    metrics = Metrics.read(folder)
+    outcome = Outcome.of(folder)
+    assert outcome == Outcome("ok", metrics=metrics)
+    row = outcome.results()
+    assert (row["status"], row["reason"]) == ("ok", "")
+    assert row["lipschitz.certified"] == metrics.lipschitz.certified
+    assert row["robustness.certified_accuracy.0.25"] == metrics.robustness.certified_accuracy["0.25"]
+    broken = dataclasses.asdict(dataclasses.replace(metrics.lipschitz, verdict="FAIL"))
+    change(folder, lipschitz=broken)
+    assert Outcome.of(folder).status == "failed"
+    assert "a bound is broken" in Outcome.of(folder).reason
+    (tmp_path / "metrics.json").unlink()
+    assert Outcome.of(folder) == Outcome("missing")
+    folder.write_failure("no luck", 3)
+    assert Outcome.of(folder) == Outcome("failed", "no luck", 3)
+
+
+def test_settings_name_options_by_the_choice_or_by_the_class(run):
+    folder = run("act=relu", "lipschitz=2")
+    named = settings(RunFolder(folder))
+    assert (named["act"], named["lipschitz"], named["optim.lr"]) == ("relu", 2.0, 0.01)
+    (folder / ".hydra" / "hydra.yaml").unlink()
+    assert settings(RunFolder(folder)).items() >= {"act": "ReLU", "loss": "Hinge", "optim.lr": 0.01}.items()
+
+
+@pytest.mark.parametrize(("task", "overrides"), [("classification", ()), ("regression", ("dataset=absolute_value",))])
+def test_the_numbers_of_a_task_are_those_that_its_runs_record(trained_run, task, overrides):
+    row = Outcome.of(RunFolder(trained_run(*overrides))).results()
+    keys = numeric_keys(task, [0.1, 0.25, 0.4, 0.5])
+    assert {"train.loss", "test.loss", "gradient_norm.median", "lipschitz.certified"} <= set(keys)
+    assert len(keys) == len(set(keys))
+    assert all(isinstance(row[key], float | int) or row[key] is None for key in keys)
