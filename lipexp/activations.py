@@ -103,7 +103,7 @@ class Activation(nn.Module):
         return type(self).active_map is not Activation.active_map
 
     def two_slopes(self, width: int) -> tuple[float, float] | None:
-        """The slopes below and above 0, if it acts feature by feature and has no other breakpoint; else None."""
+        """The slopes of all features below and above 0, if it acts on each alone, with no other breakpoint."""
         breakpoints = self.breakpoints(width)
         if (
             self.slopes is None
@@ -113,8 +113,8 @@ class Activation(nn.Module):
         ):
             return None
         below, above = (self.active_map(np.full(width, sign)) for sign in (-1.0, 1.0))
-        if below is None or above is None:
-            return None
+        if below is None or above is None or np.ptp([below.factor, above.factor], axis=1).any():
+            return None  # features may differ in their slopes
         return float(below.factor[0] * 2.0**below.exponent), float(above.factor[0] * 2.0**above.exponent)
 
 
@@ -153,6 +153,8 @@ def as_activation(thing: Any) -> Activation:
         norms = frozenset({math.nan})
     if not norms <= ALL_NORMS:
         raise ConfigError("act", act.label, f"declares norms = {act.norms}; a p-norm is 1, 2 or inf")
+    if set(act.norms) != norms:
+        act.norms = norms  # with numbers for words such as "inf"
     if act.slopes is not None:
         try:
             low, high = (float(slope) for slope in act.slopes)

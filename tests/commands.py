@@ -24,7 +24,9 @@ INLINE = "hydra.launcher.executor=inline"
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e[+-]?\d+)?")
 BASIC = ("hydra/launcher=basic", "hydra/sweeper=basic")
 
-# An option for `dataset._target_`. The test says when its data are drawn, so that it need not guess how far a run is.
+PROCESS = "hydra.launcher.executor=process"
+
+# waiting.py. The test says by files what happens when the data are drawn, so it need not guess how far a run is.
 WAITING = """
 import os, pathlib, signal
 from lipexp.datasets import TwoMoons
@@ -40,6 +42,7 @@ class Waiting(TwoMoons):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().draw(stream)
 """
+TWO_STACKS = "dataset._target_=lipexp.datasets.TwoMoons,waiting.Waiting"
 
 
 def start(folder: Path, *arguments: str, environment: Mapping[str, str] = {}) -> subprocess.Popen[str]:

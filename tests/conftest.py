@@ -1,17 +1,14 @@
 """What the tests share: the options of conf/, objects made from them, small trained stacks, and exact oracles.
 
-A law of a room takes an argument such as `act_option` and then runs over every file of conf/act, so an option is
-tested by being there:
-
-    dataset_option act_option constraint_option loss_option model_option optim_option experiment_option
-    leaf               (group, option), for every file of every room
-    constraint_case    command-line overrides: every constraint, and each input norm p of one that has a choice
-    bounded_case       the same without those that set no bound
+A test of a room takes an argument such as `act_option` and then runs over every file of conf/act, so an option is
+tested by being there. `constraint_case` stands for the overrides of every constraint, and of each input norm p of
+one that has a choice; `bounded_case` for those that set a bound.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +19,6 @@ from typing import Any, NamedTuple
 
 import hydra
 import pytest
-import torch
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
 from omegaconf import DictConfig, OmegaConf
@@ -37,38 +33,53 @@ settings.load_profile("lipexp")
 CONF = config.conf_dir()
 SMALL = ("model.width=8", "dataset.n_train=64", "dataset.n_test=32", "batch_size=32", "steps=30", "eval_every=0")
 
+Choice = tuple[str, ...]  # an option as overrides, such as ("constraint=linf", "constraint.p=1")
+
 
 def options(group: str) -> list[str]:
     """The options of a group: the files of its folder."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def leaf_keys(group: str, option: str) -> set[str]:
-    return {str(key) for key in OmegaConf.load(CONF / group / f"{option}.yaml")}
+def leaf(group: str, option: str) -> DictConfig:
+    """What conf/ says of an option, at L = 1, apart from what a dataset brings along."""
+    content = OmegaConf.load(CONF / group / f"{option}.yaml")
+    return OmegaConf.create({"lipschitz": 1.0, group: content.get(group, content)})[group]
 
 
-def constraint_cases(*, bounded: bool) -> dict[str, tuple[str, ...]]:
-    """id -> overrides."""
-    cases = {}
-    for option in options("constraint"):
-        keys = leaf_keys("constraint", option)
-        if bounded and "lipschitz" not in keys:
-            continue
-        for p in ("1", "2", "inf") if "p" in keys else (None,):
-            choice = f"constraint={option}"
-            cases[option if p is None else f"{option},p={p}"] = (
-                (choice,) if p is None else (choice, f"constraint.p={p}")
-            )
-    return cases
+def choices_in(group: str) -> list[Choice]:
+    """Every option of a group, and each input norm p of a constraint that has a choice."""
+    found: list[Choice] = []
+    for choice in (f"{group}={option}" for option in options(group)):
+        norms = ("1", "2", "inf") if group == "constraint" and "p" in leaf(*choice.split("=")) else ()
+        found += [(choice, f"constraint.p={p}") for p in norms] or [(choice,)]
+    return found
+
+
+def constraint_cases(*, bounded: bool) -> dict[str, Choice]:
+    """Their overrides, by a name."""
+    cases = {",".join(choice): choice for choice in choices_in("constraint")}
+    return {name: choice for name, choice in cases.items() if not bounded or part(choice).lipschitz is not None}
+
+
+@functools.cache
+def part(choice: Choice) -> Any:
+    """The object of an option."""
+    group, _, option = choice[0].partition("=")
+    node = leaf(group, option)
+    node.merge_with_dotlist([change.removeprefix(f"{group}.") for change in choice[1:]])
+    return members.part(node, group, option)
+
+
+def defaults_of(kind: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments of a class that have a default in code."""
+    return {p.name: p.default for p in inspect.signature(kind).parameters.values() if p.default is not p.empty}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for group in (*config.GROUPS, "experiment"):
         if f"{group}_option" in metafunc.fixturenames:
             metafunc.parametrize(f"{group}_option", options(group))
-    if "leaf" in metafunc.fixturenames:
-        leaves = [(group, option) for group in config.GROUPS for option in options(group)]
-        metafunc.parametrize("leaf", leaves, ids=[f"{group}={option}" for group, option in leaves])
     for name, bounded in (("constraint_case", False), ("bounded_case", True)):
         if name in metafunc.fixturenames:
             cases = constraint_cases(bounded=bounded)
@@ -82,46 +93,24 @@ def one_thread() -> Iterator[None]:
         yield
 
 
-@functools.cache
-def _composed(overrides: tuple[str, ...]) -> DictConfig:
-    GlobalHydra.instance().clear()
-    register_schemas()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
-
-
 @pytest.fixture(scope="session")
 def compose() -> Callable[..., DictConfig]:
     """compose("act=relu", "steps=7") -> the configuration of `lipexp train act=relu steps=7`."""
 
-    def compose(*overrides: str) -> DictConfig:
-        node = _composed(overrides)
-        return OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"])
+    @functools.cache
+    def composed(*overrides: str) -> DictConfig:
+        GlobalHydra.instance().clear()
+        register_schemas()
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra.compose("config", overrides=list(overrides))
 
-    return compose
-
-
-@pytest.fixture(scope="session")
-def choices() -> Callable[..., dict[str, Any]]:
-    """choices("act=relu") -> the option that each group ends up with."""
-    return lambda *overrides: dict(_composed(overrides).hydra.runtime.choices)
+    return lambda *overrides: composed(*overrides).copy()
 
 
 @pytest.fixture(scope="session")
-def make(compose: Callable[..., DictConfig]) -> Callable[..., Any]:
-    """make("constraint", "constraint=linf", "constraint.p=1") -> the object of a group under these overrides.
-
-    With lipschitz=tensor, the object for a stack, as `per_run` arguments allow; other classes have no use for it.
-    """
-
-    def make(group: str, *overrides: str, **columns: torch.Tensor) -> Any:
-        node = compose(*overrides)[group]
-        one = config.instantiate(node, group)
-        arguments = {key: value for key, value in config.plain(node).items() if key != "_target_"}
-        columns = {name: column for name, column in columns.items() if name in one.per_run}
-        return type(one)(**arguments | columns) if columns else one
-
-    return make
+def make() -> Callable[..., Any]:
+    """make("constraint", "constraint=linf", "constraint.p=1") -> the object of a group under these overrides."""
+    return lambda group, *choice: part(choice)
 
 
 @pytest.fixture(scope="session")
@@ -163,25 +152,17 @@ class Exact:
 
     @classmethod
     def spectral_within(cls, matrix: Any, bound: float) -> bool:
-        """||matrix||_2 <= bound: bound^2 I - W W^T is positive semidefinite."""
+        """||W||_2 <= bound: bound^2 I - W W^T, or the same of the transpose, is positive semidefinite."""
         rows = cls.fractions(matrix)
-        if len(rows) > len(rows[0]):
-            rows = [list(column) for column in zip(*rows, strict=True)]
-        square = Fraction(bound) ** 2
-        return cls.semidefinite(
-            [
-                [
-                    (square if i == j else 0) - sum(a * b for a, b in zip(u, v, strict=True))
-                    for j, v in enumerate(rows)
-                ]
-                for i, u in enumerate(rows)
-            ]
-        )
+        rows = rows if len(rows) <= len(rows[0]) else [list(column) for column in zip(*rows, strict=True)]
+        gram = [[-sum(a * b for a, b in zip(u, v, strict=True)) for v in rows] for u in rows]
+        for i, row in enumerate(gram):
+            row[i] += Fraction(bound) ** 2
+        return cls.semidefinite(gram)
 
     @staticmethod
-    def semidefinite(matrix: list[list[Fraction]]) -> bool:
+    def semidefinite(rest: list[list[Fraction]]) -> bool:
         """Whether a symmetric matrix is positive semidefinite, by LDL^T: a zero pivot needs a zero row."""
-        rest = matrix
         while rest:
             (pivot, *row), *below = rest
             if pivot < 0 or (pivot == 0 and any(row)):
@@ -193,9 +174,9 @@ class Exact:
         return True
 
     @classmethod
-    def within(cls, name: str, matrix: Any, bound: float) -> bool:
-        """The operator norm that lipexp calls `name` is at most `bound`."""
-        q = {"row 1-norm": 1, "row 2-norm": 2, "largest entry": float("inf"), "spectral norm": None}[name]
+    def within(cls, norm: Any, matrix: Any, bound: float) -> bool:
+        """The operator norm is at most `bound`: the largest ||row||_q if `norm` has a q, else the spectral one."""
+        q = getattr(norm, "q", None)
         return cls.spectral_within(matrix, bound) if q is None else cls.rows_within(matrix, q, bound)
 
 
@@ -253,11 +234,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 @pytest.fixture
 def run(trained_run: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """run("act=relu") -> a copy of that run, to be changed at will."""
-
-    def copy(*overrides: str, name: str = "run") -> Path:
-        return Path(shutil.copytree(trained_run(*overrides), tmp_path / name))
-
-    return copy
+    return lambda *overrides, name="run": Path(shutil.copytree(trained_run(*overrides), tmp_path / name))
 
 
 @pytest.fixture

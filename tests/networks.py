@@ -3,8 +3,6 @@
 The rational side knows what an activation does by `piece`, and by nothing that it declares to lipexp.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +29,11 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 
+def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Between -1 and 1."""
+    return 2 * torch.rand(*shape, generator=generator(seed), dtype=torch.float64) - 1
+
+
 def network(*sizes: int, act: Activation = RELU, runs: int = 1, seed: int = 0, **how: float) -> BakedNetwork:
     """Random networks with these numbers of features; `how`: see `layer`."""
     shapes = enumerate(itertools.pairwise(sizes))
@@ -51,8 +54,7 @@ def by_hand(*layers: tuple[list[list[float]], list[float]], act: Activation = RE
 
 def scaled(network: BakedNetwork, *factors: float, bias: bool = False) -> BakedNetwork:
     """With the weights of each layer times its factor; the biases, too, times those of all layers so far."""
-    products = itertools.accumulate(factors, lambda a, b: a * b)
-    layers = zip(network.layers, factors, products, strict=True)
+    layers = zip(network.layers, factors, itertools.accumulate(factors, lambda a, b: a * b), strict=True)
     return replace(network, layers=[Affine(w * f, b * (p if bias else 1)) for (w, b), f, p in layers])
 
 
@@ -75,11 +77,9 @@ def pairs(*rooms: Iterable[Any]) -> list[tuple[Any, ...]]:
     return [tuple(room[i % len(room)] for room in options) for i in range(max(map(len, options)))]
 
 
-# The command lines of trained networks: every constraint and every activation, and the runs of each stack.
-TRAINED = [
-    (*case, f"act={act}", "model.depth=2")
-    for case, act in pairs(constraint_cases(bounded=False).values(), options("act"))
-]
+# The overrides of small trained networks with every constraint and every activation, and the runs of each stack.
+CASES = pairs(constraint_cases(bounded=False).values(), options("act"))
+TRAINED = [(*case, f"act={act}", "model.depth=2") for case, act in CASES]
 EACH_LIPSCHITZ = ("lipschitz=0.01", "lipschitz=1", "lipschitz=3", "lipschitz=100")
 
 
@@ -89,8 +89,7 @@ EACH_LIPSCHITZ = ("lipschitz=0.01", "lipschitz=1", "lipschitz=3", "lipschitz=100
 class Bent(Activation):
     """z / 4 below 0 and 3 z / 4 above."""
 
-    norms = ALL_NORMS
-    slopes = (0.25, 0.75)
+    norms, slopes = ALL_NORMS, (0.25, 0.75)
 
     def forward(self, z):
         return torch.where(z > 0, 0.75 * z, 0.25 * z)
@@ -129,8 +128,24 @@ class Descending(Activation):
         return ActiveMap(index.reshape(z.shape), np.ones(z.shape, dtype=np.int64))
 
     def breakpoints(self, width):
-        pairs = [pair for group in self.groups(width)[::-1] for pair in itertools.combinations(group[::-1], 2)]
-        return np.array(pairs)
+        return np.array([pair for g in self.groups(width)[::-1] for pair in itertools.combinations(g[::-1], 2)])
+
+
+class Tripled(ReLU):
+    """Another map than that of its base, whose declarations therefore say nothing of it."""
+
+    def forward(self, z):
+        return 3 * torch.relu(z)
+
+
+class Unlisted(Activation):
+    """Declares its active map, but not where it ends."""
+
+    def forward(self, z):
+        return torch.relu(z)
+
+    def active_map(self, z):
+        return RELU.active_map(z)
 
 
 ACTS = {
@@ -172,28 +187,25 @@ def piece(act: Activation, z: Sequence[Any]) -> Piece:
     groups = groups_of(act, len(z))
     if groups is None:
         return [(j, slopes_of(act)[v > 0]) for j, v in enumerate(z)]
-    return _sorting(groups, [sorted(sorted(group), key=lambda j: z[j]) for group in groups])
+    return sorting(groups, [sorted(sorted(group), key=lambda j: z[j]) for group in groups])
+
+
+def sorting(groups: Sequence[Sequence[int]], orders: Sequence[Sequence[int]]) -> Piece:
+    source = dict(zip(itertools.chain(*groups), itertools.chain(*orders), strict=True))
+    return [(source[place], Fraction(1)) for place in range(len(source))]
 
 
 def pieces(act: Activation, width: int) -> Iterator[Piece]:
     """All that `act` could do to so many features."""
     groups = groups_of(act, width)
     if groups is None:
-        for slopes in itertools.product(slopes_of(act), repeat=width):
-            yield list(enumerate(slopes))
-    else:
-        for orders in itertools.product(*map(itertools.permutations, groups)):
-            yield _sorting(groups, orders)
+        return (list(enumerate(slopes)) for slopes in itertools.product(slopes_of(act), repeat=width))
+    return (sorting(groups, orders) for orders in itertools.product(*map(itertools.permutations, groups)))
 
 
-def _sorting(groups: Sequence[Sequence[int]], orders: Sequence[Sequence[int]]) -> Piece:
-    source = dict(zip(itertools.chain(*groups), itertools.chain(*orders), strict=True))
-    return [(source[place], Fraction(1)) for place in range(len(source))]
-
-
-def exact_layers(network: BakedNetwork, run: int = 0) -> list[list[Form]]:
+def exact_layers(network: BakedNetwork) -> list[list[Form]]:
     """The rows of each layer's weight, each with its bias."""
-    parts = [torch.cat([weight[run], bias[run].mT], dim=1) for weight, bias in network.layers]
+    parts = [torch.cat([weight[0], bias[0].mT], dim=1) for weight, bias in network.layers]
     return [[[Fraction(v) for v in row] for row in part.double().tolist()] for part in parts]
 
 
@@ -201,30 +213,30 @@ def dot(a: Sequence[Any], b: Sequence[Any]) -> Any:
     return sum(x * y for x, y in zip(a, b, strict=True))
 
 
-def behind(rows: list[Form], forms: Sequence[Form]) -> list[Form]:
-    """A layer of affine functions."""
-    columns = list(zip(*forms, strict=True))
-    behind = [[dot(row[:-1], column) for column in columns] for row in rows]
-    return [[*form[:-1], form[-1] + row[-1]] for form, row in zip(behind, rows, strict=True)]
+def behind(rows: list[Form], forms: Sequence[Form], chosen: Piece) -> list[Form]:
+    """The affine functions behind an activation and a layer."""
+    columns = list(zip(*([factor * v for v in forms[j]] for j, factor in chosen), strict=True))
+    found = [[dot(row[:-1], column) for column in columns] for row in rows]
+    return [[*form[:-1], form[-1] + row[-1]] for form, row in zip(found, rows, strict=True)]
 
 
-def local_map(network: BakedNetwork, point: Any, run: int = 0) -> tuple[list[Form], list[Piece]]:
+def local_map(network: BakedNetwork, point: Any) -> tuple[list[Form], list[Piece]]:
     """The affine map of each output near a point that is on no breakpoint, and the pieces that lead to it."""
     x, chosen = [*(Fraction(float(v)) for v in point), Fraction(1)], []
-    forms, *layers = exact_layers(network, run)
+    forms, *layers = exact_layers(network)
     for rows in layers:
         chosen.append(piece(network.act, [dot(form, x) for form in forms]))
-        forms = behind(rows, [[factor * v for v in forms[j]] for j, factor in chosen[-1]])
+        forms = behind(rows, forms, chosen[-1])
     return forms, chosen
 
 
-def gradient(network: BakedNetwork, point: Any, run: int = 0) -> Form:
-    return local_map(network, point, run)[0][0][:-1]
+def gradient(network: BakedNetwork, point: Any) -> Form:
+    return local_map(network, point)[0][0][:-1]
 
 
-def value(network: BakedNetwork, point: Any, run: int = 0) -> Fraction:
+def value(network: BakedNetwork, point: Any) -> Fraction:
     """f at any point, for one output."""
-    return dot(local_map(network, point, run)[0][0], [*(Fraction(float(v)) for v in point), 1])
+    return dot(local_map(network, point)[0][0], [*(Fraction(float(v)) for v in point), 1])
 
 
 def power(vector: Sequence[Fraction], q: float) -> Fraction:
@@ -239,18 +251,11 @@ def root(power: Fraction, q: float) -> float:
 
 def pattern_power(network: BakedNetwork, q: float) -> Fraction:
     """The largest `power` of the gradient on all patterns of pieces, whether they occur or not."""
-    *layers, last = exact_layers(network)
-    rows = {tuple(last[0][:-1])}
-    for weight in reversed(layers):
-        columns = list(zip(*weight, strict=True))[:-1]
-        pulled = set()
-        for row, chosen in itertools.product(rows, pieces(network.act, len(weight))):
-            back = [Fraction(0)] * len(weight)
-            for (j, factor), v in zip(chosen, row, strict=True):
-                back[j] += factor * v
-            pulled.add(tuple(back))
-        rows = {tuple(dot(row, column) for column in columns) for row in pulled}
-    return max(power(row, q) for row in rows)
+    forms, *layers = exact_layers(network)
+    found = [forms]
+    for rows in layers:
+        found = [behind(rows, forms, chosen) for forms in found for chosen in pieces(network.act, len(forms))]
+    return max(power(forms[0][:-1], q) for forms in found)
 
 
 def region_gradients(network: BakedNetwork, box: Any = None) -> set[tuple[Fraction, ...]]:
@@ -258,44 +263,41 @@ def region_gradients(network: BakedNetwork, box: Any = None) -> set[tuple[Fracti
 
     Layer by layer, the lines of all breakpoints cut polygons of homogeneous corners (x, y, t), which are integers.
     """
-    if box is None:
-        start = [[(s, 0, 0), (0, t, 0), (0, 0, 1)] for s in (1, -1) for t in (1, -1)]
-    else:
+    start = [[(s, 0, 0), (0, t, 0), (0, 0, 1)] for s in (1, -1) for t in (1, -1)]
+    if box is not None:
         (x0, y0), (x1, y1) = ([int(v) for v in end] for end in box)
         start = [[(x0, y0, 1), (x1, y0, 1), (x1, y1, 1), (x0, y1, 1)]]
     forms, *layers = exact_layers(network)
     parts = [(polygon, forms) for polygon in start]
     for rows in layers:
-        groups = groups_of(network.act, len(forms))
-        pairs = [] if groups is None else [pair for group in groups for pair in itertools.combinations(group, 2)]
+        groups = groups_of(network.act, len(rows[0]) - 1) or []
+        pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
         cut = []
         for polygon, forms in parts:
             gaps = [[a - b for a, b in zip(forms[i], forms[j], strict=True)] for i, j in pairs] or forms
             polygons = [polygon]
             for gap in gaps:
-                polygons = [side for part in polygons for side in _sides(part, gap)]
+                polygons = [side for part in polygons for side in sides(part, gap)]
             for part in polygons:
                 middle = [sum(column) for column in zip(*part, strict=True)]
-                chosen = piece(network.act, [dot(form, middle) for form in forms])
-                cut.append((part, behind(rows, [[factor * v for v in forms[j]] for j, factor in chosen])))
+                cut.append((part, behind(rows, forms, piece(network.act, [dot(form, middle) for form in forms]))))
         parts = cut
     return {tuple(forms[0][:2]) for _, forms in parts}
 
 
-def _sides(polygon: list[Any], form: Form) -> list[Any]:
+def sides(polygon: list[Any], form: Form) -> list[Any]:
     """The polygon, cut where the form is 0."""
     scale = math.lcm(*(v.denominator for v in form))
-    line = [int(v * scale) for v in form]
-    values = [dot(line, corner) for corner in polygon]
+    values = [dot([int(v * scale) for v in form], corner) for corner in polygon]
     if not min(values) < 0 < max(values):
         return [polygon]
-    sides: tuple[list[Any], list[Any]] = ([], [])
+    found: list[list[Any]] = [[], []]
     around = list(zip(polygon, values, strict=True))
     for (corner, v), (after, w) in zip(around, [*around[1:], around[0]], strict=True):
-        for sign, side in zip((1, -1), sides, strict=True):
+        for sign, side in zip((1, -1), found, strict=True):
             if sign * v >= 0:
                 side.append(corner)
             if v * w < 0:
                 between = [abs(w) * a + abs(v) * b for a, b in zip(corner, after, strict=True)]
                 side.append(tuple(entry // math.gcd(*between) for entry in between))
-    return list(sides)
+    return found

@@ -1,7 +1,5 @@
 """The ascent stays in the box, never goes down, and finds the steepest region where that can be known."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from statistics import median
@@ -20,7 +18,7 @@ from lipexp.measured.ascent import ascend, jacobians_of
 from lipexp.measured.gradients import norms, scan
 from lipexp.members import build, stack
 
-TANH = as_activation(torch.nn.Tanh())
+OTHERS = {"tanh": as_activation(torch.nn.Tanh()), "large groups": GroupSort(group_size=24)}
 
 
 def ascended(net, x, q=2, seeds=(0,), effort=1):
@@ -51,18 +49,14 @@ def test_random_steps_climb_from_every_start(q, monkeypatch):
     assert before.max() >= heights(net, x, q).max() * (1 - 1e-14)  # the steepest data point is a start
 
 
-@pytest.mark.parametrize(("name", "q"), pairs([*ACTS, "tanh", "large groups"], NORMS))
+@pytest.mark.parametrize(("name", "q"), pairs([*ACTS, *OTHERS], NORMS))
 def test_what_is_found_is_steeper_than_the_data(name, q):
     """Without softened Jacobians, for those that sort many features or declare nothing, by random steps alone."""
-    act = (ACTS | {"tanh": TANH, "large groups": GroupSort(group_size=24)})[name]
-    net, x = network(5, 24, 24, 1, act=act), normal(1, 60, 5)
+    net, x = network(5, 24, 1, act=(ACTS | OTHERS)[name]), normal(1, 40, 5)
     assert heights(net, ascended(net, x, q), q).max() > 1.01 * heights(net, x, q).max()
-
-
-@pytest.mark.parametrize(("name", "q"), pairs(("relu", "maxmin", "groups of 3"), NORMS))
-def test_a_network_without_slope_is_searched_without_complaint(name, q):
-    net, x = scaled(network(3, 6, 1, act=ACTS[name]), 0, 0, bias=True), normal(1, 20, 3)
-    assert torch.isfinite(ascended(net, x, q)).all()
+    if q == 2:
+        flat = scaled(net, 0, 0, bias=True)
+        assert torch.isfinite(ascended(flat, x)).all()
 
 
 @functools.cache
@@ -99,9 +93,6 @@ def test_the_steepest_of_all_regions_is_found(q):
     assert shown >= 2  # the data alone do not show it
 
 
-# The parts -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ACTS)
 def test_the_softened_jacobian_becomes_the_jacobian_as_it_is_sharpened(name):
     net, x = network(3, 12, 12, 1, act=ACTS[name]).double, normal(1, 200, 3)
@@ -114,41 +105,20 @@ def test_the_softened_jacobian_becomes_the_jacobian_as_it_is_sharpened(name):
     assert errors[2] < 1e-12
 
 
-@pytest.mark.parametrize("name", ["relu", "bent", "maxmin", "descending threes"])
-def test_a_softened_jacobian_has_the_derivative_of_finite_differences(name):
-    (jacobian,) = jacobians_of(network(3, 6, 1, act=ACTS[name]))
-    z, gradient = normal(2, 3, 6).requires_grad_(), normal(2, 3, 6, seed=1).requires_grad_()
-    sharpness = torch.full((2, 1, 1), 3.0).double()
-    assert torch.autograd.gradcheck(lambda *at: jacobian.soft(at[0], sharpness, at[1]), (z, gradient))
-    (slope,) = torch.autograd.grad(jacobian.soft(z, sharpness, gradient).square().sum(), z)
-    assert (slope.abs() > 1e-3).any()
-
-
-@pytest.mark.parametrize("name", ACTS)
-def test_breakpoints_and_jacobians_have_the_derivatives_of_finite_differences(name):
-    net, x = network(3, 12, 1, act=ACTS[name]).double, normal(10, 3)
-    (weight, bias), _ = net.layers
-    (jacobian,), expanded = jacobians_of(net), weight[0].expand(10, -1, -1)
-
-    def at(points):
-        z = points @ weight[0].mT + bias[0]
-        return jacobian.linear(z, expanded)[0], net.act(z.unsqueeze(0))[0]
-
-    _, normals, out = jacobian.linear(x @ weight[0].mT + bias[0], expanded)
-    for axis, step in enumerate(1e-7 * torch.eye(3).double()):  # pieces are linear, so only rounding counts
-        for up, down, found in zip(at(x + step), at(x - step), (normals, out), strict=True):
-            torch.testing.assert_close((up - down) / 2e-7, found[..., axis], rtol=0, atol=1e-7)
-
-
 @pytest.mark.parametrize("name", ACTS)
 def test_breakpoints_are_where_the_linear_map_changes(name):
-    """Along a line the Jacobian of the activation jumps exactly where one of their values changes its sign."""
-    act = ACTS[name]
-    z = (normal(1, 12) + normal(1, 12, seed=1) * torch.linspace(-1, 1, 400).double()[:, None]).requires_grad_()
-    (jacobian,) = torch.autograd.grad((act(z.unsqueeze(0))[0] * normal(12, seed=2)).sum(), z)  # a row times it
-    values = jacobians_of(network(3, 12, 1, act=act))[0].linear(z.detach(), torch.zeros(400, 12, 1).double())[0]
+    """Along a line, features and the values of breakpoints have the derivatives of finite differences; and the
+    Jacobian of the activation jumps exactly where one of those values changes its sign."""
+    act, direction, step = ACTS[name], normal(12, seed=1), 2 / 399
+    z = normal(1, 12) + direction * torch.linspace(-1, 1, 400, dtype=torch.float64)[:, None]
+    out = act(z.requires_grad_().unsqueeze(0))[0]
+    (jacobian,) = torch.autograd.grad((out * normal(12, seed=2)).sum(), z)  # a row times it
+    (of_act,) = jacobians_of(network(3, 12, 1, act=act))
+    values, normals, along = of_act.linear(z.detach(), direction.expand(400, -1).unsqueeze(-1))
     jumps = (jacobian[1:] != jacobian[:-1]).any(dim=1)
     assert jumps.any()
+    for found, slope in ((values, normals), (out.detach(), along)):
+        torch.testing.assert_close((found.diff(dim=0) / step)[~jumps], slope[:-1, :, 0][~jumps], rtol=0, atol=1e-9)
     if groups_of(act, 12):  # the gap between neighbours in rank is 0 on a breakpoint and never negative
         assert (values >= 0).all()
         assert values[:-1][jumps].amin(dim=1).max() < values[:-1][~jumps].amin(dim=1).max()
@@ -193,14 +163,11 @@ def test_softened_jacobians_climb_higher_than_random_steps(name):
     assert heights(net, ascended(net, x)).max() > 1.02 * heights(net, random).max()
 
 
-# Runs ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dims", [2, 5])
 def test_a_stack_draws_the_points_of_its_runs_bit_for_bit(dims, monkeypatch):
     if dims == 2:  # climbing together compares gradients, which rounding may order otherwise
         monkeypatch.setattr(module, "ROUNDS", 0)
-    net, x, seeds = network(dims, 8, 8, 1, runs=3), normal(3, 50, dims), (5, 6, 7)
+    net, x, seeds = network(dims, 8, 1, runs=2), normal(2, 50, dims), (5, 6)
     together = ascended(net, x, seeds=seeds)
     for run, seed in enumerate(seeds):
         assert torch.equal(together[run], ascended(net.run(run), x[run : run + 1], seeds=(seed,))[0])

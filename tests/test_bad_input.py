@@ -17,22 +17,18 @@ BAD_INPUT = {
     "steps=foo": "steps=foo: must be a whole number",
     "steps=-1": "steps=-1: must be a whole number, at least 0",
     "threads=0": "threads=0: must be a whole number, at least 1",
+    "batch_size=0": "batch_size=0: must be a whole number, at least 1",
+    "seed=-1": "seed=-1: must be a whole number, at least 0",
+    "eval_every=-1": "eval_every=-1: must be a whole number, at least 0",
+    "max_regions=-1": "max_regions=-1: must be a whole number, at least 0",
+    "radii=[0.1,-1]": "radii=-1.0: must be a finite number above 0",
     "lipschitz=nan": "lipschitz=nan: must be a finite number above 0",
     "lipschitz=1e100": "lipschitz=1e+100: must be between 1e-30 and 1e+30",
-    "batch_size=2001": "batch_size=2001: must be at most dataset.n_train=2000",
-    "model.width=63": "model.width=63: must be a multiple of act's group size, MaxMin's 2",
     "act.n_groups=5": "model.width=64: must be a multiple of act.n_groups=5",
-    "act.n_groups=2 act.group_size=32": "act.n_groups=2: give it or group_size (now 32), not both",
-    "constraint=linf constraint.p=3": "constraint.p=3: must be 1, 2 or inf",
-    "loss=mse": "loss=mse: is for regression, but dataset=two_moons is classification (bce, hinge)",
     "dataset=absolute_value loss=bce": "loss=bce: is for classification, but dataset=absolute_value is regression",
     "loss.margin=wide": "loss.margin=wide: must be a finite number, at least 0",
-    "loss=bce loss.temperature=0": "loss.temperature=0: must be a finite number above 0",
-    "optim.lr=0": "optim.lr=0: must be a finite number above 0",
     "optim.schedule=cosin": "optim.schedule=cosin: no such option; did you mean cosine?",
-    "optim.betas=[0.9,1]": "optim.betas=[0.9, 1]: must be two numbers in [0, 1)",
     "radii=0.1": "radii: must be a list in [brackets]",
-    "radii=[0.1,-1]": "radii=-1.0: must be a finite number above 0",
     "radii=[wide]": "radii[0]=wide: must be a number",
     "device=tpu": "device=tpu: no such option; did you mean cpu?",
     "act._target_=nowhere.Act": "act._target_=nowhere.Act: cannot be used: No module named 'nowhere'",
@@ -44,8 +40,6 @@ BAD_INPUT = {
     "a=b=c": "a=b=c: cannot be read as option=value",
     "--multirum": "--multirum: no such flag; did you mean --multirun?",
     "-m --cfg job": "--multirun: shows nothing together with --cfg or --info",
-    "-m loss=hing,bce": "loss=hing: no such option; did you mean loss=hinge?",
-    "-m steps=5,foo": "steps=foo: must be a whole number",
     "-cd nowhere": "nowhere' not found",
     "-cn nowhere": "nowhere",
 }
@@ -62,10 +56,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(lipexp, command):
     assert not list(Path("outputs").rglob("*"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens on a machine without CUDA")
-def test_cuda_without_a_device_is_refused(lipexp):
-    done = lipexp("train", "device=cuda")
-    assert (done.code, done.err) == (2, "lipexp: device=cuda: no CUDA device is available here (auto, cpu)\n")
+def test_cuda_without_a_device_is_refused(lipexp, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused = "lipexp: device=cuda: no CUDA device is available here (auto, cpu)\n"
+    assert lipexp("train", "device=cuda") == (2, "", refused)
 
 
 @pytest.mark.parametrize("mode", [(), ("-m", INLINE)])

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from commands import content, edit, metrics
-from test_loading import Payload
 
 FOREIGN = """
 from pathlib import Path
@@ -20,9 +19,7 @@ from lipexp.datasets import TwoMoons
 """
 
 
-@pytest.mark.parametrize(
-    "target", ["activations.ReLU", "constraints.Unconstrained", "datasets.TwoMoons"]
-)
+@pytest.mark.parametrize("target", ["activations.ReLU", "constraints.Unconstrained", "datasets.TwoMoons"])
 def test_a_class_from_elsewhere_needs_trust(lipexp, run, target, monkeypatch, tmp_path):
     folder = run("act=relu", "constraint=none", "loss=bce", "max_regions=0")
     (tmp_path / "elsewhere.py").write_text(FOREIGN)
@@ -56,7 +53,12 @@ def saved(change):
     return lambda folder: edit(folder, change)
 
 
+def recorded(text: str):
+    return lambda folder: (folder / "metrics.json").write_text(text)
+
+
 TWO = {"layers.2.weight": torch.ones(2, 16), "layers.2.bias": torch.ones(2)}
+TWO_MOONS, MSE = "lipexp.datasets.TwoMoons", "lipexp.losses.MSE"
 BROKEN = {
     "not finite": (saved(lambda s: s["layers.1.weight"].fill_(math.nan)), "holds numbers that are not finite"),
     "two outputs": (saved(lambda s: s | TWO), "has 2 outputs; certify needs one"),
@@ -64,20 +66,11 @@ BROKEN = {
     "no act": (replace_config("act:", "ract:"), "act: needs an option with a _target_"),
     "an interpolation to nowhere": (replace_config("noise: 0.05", "noise: ${nowhere}"), "dataset: cannot be read"),
     "no seed": (replace_config("seed: 0", "seeed: 0"), "seed: must be a whole number"),
-    "another class": (
-        replace_config("lipexp.datasets.TwoMoons", "lipexp.losses.MSE"),
-        "dataset._target_=lipexp.losses.MSE: does not take these arguments",
-    ),
-    "an older schema": (
-        lambda folder: (folder / "metrics.json").write_text('{"schema": 1}'),
-        "its schema is 1, this lipexp reads 2: train it again",
-    ),
-    "cut metrics": (lambda folder: (folder / "metrics.json").write_text("{"), "no metrics.json that can be read"),
-    "a list": (lambda folder: (folder / "metrics.json").write_text("[]"), "no metrics.json that can be read"),
-    "a payload": (
-        lambda folder: torch.save({"layers.0.weight": Payload(folder / "run")}, folder / "model.pt"),
-        "is not a plain state dict",
-    ),
+    "another class": (replace_config(TWO_MOONS, MSE), f"dataset._target_={MSE}: does not take these arguments"),
+    "an older schema": (recorded('{"schema": 1}'), "its schema is 1, this lipexp reads 2: train it again"),
+    "metrics that are cut": (recorded("{"), "no metrics.json that can be read"),
+    "metrics that are a list": (recorded("[]"), "no metrics.json that can be read"),
+    "an empty model": (lambda folder: (folder / "model.pt").write_bytes(b""), "is not a plain state dict"),
 }
 
 

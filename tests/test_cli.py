@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from commands import DEBUG, INLINE, SCRIPT, TINY, WAITING, ctrl_c, ended, start, wait_for
+from commands import DEBUG, SCRIPT, TINY, WAITING, ctrl_c, ended, metrics, start, wait_for
 
 from lipexp import cli
 from lipexp.config import conf_dir
@@ -25,40 +24,40 @@ def test_train_leaves_a_complete_run_folder_and_the_same_command_the_same_bits(l
     done = lipexp("train", *DEBUG)
     assert (done.code, done.err) == (0, "")
     (folder,) = run_folders()
-    tables = ["gradients.csv", "history.csv", "layers.csv", "radii.csv"]
-    expected = {".hydra", "metrics.json", "model.pt", "figure.png", *tables}
-    assert {path.name for path in folder.iterdir()} == expected
+    files = {"model.pt", "figure.png", "gradients.csv", "history.csv", "layers.csv", "radii.csv"}
+    assert {path.name for path in folder.iterdir()} == {".hydra", "metrics.json"} | files
     assert {path.name for path in (folder / ".hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
     assert str(folder) in done.out
     interval = next(line for line in done.out.splitlines() if line.startswith("‖∇f‖₂  measured"))
     assert "≤ exact" in interval
     assert "≤ product" in interval
     assert interval.endswith("≤ L = 1   PASS")
-    for name in ("model.pt", "figure.png", *tables):
+    for name in files:
         assert (folder / name).read_bytes() == (trained_run() / name).read_bytes()
-    one, other = (json.loads((path / "metrics.json").read_text()) for path in (folder, trained_run()))
+    one, other = metrics(folder), metrics(trained_run())
     assert one.pop("timing").keys() == other.pop("timing").keys()
     assert one == other
 
 
 def test_metrics_say_what_the_tables_say(trained_run):
-    metrics = json.loads((trained_run() / "metrics.json").read_text())
+    found = metrics(trained_run())
     gradients, history = (pd.read_csv(trained_run() / f"{name}.csv") for name in ("gradients", "history"))
     assert list(gradients.columns) == ["split", "x0", "x1", "y", "f", "grad_1", "grad_2", "grad_inf"]
     assert gradients["split"].value_counts().to_dict() == {"train": 200, "test": 200}
     for split in ("train", "test"):
         part = gradients[gradients["split"] == split]
-        assert metrics[split]["accuracy"] == pytest.approx(((part["f"] > 0) == (part["y"] == 1)).mean(), abs=1e-12)
+        accuracy = ((part["f"] > 0) == (part["y"] == 1)).mean()
         hinge = (0.5 - (2 * part["y"] - 1) * part["f"]).clip(lower=0).mean()
-        assert metrics[split]["loss"] == pytest.approx(hinge, rel=1e-9)
-    gradient, lipschitz = metrics["gradient_norm"], metrics["lipschitz"]
+        assert found[split] == pytest.approx({"loss": hinge, "accuracy": accuracy}, rel=1e-9)
+    gradient, lipschitz = found["gradient_norm"], found["lipschitz"]
     assert gradient["median"] == pytest.approx(gradients["grad_2"].median(), rel=1e-9)
     assert gradient["by"]["data"] == pytest.approx(gradients["grad_2"].max(), rel=1e-9)
     assert lipschitz["measured"] == gradient["max"] == max(gradient["by"].values())
     assert list(history["step"]) == [0, 10, 20]
     assert history["certified"].iloc[-1] == lipschitz["product"]
     assert (history["grad_max"] <= history["certified"]).all()
-    assert history["test_accuracy"].iloc[-1] == metrics["test"]["accuracy"]
+    assert history["test_accuracy"].iloc[-1] == found["test"]["accuracy"]
+    assert found["model_sha256"] == hashlib.sha256((trained_run() / "model.pt").read_bytes()).hexdigest()
 
 
 def test_layers_csv_holds_the_norms_of_model_pt_within_their_bound(trained_run):
@@ -70,55 +69,27 @@ def test_layers_csv_holds_the_norms_of_model_pt_within_their_bound(trained_run):
     assert list(layers["gradient_q"]) == [2, 1, 1]
     for i, row in layers.iterrows():
         weight = state[f"layers.{i}.weight"].double()
-        singular = torch.linalg.svdvals(weight)
-        assert row["singular_max"] == pytest.approx(float(singular.max()), rel=1e-12)
-        assert row["singular_min"] == pytest.approx(float(singular.min()), rel=1e-9)
         norm = torch.linalg.vector_norm(weight, ord=2 if i == 0 else 1, dim=1).max()
-        assert row["operator_norm"] == pytest.approx(float(norm), rel=1e-12)
-
-
-def test_model_pt_is_a_plain_state_dict_whose_hash_is_recorded(trained_run):
-    file = trained_run() / "model.pt"
-    state = torch.load(file, weights_only=True)
-    assert list(state) == [f"layers.{i}.{part}" for i in range(3) for part in ("weight", "bias")]
-    assert [tuple(t.shape) for t in state.values()] == [(16, 2), (16,), (16, 16), (16,), (1, 16), (1,)]
-    assert all(t.dtype == torch.float32 for t in state.values())
-    recorded = json.loads((trained_run() / "metrics.json").read_text())["model_sha256"]
-    assert recorded == hashlib.sha256(file.read_bytes()).hexdigest()
+        numbers = row[["operator_norm", "singular_max", "singular_min"]].astype(float).to_numpy()
+        singular = torch.linalg.svdvals(weight)
+        assert numbers == pytest.approx([float(norm), float(singular[0]), float(singular[-1])], rel=1e-9)
 
 
 def test_a_run_replays_from_its_folder(lipexp, trained_run):
-    folder = trained_run("act=relu", "lipschitz=2")
+    folder = trained_run("constraint=linf", "lipschitz=8")
     again = lipexp("train", "-cp", str(folder / ".hydra"), "-cn", "config", "hydra.run.dir=outputs/again/run")
     assert again.code == 0, again.err
     assert Path("outputs/again/run/model.pt").read_bytes() == (folder / "model.pt").read_bytes()
 
 
-def test_a_dataset_brings_its_loss_and_its_length_and_the_command_line_wins(lipexp):
-    shown = lipexp("train", "dataset=absolute_value", "--cfg", "job").out
-    assert "lipexp.losses.MSE" in shown
-    assert "steps: 3000\n" in shown
-    assert "steps: 7\n" in lipexp("train", "dataset=absolute_value", "steps=7", "--cfg", "job").out
-
-
-def test_flags_may_stand_anywhere(lipexp):
-    done = lipexp("train", "loss=hinge", "-m", "act=relu,groupsort", *TINY, INLINE)
-    assert done.code == 0, done.err
-    assert sorted(path.parent.name for path in Path("outputs").glob("*/*/*/metrics.json")) == ["0", "1"]
-    assert not Path("multirun").exists()
-
-
-def test_a_loss_that_turns_nan_fails_the_run_and_says_when(lipexp, run_folders):
+def test_a_loss_that_turns_nan_fails_the_run_and_says_when(lipexp):
     done = lipexp("train", "constraint=none", "loss=bce", "optim.lr=1e30", *DEBUG)
     assert done.code == 1
     assert done.err.startswith("lipexp: the loss is no longer finite at step 2 (outputs/")
     assert len(done.err.splitlines()) == 1
-    (failed,) = Path("outputs").glob("*/*/failed.json")
-    assert json.loads(failed.read_text()) == {"reason": "the loss is no longer finite", "step": 2}
-    assert not run_folders()
-
-
-# As a process ----------------------------------------------------------------------------------------------------
+    (folder,) = Path("outputs").glob("*/*")
+    assert (folder / "failed.json").is_file()
+    assert not (folder / "metrics.json").exists()
 
 
 def test_ctrl_c_is_one_line_and_130(tmp_path):
@@ -130,8 +101,11 @@ def test_ctrl_c_is_one_line_and_130(tmp_path):
     code, _, err = ended(process)
     assert (code, err) == (130, "lipexp: interrupted\n")
     (failed,) = tmp_path.glob("outputs/*/*/failed.json")
-    assert json.loads(failed.read_text())["reason"] == "interrupted"
-    assert not list(tmp_path.glob("outputs/*/*/metrics.json"))
+    assert "interrupted" in failed.read_text()
+    assert not (failed.parent / "metrics.json").exists()
+
+
+# Verbs, flags, help and completion -------------------------------------------------------------------------------
 
 
 def test_a_reader_that_goes_ends_the_command_without_a_word(trained_run):
@@ -143,37 +117,33 @@ def test_a_reader_that_goes_ends_the_command_without_a_word(trained_run):
         assert (done.returncode, done.stderr) == (1, "")
 
 
-# Help, flags and completion --------------------------------------------------------------------------------------
-
-
-def test_help_needs_neither_torch_nor_hydra(tmp_path):
-    code = (
-        "import sys; sys.argv = ['lipexp', '--help']\n"
-        "from lipexp import cli\n"
-        "assert cli.main() == 0\n"
-        "heavy = {'torch', 'hydra', 'omegaconf', 'numpy', 'rich', 'pandas'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_help_needs_neither_torch_nor_hydra():
+    code = "import sys; from lipexp import cli; cli.main(); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "hydra", "omegaconf", "numpy", "rich", "pandas"} & set(done.stderr.split())
     assert all(verb in done.stdout for verb in cli.VERBS)
 
 
-def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+def test_unknown_verbs_are_refused_and_the_version_is_said(lipexp):
+    refused = f"lipexp: tarin: no such command; did you mean train? ({', '.join(cli.VERBS)})\n"
+    assert lipexp("tarin") == (2, "", refused)
+    assert lipexp("--version").out.startswith("lipexp 0.")
+
+
+ACTS = sorted(path.stem for path in (conf_dir() / "act").glob("*.yaml"))
 
 
 def test_train_help_lists_groups_and_settings(lipexp):
     done = lipexp("train", "--help")
     assert done.code == 0
     assert "lipexp train: trains a network" in done.out
-    assert f"act: {', '.join(options('act'))}" in done.out
+    assert f"act: {', '.join(ACTS)}" in done.out
     assert "lipschitz: 1.0" in done.out
-    assert 'eval "$(lipexp train -sc install=bash)"' in done.out
     assert "Powered by Hydra" not in done.out
 
 
-def test_hydras_own_flags_pass_through(lipexp):
+def test_hydras_own_flags_pass_through(lipexp, monkeypatch):
+    monkeypatch.setattr(logging.root, "handlers", [])  # --info adds one, for the output of this moment
     assert "margin: 0.5" in lipexp("train", "--cfg", "job", "-p", "loss").out
     assert "| main     |" in lipexp("train", "--info", "searchpath").out
     Path("mine").mkdir()
@@ -181,37 +151,20 @@ def test_hydras_own_flags_pass_through(lipexp):
     assert "steps: 3\n" in lipexp("train", "-cd", "mine", "-cn", "small", "--cfg", "job").out
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("lipexp tr", set(cli.VERBS)),  # the shell filters by what is typed
-        ("lipexp train loss=h", {"loss=hinge"}),
-        ("lipexp train act=", {f"act={name}" for name in options("act")}),
-        ("lipexp train ste", {"steps="}),
-    ],
-)
-def test_completion(lipexp, monkeypatch, line, expected):
-    monkeypatch.setenv("COMP_LINE", line)
-    done = lipexp("-sc", "query=bash")
-    assert done.code == 0
-    assert set(done.out.split()) == expected
+def test_completion(lipexp, monkeypatch):
+    acts = {f"act={name}" for name in ACTS}
+    # The shell filters the verbs by what is typed.
+    for line, expected in {"tr": set(cli.VERBS), "train act=": acts, "train ste": {"steps="}}.items():
+        monkeypatch.setenv("COMP_LINE", f"lipexp {line}")
+        done = lipexp("-sc", "query=bash")
+        assert (done.code, set(done.out.split())) == (0, expected)
 
 
-def test_completion_in_a_real_shell(tmp_path):
-    bash = shutil.which("bash")
-    assert bash is not None
-    script = (
-        'eval "$(lipexp train -sc install=bash)"\n'
-        'COMP_LINE="lipexp train loss=h"; COMP_WORDS=(lipexp train loss = h); COMP_CWORD=4\n'
-        'hydra_bash_completion; echo "${COMPREPLY[@]}"\n'
-    )
-    environment = {**os.environ, "PATH": f"{Path(SCRIPT).parent}:{os.environ['PATH']}"}
-    command = [bash, "-c", script]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+def test_completion_in_a_real_shell():
+    script = f"""
+        PATH="{Path(SCRIPT).parent}:$PATH"; eval "$(lipexp train -sc install=bash)"
+        COMP_LINE="lipexp train loss=h"; COMP_WORDS=(lipexp train loss = h); COMP_CWORD=4
+        hydra_bash_completion; echo "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert "hinge" in done.stdout, done.stderr
-
-
-def test_unknown_verbs_are_refused_and_the_version_is_said(lipexp):
-    refused = f"lipexp: tarin: no such command; did you mean train? ({', '.join(cli.VERBS)})\n"
-    assert lipexp("tarin") == (2, "", refused)
-    assert lipexp("--version").out.startswith("lipexp 0.")

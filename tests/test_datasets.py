@@ -1,4 +1,4 @@
-"""Datasets: the blog's moons are scikit-learn's, |x| is exact, and a seed fixes every bit."""
+"""Datasets: the blog's moons are scikit-learn's, |x| is exact, and the optimum of the cones is known."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits, make_moons
 
 from lipexp.config import ConfigError
 from lipexp.datasets import AbsoluteValue, Cones, DigitsParity, TwoMoons, on_sphere
+from lipexp.members import build
 
 
 def drawn(dataset, seed=0):
@@ -15,74 +16,11 @@ def drawn(dataset, seed=0):
     return dataset.draw(np.random.SeedSequence(seed))
 
 
-def random_points(dataset, seed=0):
-    """The train and test points, without the point masses of a transport problem."""
-    data = drawn(dataset, seed)
-    parts = ((data.train_x, data.train_y), (data.test_x, data.test_y))
-    return [x[y == 0] if dataset.task == "transport" else x for x, y in parts]
-
-
-@pytest.fixture
-def dataset(dataset_option, make):
-    return make("dataset", f"dataset={dataset_option}", "dataset.n_train=50", "dataset.n_test=31")
-
-
-def test_points_and_targets_have_the_declared_shapes(dataset):
-    data = drawn(dataset)
-    for x, y, n in ((data.train_x, data.train_y, 50), (data.test_x, data.test_y, 31)):
-        assert x.shape == (n, dataset.n_inputs)
-        assert y.shape == (n,)
-        assert x.dtype == y.dtype == np.float32
-        assert np.isfinite(x).all()
-        assert np.isfinite(y).all()
-
-
-def test_targets_suit_the_task(dataset):
-    targets = drawn(dataset).train_y
-    assert dataset.task in ("classification", "regression", "transport")
-    if dataset.task != "regression":
-        assert set(targets.tolist()) == {0.0, 1.0}
-
-
-def test_a_seed_fixes_every_bit(dataset):
-    for first, second in zip(drawn(dataset, 3), drawn(dataset, 3), strict=True):
-        assert first.tobytes() == second.tobytes()
-
-
-def test_a_stream_draws_the_same_data_every_time(dataset):
-    """A SeedSequence counts the children that it spawns, so it must not be asked to."""
-    stream = np.random.SeedSequence(3).spawn(2)[1]
-    for first, second in zip(dataset.draw(stream), dataset.draw(stream), strict=True):
-        assert first.tobytes() == second.tobytes()
-
-
-def rows(points) -> set[bytes]:
-    return {row.tobytes() for row in points}
-
-
-def test_other_seeds_give_other_points(dataset):
-    """New ones, or where there are only so many (the digits), others of them in another order."""
-    for first, second in zip(random_points(dataset, 3), random_points(dataset, 4), strict=True):
-        assert len(rows(first) & rows(second)) <= (len(first) / 5 if isinstance(dataset, DigitsParity) else 0)
-
-
-def test_train_and_test_points_differ(dataset):
-    train, test = random_points(dataset)
-    assert len(rows(train)) == len(train)
-    assert not rows(train) & rows(test)
-
-
 def test_the_test_set_does_not_depend_on_the_size_of_the_training_set(dataset_option, make):
-    small, large = (
-        drawn(make("dataset", f"dataset={dataset_option}", f"dataset.n_train={n}", "dataset.n_test=20"))
-        for n in (5, 60)
-    )
-    assert np.array_equal(small.test_x, large.test_x)
-
-
-def test_one_point_is_a_dataset(dataset_option, make):
-    data = drawn(make("dataset", f"dataset={dataset_option}", "dataset.n_train=1", "dataset.n_test=1"))
-    assert len(data.train_x) == len(data.test_y) == 1
+    sizes = ([f"dataset={dataset_option}", f"dataset.n_train={n}", "dataset.n_test=20"] for n in (1, 60))
+    one, many = (drawn(make("dataset", *overrides)) for overrides in sizes)
+    assert len(one.train_x) == 1
+    assert np.array_equal(one.test_x, many.test_x)
 
 
 @pytest.mark.parametrize(("noise", "scale"), [(0.05, 2.0), (0.0, 2.0), (0.3, 0.5)])
@@ -95,16 +33,6 @@ def test_two_moons_are_those_of_scikit_learn_times_the_scale(noise, scale):
         expected_x, expected_y = make_moons(len(x), noise=noise or None, random_state=state)
         assert np.array_equal(x, (scale * expected_x).astype(np.float32))
         assert np.array_equal(y, expected_y)
-
-
-def test_noiseless_moons_are_unit_half_circles_times_the_scale():
-    data = drawn(TwoMoons(noise=0, scale=2.0, n_train=400))
-    x, outer = data.train_x / 2, data.train_y == 0
-    # float32 rounds coordinates of size 4 by at most 2.4e-7.
-    np.testing.assert_allclose(np.linalg.norm(x[outer], axis=1), 1, atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(x[~outer] - [1, 0.5], axis=1), 1, atol=1e-6)
-    assert (x[outer, 1] >= -1e-6).all()
-    assert (x[~outer, 1] <= 0.5 + 1e-6).all()
 
 
 def test_noiseless_moons_at_the_default_scale_are_one_apart_at_their_tips():
@@ -143,24 +71,19 @@ def test_more_digits_than_there_are_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("kind", "arguments"),
+    ("kind", "name", "value"),
     [
-        (TwoMoons, {"noise": -0.1}),
-        (TwoMoons, {"noise": float("inf")}),
-        (TwoMoons, {"scale": 0}),
-        (TwoMoons, {"n_train": 0}),
-        (TwoMoons, {"n_test": 1.5}),
-        (AbsoluteValue, {"n_train": -1}),
-        (AbsoluteValue, {"n_test": 0}),
-        (DigitsParity, {"n_test": 0}),
+        *((TwoMoons, "noise", -0.1), (TwoMoons, "noise", float("inf")), (TwoMoons, "scale", 0)),
+        *((TwoMoons, "n_train", 0), (AbsoluteValue, "n_test", 1.5), (DigitsParity, "n_test", 0)),
+        *((Cones, "n_inputs", 0), (Cones, "n_cones", 0), (Cones, "spacing", 1.9), (Cones, "p", 3)),
     ],
-    ids=lambda value: value.__name__ if isinstance(value, type) else "=".join(map(str, *value.items())),
 )
-def test_a_bad_argument_is_named(kind, arguments):
-    ((name, value),) = arguments.items()
+def test_a_bad_argument_is_named(kind, name, value):
     with pytest.raises(ConfigError, match=f"^{name}={value}: must be"):
-        kind(**arguments)
+        kind(**{name: value})
 
+
+# Cones ----------------------------------------------------------------------------------------------------------
 
 CASES = [(dims, cones, p) for dims, cones in ((1, 1), (2, 3), (5, 2)) for p in (1.0, 2.0, np.inf)]
 
@@ -200,19 +123,12 @@ def test_spheres_are_covered_evenly(p):
     assert octants.min() > 0.9 * 5000
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (("dataset.spacing=1",), "spacing=1"),
-        (("dataset.p=3",), "must be 1, 2 or inf"),
-        (("dataset.p=inf",), "dataset.p=inf: must be the norm that constraint=spectral is for, p=2"),
-        (("loss=bce",), "is for classification"),
-    ],
-)
-def test_what_has_no_known_optimum_is_refused(lipexp, overrides, message):
-    result = lipexp("train", "dataset=cones", *overrides)
-    assert result.code == 2
-    assert message in result.err
+def test_a_norm_other_than_that_of_the_constraint_is_refused(compose):
+    assert build(compose("dataset=cones", "constraint=linf", "dataset.p=2")).parts["dataset"].p == 2
+    with pytest.raises(
+        ConfigError, match=r"^dataset\.p=inf: must be the norm that constraint=Spectral is for, p=2"
+    ):
+        build(compose("dataset=cones", "dataset.p=inf"))
 
 
 def test_the_spheres_follow_the_norm_of_the_constraint(make):

@@ -1,7 +1,5 @@
 """Integers times a power of two stand for floats exactly, and norms of them are rounded once."""
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 
@@ -30,9 +28,8 @@ def test_integers_stand_for_the_numbers_themselves(numbers, single):
         with pytest.raises(ArithmeticError):
             integers(array)
         return
-    found = integers(array)
-    assert [type(value) for value in found[0]] == [int] * len(numbers)
-    assert values(found) == [Fraction(float(value)) for value in array]
+    assert [type(value) for value in integers(array)[0]] == [int] * len(numbers)
+    assert values(integers(array)) == [Fraction(float(value)) for value in array]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

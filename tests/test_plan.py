@@ -1,20 +1,22 @@
-"""Which jobs of a sweep train together."""
+"""Which jobs of a sweep train together, and where."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lipexp import train
+from lipexp.members import build, preferred_stack_size
 from lipexp.sweep.compose import Job
-from lipexp.config import ConfigError
-from lipexp.sweep.options import Options
+from lipexp.sweep.options import LauncherOptions
 from lipexp.sweep.plan import LARGEST_STACK, Needs, make_plan, split
+
+INLINE = LauncherOptions(executor="inline")
 
 
 def sizes(stacks: list[list[int]]) -> list[int]:
@@ -22,107 +24,94 @@ def sizes(stacks: list[list[int]]) -> list[int]:
 
 
 def test_jobs_are_grouped_and_split():
+    def alike(jobs: int, processes: int, preferred: int = LARGEST_STACK) -> list[int]:
+        return sizes(split({job: Needs("a", 1, preferred) for job in range(jobs)}, processes, memory=10**9))
+
     jobs = {job: Needs("ab"[job % 2], 100) for job in range(20)}
     assert split(jobs, processes=1, memory=10_000) == [list(range(0, 20, 2)), list(range(1, 20, 2))]
-    assert sizes(split(jobs, processes=1, memory=499)) == [3, 3, 4, 3, 3, 4]
+    assert max(sizes(split(jobs, processes=1, memory=499))) == 4
     assert sizes(split(jobs, processes=1, memory=1)) == [1] * 20  # one run trains, whatever it takes
-    assert sizes(split(jobs, processes=6, memory=10_000)) == [3, 3, 4, 3, 3, 4]  # none of them is idle
-    assert sizes(split({0: Needs("a", 1), 1: Needs("a", 1)}, processes=8, memory=10)) == [1, 1]
-    # Stacks of the size that trains fastest; as many as keep both processes busy to the end.
-    assert sizes(split({job: Needs("a", 1, 16) for job in range(40)}, processes=1, memory=10**9)) == [13, 13, 14]
-    assert sizes(split({job: Needs("a", 1, 16) for job in range(40)}, processes=2, memory=10**9)) == [10] * 4
-    uneven = {job: Needs("ab"[job >= 20], 1) for job in range(25)}
-    assert sizes(split(uneven, processes=2, memory=10**9)) == [10, 10, 5]
-    assert sizes(split(uneven, processes=1, memory=10**9)) == [20, 5]
-    assert sizes(split({job: Needs("a", 1, 200) for job in range(200)}, processes=1, memory=10**9)) == [100, 100]
-    many = split({job: Needs("a", 1) for job in range(3 * LARGEST_STACK - 1)}, processes=1, memory=10**9)
-    assert max(sizes(many)) == LARGEST_STACK
-    assert sorted(job for stack in many for job in stack) == list(range(3 * LARGEST_STACK - 1))
+    for processes in (2, 3, 6, 8):  # none of them is idle, and all end at about the same time
+        stacks = split(jobs, processes, memory=10_000)
+        assert len(stacks) >= processes
+        assert max(sizes(stacks)) <= -(-20 // processes)
+        assert sorted(job for stack in stacks for job in stack) == list(range(20))
+    assert alike(2, processes=8) == [1, 1]
+    assert max(alike(40, processes=1, preferred=16)) <= 16  # the size that trains fastest
+    assert alike(40, processes=2, preferred=16) == [10] * 4
+    assert max(alike(3 * LARGEST_STACK - 1, processes=1)) == LARGEST_STACK
     assert split({}, processes=2, memory=10) == []
 
 
 def test_memory_is_shared_by_the_processes():
-    assert Options().memory(free=1000) == 250
-    assert Options(memory_gib=1).memory(free=10) == 2**30
-    assert Options("process", workers=4, memory_gib=1).memory(free=10) == 2**28
-    assert Options("inline", workers=4).processes == 1
-    with pytest.raises(ConfigError):
-        Options(memory_gib=0)
+    assert INLINE.memory(free=1000) == 250
+    assert LauncherOptions(executor="inline", memory_gib=1).memory(free=10) == 2**30
+    assert LauncherOptions(executor="process", workers=4, memory_gib=1).memory(free=10) == 2**28
+    assert LauncherOptions(executor="inline", workers=4).processes == 1
+    assert LauncherOptions().processes == os.cpu_count()
 
 
 @pytest.fixture
 def job(compose: Callable[..., DictConfig]) -> Callable[..., Job]:
-    """job(3, "act=relu", env={"A": "1"}) -> job number 3 of a sweep with these settings."""
+    """job(3, "act=relu") -> job number 3 of a sweep with these settings."""
 
-    def job(number: int, *overrides: str, env: Mapping[str, str] = {}) -> Job:
+    def job(number: int, *overrides: str) -> Job:
         content = OmegaConf.to_container(compose("device=auto", *overrides), resolve=True)
-        return Job(number, overrides, content, content, "", {}, Path(str(number)), env=dict(env))
+        return Job(number, overrides, content, content, "", {}, Path(str(number)))
 
     return job
 
 
-def test_jobs_train_together_if_signature_and_environment_are_the_same(job):
+def test_jobs_train_together_if_their_signature_is_the_same(job):
     jobs = [
         job(0, "seed=1"),
         job(1, "seed=2", "lipschitz=3", "loss.margin=0.1", "optim.lr=0.1", "dataset.noise=0.2"),
         job(2, "act=relu"),
         job(3, "steps=7"),
-        job(4, env={"A": "1"}),
-        job(5, "seed=3", env={"A": "1"}),
-        job(6, "loss.margin=-1"),
+        job(4, "loss.margin=-1"),
     ]
-    plan = make_plan(jobs, Options())
-    assert plan.stacks == [[0, 1], [2], [3], [4, 5]]
-    assert list(plan.refused) == [6]
-    assert "margin" in plan.refused[6]
+    plan = make_plan(jobs, INLINE, {})
+    assert plan.stacks == [[0, 1], [2], [3]]
+    assert list(plan.refused) == [4]
+    assert "margin" in plan.refused[4]
     assert plan.jobs == [list(one.overrides) for one in jobs]
 
 
-@pytest.mark.parametrize(
-    ("settings", "runs"),
-    [
-        (("model.width=64", "batch_size=256"), 16),
-        (("model.width=64", "batch_size=64"), 64),
-        (("model.width=16", "batch_size=32"), 512),
-        (("model.width=1024", "batch_size=256"), 4),
-    ],
-)
-def test_a_layer_of_a_stack_fits_the_caches(settings, runs, compose):
+@pytest.mark.parametrize(("width", "batch", "runs"), [(64, 256, 16), (16, 32, 512), (1024, 256, 4)])
+def test_a_layer_of_a_stack_fits_the_caches(width, batch, runs, compose):
     """1 MiB of float32, but no fewer than four runs."""
-    assert train.cached_runs(train.build(compose(*settings))) == runs
+    assert preferred_stack_size(build(compose(f"model.width={width}", f"batch_size={batch}"))) == runs
+
+
+@pytest.fixture
+def gpu(monkeypatch, request):
+    """A machine with or without a GPU, to the eye of torch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
 
 
 @pytest.mark.parametrize(
-    ("gpu", "executor", "device", "stacks"),
+    ("gpu", "executor", "device", "stacks", "becomes"),
     [
-        (False, "inline", "auto", [11, 11, 11]),
-        (True, "inline", "auto", [33]),
-        (True, "inline", "cpu", [11, 11, 11]),
-        (False, "slurm", "auto", [33]),
+        (False, "inline", "auto", 3, "inline"),
+        (True, "inline", "auto", 1, "inline"),
+        (True, "inline", "cpu", 3, "inline"),
+        (False, "slurm", "auto", 1, "slurm"),
+        (False, "auto", "auto", 4, "process"),  # as many for each of two processes
+        (True, "auto", "cpu", 4, "process"),
     ],
+    indirect=["gpu"],
 )
-def test_caches_count_on_a_cpu_of_this_machine(gpu, executor, device, stacks, job, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
-    jobs = [job(number, f"seed={number}", f"device={device}", "model.width=64") for number in range(33)]
-    plan = make_plan(jobs, Options(executor, memory_gib=1))
-    assert sizes(plan.stacks) == stacks
+def test_caches_count_on_a_cpu_of_this_machine(gpu, executor, device, stacks, becomes, job):
+    one = job(0, f"device={device}", "model.width=64")
+    jobs = [replace(one, index=number, resolved={**one.resolved, "seed": number}) for number in range(33)]
+    workers = 2 if executor == "auto" else None
+    plan = make_plan(jobs, LauncherOptions(executor=executor, workers=workers, memory_gib=1), {})
+    assert (len(plan.stacks), plan.executor) == (stacks, becomes)
+    assert max(sizes(plan.stacks)) - min(sizes(plan.stacks)) <= 1
 
 
-class Needy(torch.nn.Module):
-    """A class of the user's that cannot be made without its environment."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.needed = os.environ["NEEDED"]
-
-
-def test_a_job_is_checked_in_its_own_environment(job, monkeypatch):
-    monkeypatch.delenv("NEEDED", raising=False)
-    act = {"_target_": f"{__name__}.Needy"}
-    with_it, without = job(0, "constraint=none", env={"NEEDED": "1"}), job(1, "constraint=none")
-    for one in (with_it, without):
-        one.resolved["act"] = act
-    plan = make_plan([with_it, without], Options())
-    assert plan.stacks == [[0]]
-    assert "NEEDED" in plan.refused[1]
+@pytest.mark.parametrize("gpu", [True], indirect=True)
+def test_auto_trains_several_stacks_on_a_gpu_here(gpu, job):
+    plan = make_plan([job(0, "act=relu"), job(1, "act=abs")], LauncherOptions(workers=2), {})
+    assert (plan.stacks, plan.executor) == ([[0], [1]], "inline")

@@ -1,17 +1,19 @@
-"""The number of CPU threads holds for torch and for numpy, in all of a run, and nowhere else."""
+"""CPU threads hold for torch and for numpy, in all of a run and nowhere else; Ctrl-C before and after results."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from types import SimpleNamespace
+import subprocess
+import sys
 
 import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from lipexp import train
-from lipexp.runs import RunFolder
+from lipexp.display import StackDisplay
+from lipexp.members import build
 from lipexp.process import cpu_threads
+from lipexp.runs import RunFolder
+from lipexp.train import train_many
 
 
 def in_use() -> set[int]:
@@ -21,32 +23,45 @@ def in_use() -> set[int]:
     return {torch.get_num_threads(), *blas}
 
 
-def test_all_libraries_use_the_threads_asked_for_and_go_back():
-    inside = []
-
-    def fail() -> None:
-        with cpu_threads(1):
-            inside.append(in_use())
-            raise KeyError
-
-    with cpu_threads(2):
-        assert in_use() == {2}
-        with pytest.raises(KeyError):
-            fail()
-        assert inside == [{1}]
-        assert in_use() == {2}
-
-
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_run_evaluates_with_its_threads(threads, compose, tmp_path):
+def test_a_run_has_its_threads_in_all_libraries_and_gives_them_back(threads, compose, tmp_path):
     seen = []
-    display = SimpleNamespace(
-        training=lambda total: nullcontext(),
-        tick=lambda step: None,
-        checkpoint=lambda step, rows: seen.append(in_use()),
-    )
-    member = train.build(compose(f"threads={threads}", "steps=2", "eval_every=1", "max_regions=0"))
+    display = StackDisplay(lambda *report: seen.append(in_use()), 0)
+    member = build(compose(f"threads={threads}", "steps=2", "eval_every=1", "max_regions=0"))
     with cpu_threads(3 - threads):
-        train.train_many([member], [RunFolder(tmp_path)], display, figures=False)
-        assert seen == [{threads}] * 3
+        train_many([member], [RunFolder(tmp_path)], display, figures=False)
+        assert len(seen) > 3
+        assert set(map(frozenset, seen)) == {frozenset({threads})}
         assert in_use() == {3 - threads}
+        with pytest.raises(KeyError), cpu_threads(threads):
+            raise KeyError
+        assert in_use() == {3 - threads}
+
+
+INTERRUPTED = """
+import signal, sys
+from lipexp.process import ending_on_interrupt, raise_on_interrupt
+signal.signal(signal.SIGINT, getattr(signal, sys.argv[1]))
+try:
+    with ending_on_interrupt():
+        if sys.argv[2] == "results":
+            raise_on_interrupt()
+        signal.raise_signal(signal.SIGINT)
+        print("goes on")
+except KeyboardInterrupt:
+    print("raised")
+"""
+
+
+@pytest.mark.parametrize(
+    ("handler", "stake", "expected"),
+    [
+        ("default_int_handler", "nothing", (130, "", "lipexp: interrupted\n")),
+        ("default_int_handler", "results", (0, "raised\n", "")),
+        ("SIG_IGN", "nothing", (0, "goes on\n", "")),
+    ],
+)
+def test_ctrl_c_ends_the_process_until_results_are_at_stake(handler, stake, expected):
+    command = [sys.executable, "-c", INTERRUPTED, handler, stake]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == expected

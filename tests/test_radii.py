@@ -1,12 +1,9 @@
 """Certified radii: every error bound against exact rational arithmetic, every promise against real evaluations."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,7 +17,7 @@ from lipexp.norms import dual, product_bound
 from lipexp.proven.radii import Robustness, assess, certified_radii, evaluate, float32_error, why_no_radii
 
 
-def stored(*shape: int, seed: int = 0) -> torch.Tensor:
+def stored(*shape, seed=0):
     """Points in float64 that float32 holds exactly, as data are."""
     return normal(*shape, seed=seed).float().double()
 
@@ -37,9 +34,6 @@ def float32_points(x, radius, p, seed):
     near = (x + radius.unsqueeze(1) * (1 - 1e-6) * direction).float().double()
     inside = torch.linalg.vector_norm(near - x, ord=p, dim=1) < radius * (1 - 1e-12)
     return torch.where(inside.unsqueeze(1), near, x)
-
-
-# Float64 ---------------------------------------------------------------------------------------------------------
 
 
 def check_float64(net, x, wrong=0.0):
@@ -83,9 +77,6 @@ def test_several_outputs_have_no_sign():
         evaluate(network(2, 4, 2), stored(3, 2))
 
 
-# Radii -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("overrides", TRAINED, ids=" ".join)
 def test_trained_networks_keep_their_promises(overrides, trained):
     """With every constraint and every activation, decided without rounding."""
@@ -95,6 +86,7 @@ def test_trained_networks_keep_their_promises(overrides, trained):
         net = result.checkpoint.network.run(run)
         x = torch.from_numpy(result.stack.data[run].test_x).double()[:16]
         check_float64(net, x)
+        assert why_no_radii(net.act) is None
         lipschitz = product_bound(norm for (norm,) in net.norms)
         radii = certified_radii(net, x, lipschitz)
         # |f(x)| >= r L, and no more is lost than 1e-9 of it.
@@ -149,7 +141,7 @@ def test_a_float32_network_that_errs_within_the_real_radius_does_not_within_its_
     assert (certified_radii(net, torch.tensor([[5.0], [-8.0]]).double(), 3.0).radius_float32 > 0.5).all()
 
 
-# What is reported ------------------------------------------------------------------------------------------------
+NO_BOUND = "declares no bound in the inf-norm, in which rounding errors are followed"
 
 
 class Curved(Activation):
@@ -164,22 +156,14 @@ class OnlyEuclidean(ReLU):
 
 
 def test_without_a_known_rounding_or_a_bound_there_are_no_radii_and_the_reason_is_said():
-    unknown, euclidean = why_no_radii(Curved()), why_no_radii(OnlyEuclidean())
-    assert unknown == "nothing is known about the rounding errors of Curved"
-    assert "OnlyEuclidean declares no bound in the inf-norm" in euclidean
-    x, y = stored(5, 2), torch.zeros(5)
     for act, lipschitz, given, reason in (
-        (Curved(), 1.0, None, unknown),
-        (OnlyEuclidean(), 1.0, None, euclidean),
+        (Curved(), 1.0, None, "nothing is known about the rounding errors of Curved"),
+        (OnlyEuclidean(), 1.0, None, f"OnlyEuclidean {NO_BOUND}"),
         (ReLU(), None, "no bound", "no bound"),
     ):
-        found = assess(network(2, 4, 1, act=act), x, y, 2.0, lipschitz, given)
+        found = assess(network(2, 4, 1, act=act), stored(5, 2), torch.zeros(5), 2.0, lipschitz, given)
         assert found == Robustness(2.0, None, None, reason)
         assert (found.summary([0.1]).certified_accuracy, found.summary([0.1]).reason) == (None, reason)
-
-
-def test_no_activation_of_conf_is_refused(act_option, make):
-    assert why_no_radii(make("act", f"act={act_option}")) is None
 
 
 def test_certified_accuracy_counts_points_that_are_right_and_stay_so():
@@ -196,19 +180,19 @@ def test_a_run_reports_radii_of_its_test_points_if_it_classifies(lipexp, run_fol
     done = lipexp("train", "experiment=debug", "constraint=none", "radii=[0.001,2]", "hydra.run.dir=outputs/a/a")
     assert done.code == 0, done.err
     assert lipexp("train", "experiment=debug", "dataset=absolute_value", "hydra.run.dir=outputs/a/b").code == 0
-    folder, regression = run_folders()
-    metrics, radii = json.loads((folder / "metrics.json").read_text()), pd.read_csv(folder / "radii.csv")
-    table = pd.read_csv(folder / "gradients.csv")
+    runs = [(folder, json.loads((folder / "metrics.json").read_text())) for folder in run_folders()]
+    (folder, metrics), (regression, of_regression) = runs
+    radii, table = (pd.read_csv(folder / f"{name}.csv") for name in ("radii", "gradients"))
     test = table[table["split"] == "test"].reset_index(drop=True)
     assert [*radii] == ["index", "x0", "x1", "y", "prediction", "correct", "f", "radius", "radius_float32"]
     assert radii[["x0", "x1", "y"]].equals(test[["x0", "x1", "y"]])
     np.testing.assert_allclose(radii["f"], test["f"], rtol=1e-12)
-    certified = metrics["lipschitz"]["certified"]
+    certified, robustness = metrics["lipschitz"]["certified"], metrics["robustness"]
     np.testing.assert_allclose(radii["radius"], radii["f"].abs() / certified, rtol=1e-9)
     assert radii["correct"].mean() == metrics["test"]["accuracy"]
-    assert metrics["robustness"]["lipschitz"] == certified
     right = (radii["radius"] >= 0.001) & (radii["correct"] == 1)
-    assert metrics["robustness"]["certified_accuracy"] == {"0.001": right.mean(), "2": 0.0}
+    assert robustness["certified_accuracy"] == {"0.001": right.mean(), "2": 0.0}
+    assert robustness["lipschitz"] == certified
     assert "certified accuracy within ‖δ‖₂ ≤ 0.001: " in done.out
-    assert json.loads((regression / "metrics.json").read_text())["robustness"] is None
-    assert not Path(regression / "radii.csv").exists()
+    assert of_regression["robustness"] is None
+    assert not (regression / "radii.csv").exists()

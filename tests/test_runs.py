@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import threading
 
 import numpy as np
@@ -40,13 +38,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(tmp_path):
 
 def test_tables_keep_every_digit(tmp_path):
     value = 0.1 + 0.2
-    RunFolder(tmp_path).write_columns("columns", {"x": np.array([value, 1e-300]), "name": np.array(["a", "b"])})
-    RunFolder(tmp_path).write_rows("rows", [{"x": value, "y": None}, {"x": 1e-300, "y": 2}])
-    for name in ("columns", "rows"):
-        with (tmp_path / f"{name}.csv").open(newline="") as file:
-            assert [float(row["x"]) for row in csv.DictReader(file)] == [value, 1e-300]
-    assert (tmp_path / "columns.csv").read_text().splitlines()[2] == "1e-300,b"
-    assert (tmp_path / "rows.csv").read_text().splitlines()[1] == "0.30000000000000004,"
+    columns = {"x": np.array([value, 1e-300, np.inf]), "name": np.array(["a", "b", "c"])}
+    RunFolder(tmp_path).write_columns("columns", columns)
+    RunFolder(tmp_path).write_rows("rows", [{"x": value, "y": None}, {"x": 1e-300, "z": 2}])
+    assert (tmp_path / "columns.csv").read_text() == "x,name\n0.30000000000000004,a\n1e-300,b\ninf,c\n"
+    assert (tmp_path / "rows.csv").read_text() == "x,y,z\n0.30000000000000004,,\n1e-300,,2\n"
 
 
 def test_only_what_hydra_wrote_is_discarded_and_neighbours_stay(tmp_path):
@@ -65,11 +61,9 @@ def test_only_what_hydra_wrote_is_discarded_and_neighbours_stay(tmp_path):
 
 
 def test_find_returns_finished_and_failed_runs_once_each(tmp_path):
-    for name in ("b", "a", "c/0", "c/1"):
-        (tmp_path / name).mkdir(parents=True)
-    RunFolder(tmp_path / "b").write_json("metrics.json", {})
-    RunFolder(tmp_path / "a").write_failure("reason", 1)
-    RunFolder(tmp_path / "c/0").write_json("metrics.json", {})
+    for name in ("b/metrics.json", "a/failed.json", "c/0/metrics.json", "c/1/model.pt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
     found = find([tmp_path, tmp_path / "c"])
     assert [folder.path.relative_to(tmp_path).as_posix() for folder in found] == ["a", "b", "c/0"]
 
@@ -79,10 +73,8 @@ def test_settings_and_choices_are_read_from_hydras_record(tmp_path):
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "config.yaml").write_text("seed: 1\n")
     assert RunFolder(tmp_path).recorded() == ({"seed": 1}, {})
-    choices = {"act": "relu", "loss": "bce"}
-    record = json.dumps({"hydra": {"runtime": {"choices": choices}}})  # JSON is YAML
-    (tmp_path / ".hydra" / "hydra.yaml").write_text(record)
-    assert RunFolder(tmp_path).recorded() == ({"seed": 1}, choices)
+    (tmp_path / ".hydra" / "hydra.yaml").write_text("hydra: {runtime: {choices: {act: relu}}}")
+    assert RunFolder(tmp_path).recorded() == ({"seed": 1}, {"act": "relu"})
 
 
 def test_changes_under_the_lock_at_the_same_time_lose_nothing(tmp_path):
@@ -95,9 +87,8 @@ def test_changes_under_the_lock_at_the_same_time_lose_nothing(tmp_path):
                 folder.write_json("metrics.json", {"count": folder.read_json("metrics.json")["count"] + 1})
 
     threads = [threading.Thread(target=count) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    for act in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            act(thread)
     assert folder.read_json("metrics.json") == {"count": 150}
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]

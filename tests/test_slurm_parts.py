@@ -17,7 +17,7 @@ EXECUTOR = "hydra.launcher.executor=slurm"
 
 @pytest.fixture
 def refused(lipexp):
-    """refused("hydra/sweeper=search") -> the one line with which a sweep is refused; nothing is left behind."""
+    """refused("hydra.launcher.slurm.mem_gb=0") -> the one line that says why; nothing is left behind."""
 
     def refused(*arguments: str) -> str:
         result = lipexp("train", "-m", "seed=0,1", EXECUTOR, *arguments)
@@ -37,9 +37,10 @@ def refused(lipexp):
         "cpus_per_task=0": "must be a whole number, at least 1",
         "gpus_per_node=0": "must be a whole number, at least 1",
         "resubmissions=-1": "must be a whole number, at least 0",
+        "additional_parameters=3": "must be options of sbatch",
     }.items(),
 )
-def test_settings_out_of_range(refused, setting, allowed):
+def test_settings_that_are_not_allowed(refused, setting, allowed):
     setting = f"hydra.launcher.slurm.{setting}"
     assert refused(setting).startswith(f"lipexp: {setting}: {allowed}")
 
@@ -53,11 +54,6 @@ def test_an_installation_without_submitit(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     reason = "needs submitit, which is not installed: pip install 'lipexp[slurm]'"
     assert refused() == f"lipexp: {EXECUTOR}: {reason}\n"
-
-
-def test_a_search_does_not_leave_its_rounds_to_slurm(refused):
-    reason = refused("hydra/sweeper=search", "act=relu,maxmin", "hydra.launcher.slurm.wait=false")
-    assert reason.startswith("lipexp: hydra.launcher.slurm.wait=false: does not suit a search")
 
 
 def test_a_stack_may_take_half_of_the_memory_of_its_slurm_job():

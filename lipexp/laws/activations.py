@@ -104,7 +104,7 @@ def equals_its_active_map(subject: Subject) -> str | None:
             act(point.view(1, 1, -1))[0, 0], jacobian @ point, rtol=1e-12, atol=1e-300
         ):
             raise Broken(f"the active map at {shown(point)} is not its Jacobian there")
-        exact = act.active_map(np.array([int(value * 2**40) for value in point.tolist()], dtype=object))
+        exact = act.active_map(np.array([int(value * 2**40) << 100 for value in point.tolist()], dtype=object))
         if exact is None or (exact.index != active.index).any() or (exact.factor != active.factor).any():
             raise Broken(f"the active map at {shown(point)} is another one for integers in its proportions")
     return None

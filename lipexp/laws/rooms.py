@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -61,15 +63,17 @@ def runs_of_a_stack_have_their_own_loss(subject: Subject) -> str | None:
 def loss_has_true_finite_gradients(subject: Subject) -> str | None:
     """Its derivatives are finite and agree with finite differences."""
     loss, f, y = loss_and_batch(subject)
-    f.requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(f, y).sum(), f)
+    for outputs in (1e4 * f, 0 * f, f):
+        (gradient,) = torch.autograd.grad(loss(outputs.requires_grad_(), y).sum(), outputs)
+        if not torch.isfinite(gradient).all():
+            raise Broken(f"outputs {shown(outputs[0])} give the derivatives {shown(gradient[0])}")
     step = 1e-6
     for sample in range(5):  # a few, one after the other, since a sample may act on the others
         change = torch.zeros_like(f)
         change[:, sample] = step
         difference = (loss(f + change, y) - loss(f - change, y)).sum(dim=1) / (2 * step)
         off = (difference - gradient[:, sample]).abs()
-        if not torch.isfinite(gradient).all() or (off > 1e-4 * (1 + difference.abs())).any():
+        if not (off <= 1e-4 * (1 + difference.abs())).all():
             found = shown(gradient[:, sample]), shown(difference.detach())
             raise Broken(f"derivatives {found[0]}, finite differences {found[1]}")
     return None
@@ -105,15 +109,13 @@ def draws_the_same_from_the_same_stream(subject: Subject) -> str | None:
 
 
 def keeps_training_and_test_apart(subject: Subject) -> str | None:
-    """No test point is a training point."""
+    """At most a quarter of the test points are training points, but for point masses."""
     data = subject.member.parts["dataset"].draw(Streams.of(3).data)
-    train = {tuple(point) for point in data.train_x.tolist()}
-    shared = [point for point in data.test_x.tolist() if tuple(point) in train]
-    # Some problems have point masses, where all points of a class coincide.
-    if len(train) > len(data.train_x) // 2 and len(shared) > len(data.test_x) // 2:
-        raise Broken(
-            f"{len(shared)} of {len(data.test_x)} test points are training points, {shown(np.array(shared[0]))}"
-        )
+    times = Counter(tuple(point) for point in data.train_x.tolist())
+    shared = [point for point in data.test_x.tolist() if times[tuple(point)] == 1]  # in a point mass many coincide
+    if len(shared) > len(data.test_x) / 4:
+        where = shown(np.array(shared[0]))
+        raise Broken(f"{len(shared)} of {len(data.test_x)} test points are training points, such as {where}")
     return None
 
 
@@ -186,7 +188,7 @@ def descends(subject: Subject) -> str | None:
     optim.start(parameters)
     for step in range(500):
         optim.step(parameters, 2 * parameters, step / 500)
-    if not (parameters.square().sum() < 2.0):
+    if not parameters.square().sum() < 4:
         raise Broken(f"from |x|^2 = 4 it comes to {float(parameters.square().sum()):.4g} in 500 steps")
     optim.start(parameters := torch.zeros(1, 4, dtype=torch.float64))
     optim.step(parameters, torch.zeros_like(parameters), 0.0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from lipexp.config import ConfigError
 from lipexp.evaluate import Evaluator
 from lipexp.laws.subject import Broken, Law, Subject
 from lipexp.loop import Streams
@@ -15,20 +17,27 @@ from lipexp.members import stack
 from lipexp.networks import BakedNetwork
 from lipexp.runs import RunFolder
 
-STEPS = 60
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+ODD_WIDTH = 13  # at which matrix products are computed in another way than at 8
 
 
 def stacked_runs_equal_single_ones(subject: Subject) -> str | None:
-    """A run has the same losses alone and in a stack: to 1e-4 in float32, 1e-9 in float64."""
-    members = subject.variants(3)
-    for dtype, tolerance in TOLERANCE.items():
-        together = subject.losses(members, STEPS, dtype)
+    """A run has the same losses alone and in a stack: to 1e-9 over 60 steps in float64, to 1e-4 over 5 in float32.
+
+    They are compared in units of the largest loss. In float32 later steps may differ: where gradients cancel, Adam
+    turns their rounding errors into full steps.
+    """
+    cases = [(subject, torch.float32, 5, 1e-4), (subject, torch.float64, 60, 1e-9)]
+    with suppress(ConfigError):  # the activation does not take that width
+        odd = Subject(subject.content, subject.choices, ODD_WIDTH)
+        cases += [(odd, torch.float64, 60, 1e-9)] if odd.width == ODD_WIDTH else []
+    for one, dtype, steps, tolerance in cases:
+        members = one.variants(3)
+        together = one.losses(members, steps, dtype)
         for run in (0, 2):
-            alone = subject.losses([members[run]], STEPS, dtype)[:, 0]
-            off = (alone - together[:, run]).abs() / together[:, run].abs().clamp_min(1e-6)
-            if not (off <= tolerance).all():
-                step = int((~(off <= tolerance)).nonzero()[0])
+            alone = one.losses([members[run]], steps, dtype)[:, 0]
+            wrong = ~((alone - together[:, run]).abs() <= tolerance * together[:, run].abs().max())
+            if wrong.any():
+                step = int(wrong.nonzero()[0])
                 raise Broken(
                     f"run {run} at step {step} in {dtype}: {float(alone[step]):.9g} alone, "
                     f"{float(together[step, run]):.9g} in the stack"

@@ -126,5 +126,5 @@ class Subject:
 
 def shown(values: Tensor | np.ndarray[Any, Any], most: int = 8) -> str:
     """A vector in a counterexample."""
-    numbers = [f"{float(value):.6g}" for value in values.flatten()[:most]]
-    return f"[{', '.join(numbers)}{', …' if values.flatten().shape[0] > most else ''}]"
+    numbers = torch.as_tensor(values).detach().flatten().tolist()
+    return f"[{', '.join(f'{number:.6g}' for number in numbers[:most])}{', …' if len(numbers) > most else ''}]"

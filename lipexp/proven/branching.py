@@ -84,19 +84,21 @@ def why_not_applicable(network: BakedNetwork) -> str | None:
 
 
 def _hidden(network: BakedNetwork) -> list[Hidden | None]:
-    """The activation behind each hidden layer; None where it neither has two slopes nor sorts."""
+    """The activation behind each hidden layer; None where it neither has two slopes nor sorts.
+
+    The pairs are listed in the order of the features, or of the groups, on which the states below rely.
+    """
     found: list[Hidden | None] = []
     for width in network.hidden_widths:
-        pairs, slopes, groups = (
-            network.act.breakpoints(width),
-            network.act.two_slopes(width),
-            network.act.groups(width),
-        )
-        if pairs is None or (slopes is None and groups is None):
+        slopes, members = network.act.two_slopes(width), network.act.groups(width)
+        if slopes is not None:
+            found.append(Hidden(torch.stack([torch.arange(width), torch.full((width,), -1)], dim=1), slopes, None))
+        elif members is None or network.act.breakpoints(width) is None:
             found.append(None)
         else:
-            members = None if groups is None else torch.from_numpy(groups.copy())
-            found.append(Hidden(torch.from_numpy(pairs.copy()), slopes, members))
+            groups = torch.from_numpy(members.copy())
+            pairs = groups[:, torch.triu_indices(groups.shape[1], groups.shape[1], offset=1).T]
+            found.append(Hidden(pairs.flatten(0, 1), None, groups))
     return found
 
 

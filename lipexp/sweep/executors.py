@@ -73,7 +73,8 @@ def in_processes(stacks: Sequence[Sequence[Job]], processes: int, display: Sweep
                 for number, worker in list(running.items()):
                     code = worker.exitcode
                     progress = Progress.read(Path(folder, str(number))) or Progress()
-                    display.update(number, progress.step, progress.total, progress.live, done=code == 0)
+                    done = code == 0 and progress.given_up is None
+                    display.update(number, progress.step, progress.total, progress.live, done)
                     if code is not None:
                         del running[number]
                     if progress.given_up or code not in (None, 0):

@@ -177,7 +177,7 @@ class Sweep:
         Raises:
             ConfigError: it holds something, and that is not to be continued, or cannot be.
         """
-        names = {entry.name for entry in self.folder.iterdir()} - {LOCK}
+        names = {entry.name for entry in self.folder.iterdir()} - {LOCK, "multirun.yaml"}  # of Hydra's own sweeper
         if not {name for name in names if not name.startswith(f".{RECORD}.")}:  # killed while it was written
             return False
         if not self.resume:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lipexp.config import number, one_of, whole
+from lipexp.config import ConfigError, number, one_of, whole
 
 EXECUTORS = ("auto", "inline", "process", "slurm")
 FRACTION_OF_FREE_MEMORY = 0.25  # for the stacks that train at the same time, unless a limit is given
@@ -30,15 +30,18 @@ class SlurmOptions:
     cpus_per_task: int = 1
     gpus_per_node: int | None = None
     setup: list[str] | None = None
-    additional_parameters: dict[str, Any] | None = None
+    additional_parameters: Any = None  # a dict, of which Hydra would refuse unknown keys
 
     def check(self) -> None:
-        """Raise ConfigError for a number out of range."""
+        """Raise ConfigError for a value that is not allowed."""
         for name, least in (("resubmissions", 0), ("timeout_min", 2), ("cpus_per_task", 1)):
             whole(f"{SLURM}.{name}", getattr(self, name), least=least)
         if self.gpus_per_node is not None:
             whole(f"{SLURM}.gpus_per_node", self.gpus_per_node, least=1)
         number(f"{SLURM}.mem_gb", self.mem_gb, above=0)
+        if not isinstance(self.additional_parameters, dict | None):
+            allowed = "must be options of sbatch, {nodelist: n1}"
+            raise ConfigError(f"{SLURM}.additional_parameters", self.additional_parameters, allowed)
 
     def parameters(self) -> dict[str, Any]:
         """The resources as submitit takes them, which wants a prefix on what only SLURM has."""

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from lipexp.figures.style import BLUE, DPI, GREY, ORANGE, PAGE, look
 from lipexp.runs import write_file
 from lipexp.sweep.compose import Composer
 from lipexp.sweep.search.space import Space
@@ -77,6 +75,10 @@ def write_best(folder: Path, study: optuna.Study, space: Space, metric: str, com
 
 def write_picture(folder: Path, study: optuna.Study, space: Space, metric: str) -> None:
     """search.png: the values in the order of the trials and along each axis, with a ring around the best one."""
+    from matplotlib.figure import Figure
+
+    from lipexp.figures.style import BLUE, DPI, GREY, ORANGE, PAGE, look
+
     trials = ranked(study)
     numbers, values = np.array([(trial.number, trial.value) for trial in trials]).T
     better = np.maximum if values[0] > values[-1] else np.minimum

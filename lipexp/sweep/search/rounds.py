@@ -49,10 +49,10 @@ def search(context: HydraContext, master: DictConfig, arguments: Sequence[str]) 
     several = launcher.executor == "auto" and launcher.processes > 1
     if launcher.executor == "process" or (several and options.round * max(1, len(space.seeds)) > MANY):
         executors.start_server()
-    from lipexp.members import build  # imports torch, while the server does
-
     composer = Composer(loader, master)
     first, *_ = [composer.job(0, space.jobs(values)[0]) for values in space.examples()]
+    from lipexp.members import build  # imports torch, as the server does meanwhile
+
     member = build(first.resolved, first.choices, here=launcher.executor != "slurm")
     metric, direction = options.goal(member.parts["dataset"].task, member.config.radii)
     definition = vars(space) | vars(options) | {"metric": metric, "direction": direction}

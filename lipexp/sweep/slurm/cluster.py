@@ -11,18 +11,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lipexp.config import ConfigError
 from lipexp.display import StackDisplay, SweepDisplay
 from lipexp.sweep.compose import Job
 from lipexp.sweep.options import SlurmOptions
 from lipexp.sweep.progress import REPORT_SECONDS, Progress, Reporter, missing
-from lipexp.sweep.slurm.submitted import EXECUTOR, KILLED, State, complaint, read, states, write
+from lipexp.sweep.slurm.submitted import ENDED, EXECUTOR, FORGOTTEN, KILLED, complaint, read, states, write
 from lipexp.wording import count, shown_path
-
-if TYPE_CHECKING:
-    from submitit.core.utils import JobPaths
 
 SUBMITTED = "submitted.json"
 PROGRESS = "{}_progress.json"  # of a SLURM job, by its number
@@ -54,15 +50,14 @@ def refuse_second(sweep: Path, executor: str) -> None:
     if not submitted or shutil.which("squeue") is None:  # the folder may come from another machine
         return
     now = states()
-    active = [number for number in submitted if not now[number].ended]
+    active = [number for number in submitted if now[number] not in ENDED]
     if active:
-        allowed = (
-            f"SLURM still works on this sweep (executor=slurm waits for it; scancel {_arrays(active)} ends it)"
-        )
+        end = f"scancel {_array_numbers(active)}"
+        allowed = f"SLURM still works on this sweep (executor=slurm waits for it; {end} ends it)"
         raise ConfigError("hydra.launcher.executor", executor, allowed)
 
 
-def _arrays(numbers: Iterable[str]) -> str:
+def _array_numbers(numbers: Iterable[str]) -> str:
     """What scancel takes for all of these: 17 for 17_0 and 17_2."""
     return " ".join(dict.fromkeys(number.partition("_")[0] for number in numbers))
 
@@ -108,7 +103,7 @@ class Cluster:
         self._submitted = read(self._folder / SUBMITTED)
         self._stacks: Sequence[Sequence[Job]] = []
         self._active: dict[int, str] = {}  # the stacks that SLURM has, and its number of each
-        self._states: dict[str, State] = {}
+        self._states: dict[str, str] = {}
         self._retries: Counter[int] = Counter()  # of each stack
         self._ended: dict[str, float] = {}  # when a SLURM job was first seen to have ended
         self._news: list[tuple[str, int | None]] = []
@@ -131,13 +126,13 @@ class Cluster:
             number = last.get(jobs[0].index)
             if number is not None:
                 state = self._states[number]
-                log = self._end_of_log(number) if state.ended else ""
+                log = self._end_of_log(number) if state in ENDED else ""
                 self._news.append((f"SLURM job {number} ({state}){log}", stack))
-                if not state.ended:
+                if state not in ENDED:
                     self._active[stack] = number
         new = [stack for stack in range(len(stacks)) if stack not in self._active]
         if new:
-            number = _arrays(self._submit(new))
+            number = _array_numbers(self._submit(new))
             self._news.append((f"SLURM job {number}: {count(len(new), 'stack')} submitted", None))
 
     def follow(self, display: SweepDisplay) -> None:
@@ -148,7 +143,7 @@ class Cluster:
         try:
             while self.options.wait and self._show(display):
                 if time.monotonic() >= next_look:
-                    self._look_after(display)
+                    self._retry_killed(display)
                     next_look = time.monotonic() + pause
                     pause = min(1.5 * pause, LONGEST_PAUSE)
                 time.sleep(REPORT_SECONDS)
@@ -157,7 +152,7 @@ class Cluster:
                 numbers = list(self._active.values())
                 self.queued = {job.index: f"SLURM job {one}" for one in numbers for job in self._submitted[one]}
                 display.say(
-                    f"{count(len(numbers), 'stack')} left to SLURM (scancel {_arrays(numbers)} ends it); "
+                    f"{count(len(numbers), 'stack')} left to SLURM (scancel {_array_numbers(numbers)} ends it); "
                     f"hydra.sweep.dir={self.resumed_in} resume=true collects the results"
                 )
 
@@ -165,23 +160,23 @@ class Cluster:
         """Show how far the stacks are; whether SLURM still has any."""
         for stack, number in list(self._active.items()):
             done = not missing(self._stacks[stack])
-            waiting = Progress(live=str(self._states[number]))
+            waiting = Progress(live=self._states[number])
             progress = Progress.read(self._folder / PROGRESS.format(number)) or waiting
             display.update(stack, progress.step, progress.total, progress.live, done)
             if done:
                 del self._active[stack]
         return bool(self._active)
 
-    def _look_after(self, display: SweepDisplay) -> None:
+    def _retry_killed(self, display: SweepDisplay) -> None:
         """Submit the stacks again that were killed; give up those that would end in the same way."""
         with suppress(ConfigError):  # SLURM's controller is away at times
             self._states = states()
         now = time.monotonic()
         for stack, number in list(self._active.items()):
             state, rest = self._states[number], missing(self._stacks[stack])
-            if not state.ended or not rest:
+            if state not in ENDED or not rest:
                 continue
-            if state.name in ("", "COMPLETED") and now - self._ended.setdefault(number, now) < SETTLE_SECONDS:
+            if state in (FORGOTTEN, "COMPLETED") and now - self._ended.setdefault(number, now) < SETTLE_SECONDS:
                 continue
             del self._active[stack]
             reason = self._reason_not_to_retry(stack, number)
@@ -203,27 +198,22 @@ class Cluster:
     def _reason_not_to_retry(self, stack: int, number: str) -> str | None:
         """Why a stack whose SLURM job has ended is not submitted again; None if it is."""
         state, retries = self._states[number], self._retries[stack]
-        if state.name == "FAILED" and self._paths(number).result_pickle.is_file():  # of a task that raised
+        raised = (self._folder / f"{number}_0_result.pkl").exists()  # submitit writes it, unless it is killed
+        if state == "FAILED" and raised:
             return "ended with an error"
-        if state.name not in KILLED:
+        if state not in KILLED:
             return f"ended ({state})"
         done = retries >= self.options.resubmissions
         return f"died ({state}) after {count(retries, 'resubmission')}" if done else None
 
     def _end_of_log(self, number: str) -> str:
         """The last lines of a log, indented, after its name."""
-        paths = self._paths(number)
-        for log in (paths.stderr, paths.stdout):
+        for log in (self._folder / f"{number}_0_log.{stream}" for stream in ("err", "out")):
             with suppress(OSError):
                 lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
                 if lines:
                     return "\n    ".join([f"; {shown_path(log)} ends:", *lines[-LOG_LINES:]])
         return "; it left no log"
-
-    def _paths(self, number: str) -> JobPaths:
-        from submitit.core.utils import JobPaths
-
-        return JobPaths(self._folder, number)
 
     def _submit(self, stacks: Sequence[int]) -> list[str]:
         """Submit what is missing of these stacks as one job array; returns SLURM's number of each.
@@ -249,5 +239,5 @@ class Cluster:
         self._submitted |= dict(zip(numbers, rests, strict=True))
         write(self._folder / SUBMITTED, self._submitted)
         self._active |= dict(zip(stacks, numbers, strict=True))
-        self._states |= dict.fromkeys(numbers, State("SUBMITTED"))
+        self._states |= dict.fromkeys(numbers, "SUBMITTED")
         return numbers

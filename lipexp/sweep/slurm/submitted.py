@@ -8,7 +8,7 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lipexp.config import ConfigError
 from lipexp.runs import write_file
@@ -16,25 +16,12 @@ from lipexp.sweep.compose import Job
 
 EXECUTOR = ("hydra.launcher.executor", "slurm")  # an option and its value, as an error names them
 KILLED = {"BOOT_FAIL", "FAILED", "NODE_FAIL", "PREEMPTED"}
-ENDED = KILLED | {"CANCELLED", "COMPLETED", "DEADLINE", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT"}
+FORGOTTEN = "no longer known"
+ENDED = KILLED | {"CANCELLED", "COMPLETED", "DEADLINE", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT", FORGOTTEN}
 
 
-class State(NamedTuple):
-    """What SLURM says of a job."""
-
-    name: str = ""  # PENDING, RUNNING, …; empty once SLURM has forgotten the job
-    reason: str = ""  # why it waits
-
-    @property
-    def ended(self) -> bool:
-        return not self.name or self.name in ENDED
-
-    def __str__(self) -> str:
-        return f"{self.name}, {self.reason}" if self.name == "PENDING" else self.name or "no longer known"
-
-
-def states() -> dict[str, State]:
-    """SLURM's number -> state, of all jobs of this user; SLURM forgets a job some minutes after its end.
+def states() -> dict[str, str]:
+    """SLURM's number -> state, of all jobs of this user. SLURM forgets a job some minutes after its end.
 
     This asks squeue, which unlike sacct needs no accounting database.
 
@@ -45,8 +32,11 @@ def states() -> dict[str, State]:
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
         raise ConfigError(*EXECUTOR, complaint(answer.stderr))
-    lines = (line.split("|", 2) for line in answer.stdout.splitlines())
-    return defaultdict(State, {number: State(name, reason) for number, name, reason in lines})
+    found = defaultdict(lambda: FORGOTTEN)
+    for line in answer.stdout.splitlines():
+        number, state, reason = line.split("|", 2)
+        found[number] = f"{state}, {reason}" if state == "PENDING" else state
+    return found
 
 
 def complaint(stderr: str) -> str:

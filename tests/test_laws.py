@@ -1,0 +1,285 @@
+"""The laws of the rooms hold for every file of conf/, each of them can fail, and `lipexp check` says so."""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+import sys
+from dataclasses import replace
+from itertools import combinations, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONF, choices_in, defaults_of, part
+from numpy.random import SeedSequence
+from omegaconf import DictConfig, OmegaConf
+from torch import Generator
+
+from lipexp.activations import ALL_NORMS, Activation, ActiveMap, ReLU
+from lipexp.check import composed
+from lipexp.config import GROUPS, ConfigError
+from lipexp.constraints import Spectral
+from lipexp.datasets import TwoMoons
+from lipexp.laws import LAWS, Broken, Subject, statement
+from lipexp.losses import Hinge
+from lipexp.models import MLP
+from lipexp.networks import Affine
+from lipexp.optim import Adam
+
+# What the laws are called for ------------------------------------------------------------------------------------
+
+DEFAULTS = {
+    f"{group}={option}"
+    for entry in OmegaConf.load(CONF / "config.yaml").defaults
+    if isinstance(entry, DictConfig)
+    for group, option in entry.items()
+}
+CHOICES = [choice for group in GROUPS for choice in choices_in(group)]
+
+
+def fits(row):
+    """Whether the options of a row, one of each group, can train together."""
+    dataset, act, constraint, loss, *_ = map(part, row)
+    suits = constraint.lipschitz is None or constraint.hidden_p in act.norms
+    return suits and loss.task in ("", dataset.task)
+
+
+ROWS = [row for row in product(*map(choices_in, GROUPS)) if fits(row)]
+
+
+def nearest(choice):
+    """The row with this option that has the fewest others than the defaults."""
+    return min((row for row in ROWS if choice in row), key=lambda row: sum(one[0] not in DEFAULTS for one in row))
+
+
+def covering(start):
+    """These rows, and those that add most, until every two options that fit together stand in one."""
+    pairs = {row: set(combinations(row, 2)) for row in ROWS}
+    missing = set().union(*pairs.values()).difference(*(pairs[row] for row in start))
+    rows, chosen = random.Random(0).sample(ROWS, len(ROWS)), list(start)
+    while missing:
+        chosen.append(max(rows, key=lambda row: len(pairs[row] & missing)))
+        missing -= pairs[chosen[-1]]
+    return chosen
+
+
+@functools.cache
+def content(row):
+    return composed([override for choice in row for override in choice])
+
+
+def spelled(overrides):
+    return ",".join(overrides)
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=spelled)
+def test_every_law_of_its_room_holds_for_an_option(choice):
+    subject = Subject(*content(nearest(choice)))
+    reasons = [law(subject) for law in LAWS[choice[0].partition("=")[0]]]
+    assert None in reasons, reasons
+
+
+@pytest.mark.parametrize(
+    "row", covering(dict.fromkeys(map(nearest, CHOICES))), ids=lambda row: spelled(sum(row, ()))
+)
+def test_every_law_of_runs_holds_for_every_two_options_together(row):
+    subject = Subject(*content(row))
+    assert [law(subject) for law in LAWS["run"]] == [None] * len(LAWS["run"])
+
+
+# Every law can fail ----------------------------------------------------------------------------------------------
+
+
+def act(forward, **declared):
+    """A class of activations, said to be 1-Lipschitz, so that it trains under a constraint."""
+    return type("Act", (Activation,), {"norms": ALL_NORMS, "forward": lambda self, z: forward(z), **declared})
+
+
+def but(base, **methods):
+    """A class that differs from its base in these methods."""
+    return type(base.__name__, (base,), methods)
+
+
+def identity_map(self, z):
+    return ActiveMap(np.broadcast_to(np.arange(z.shape[-1]), z.shape), np.ones(z.shape, dtype=np.int64))
+
+
+def rotated(z):
+    """By 45 degrees in planes of two features: 1-Lipschitz in the 2-norm alone."""
+    a, b = z.chunk(2, dim=-1)
+    return torch.cat([a + b, a - b], dim=-1) / 2**0.5
+
+
+def applied(change):
+    """Spectral with this change of weights and biases in training, but not in baking."""
+    return but(
+        Spectral, apply=lambda self, layers: [Affine(*map(change, one)) for one in Spectral.apply(self, layers)]
+    )
+
+
+def baked(change, factor=1.0):
+    """Spectral with this change of weights and biases in baking only, and the proven norms times `factor`."""
+
+    def bake(self, layers, act):
+        network = Spectral.bake(self, layers, act)
+        norms = [[factor * norm for norm in runs] for runs in network.norms]
+        return replace(network, layers=[Affine(*map(change, layer)) for layer in network.layers], norms=norms)
+
+    return but(Spectral, bake=bake)
+
+
+def margin_of_the_first_run(self, f, y):
+    return torch.relu(torch.as_tensor(self.margin).flatten()[0] - (2 * y - 1) * f)
+
+
+def signs(self, parameters, gradient, progress):
+    parameters -= 0.01 * torch.where(gradient < 0, -1, 1)
+
+
+moons, mlp, adam = (functools.partial(but, base) for base in (TwoMoons, MLP, Adam))
+draw, initial, step = TwoMoons.draw, MLP.initial, Adam.step
+TOO_MANY = TwoMoons(n_train=65)
+LAST = {"breakpoints": lambda self, width: np.array([[width - 1, -1]])}
+DOWN = {"groups": lambda self, width: np.arange(width)[None]}
+TWICE = {"groups": lambda self, width: np.zeros((1, width), dtype=int)}
+
+# A law, the group of a class that breaks it, and the class.
+BROKEN = [
+    ("keeps_shape_and_type", "act", act(torch.Tensor.double)),
+    ("keeps_shape_and_type", "act", act(lambda z: z[..., :4])),
+    ("is_lipschitz_in_its_norms", "act", act(lambda z: 2 * z)),
+    ("is_lipschitz_in_its_norms", "act", act(rotated)),
+    ("has_slopes_within_its_range", "act", act(torch.relu, slopes=(0.1, 1))),
+    ("has_slopes_within_its_range", "act", act(torch.relu, slopes=(0, 0.9))),
+    ("has_slopes_within_its_range", "act", act(rotated, slopes=(-1, 1))),
+    ("sorts_its_groups", "act", act(lambda z: z.sort(descending=True).values, **DOWN)),
+    ("sorts_its_groups", "act", act(lambda z: z.sort().values, **TWICE)),
+    ("equals_its_active_map", "act", act(torch.relu, active_map=identity_map)),
+    ("equals_its_active_map", "act", but(ReLU, active_map=lambda self, z: None)),
+    ("changes_at_its_breakpoints_only", "act", but(ReLU, **LAST)),
+    ("treats_every_run_and_point_alone", "act", act(lambda z: z - z.mean(dim=1, keepdim=True))),
+    ("treats_every_run_and_point_alone", "act", act(lambda z: z - z.mean(dim=0, keepdim=True))),
+    ("has_finite_gradients", "act", act(lambda z: z.abs().sqrt())),
+    ("baked_networks_keep_the_bound", "constraint", baked(lambda w: 2 * w)),
+    ("proven_norms_are_those_of_the_stored_numbers", "constraint", baked(lambda w: w, factor=0.5)),
+    ("proven_norms_are_those_of_the_stored_numbers", "constraint", but(Spectral, target=lambda self, run: 0.9)),
+    ("training_works_with_what_is_baked", "constraint", applied(lambda w: 0.9 * w)),
+    ("training_works_with_what_is_baked", "constraint", baked(lambda w: w.roll(1, dims=0))),
+    ("runs_of_a_stack_are_constrained_alone", "constraint", applied(lambda w: w - 0.1 * w.mean(dim=0))),
+    ("has_true_finite_gradients", "constraint", applied(lambda w: 2 * w - w.detach())),
+    ("has_true_finite_gradients", "constraint", applied(lambda w: w + 0 * (w - w.detach()).abs().sqrt())),
+    ("one_number_per_sample", "loss", lambda f, y: (f - y).log()),
+    ("one_number_per_sample", "loss", lambda f, y: (f - y).square()[:1]),
+    ("is_a_mean_over_samples", "loss", lambda f, y: f.shape[1] * (f - y).square()),
+    ("is_a_mean_over_samples", "loss", lambda f, y: (f - y).square().cumsum(dim=1)),
+    ("runs_of_a_stack_have_their_own_loss", "loss", but(Hinge, forward=margin_of_the_first_run)),
+    ("runs_of_a_stack_have_their_own_loss", "loss", lambda f, y: (f - f.mean(dim=0) - y).square()),
+    ("loss_has_true_finite_gradients", "loss", lambda f, y: f.square().detach() + f),
+    ("loss_has_true_finite_gradients", "loss", lambda f, y: (1 + ((1 - 2 * y) * f).exp()).log()),
+    ("draws_what_it_declares", "dataset", moons(draw=lambda self, s: draw(TOO_MANY, s))),
+    ("draws_the_same_from_the_same_stream", "dataset", moons(draw=lambda self, s: draw(self, s.spawn(1)[0]))),
+    ("draws_the_same_from_the_same_stream", "dataset", moons(draw=lambda self, s: draw(self, SeedSequence(0)))),
+    (
+        "keeps_training_and_test_apart",
+        "dataset",
+        moons(draw=lambda self, s: (data := draw(self, s))._replace(test_x=data.train_x[:32])),
+    ),
+    ("starts_the_same_from_the_same_stream", "model", mlp(initial=lambda self, s, g: initial(self, s, None))),
+    (
+        "starts_the_same_from_the_same_stream",
+        "model",
+        mlp(initial=lambda self, s, g: initial(self, s, Generator())),
+    ),
+    ("starts_the_same_from_the_same_stream", "model", mlp(initial=lambda self, s, g: initial(self, s, g)[1:])),
+    ("leads_from_inputs_to_outputs", "model", mlp(shapes=lambda self, n_in, n_out: [(8, 2), (1, 8)])),
+    ("leads_from_inputs_to_outputs", "model", mlp(initial=lambda self, s, g: 0 * initial(self, s, g))),
+    ("runs_of_a_stack_step_alone", "optim", adam(step=lambda self, p, g, t: step(self, p, g - g.mean(dim=0), t))),
+    ("descends", "optim", adam(step=lambda self, p, g, t: step(self, p, -g, t))),
+    ("descends", "optim", adam(step=signs)),
+    ("stacked_runs_equal_single_ones", "act", act(lambda z: z - 0.01 * z.mean(dim=0))),
+    ("measured_is_below_proven", "act", act(lambda z: 2 * z)),
+    ("measured_is_below_proven", "act", act(lambda z: z, slopes=(0, 0.5))),
+    ("measured_is_below_proven", "constraint", baked(lambda w: 2 * w)),
+    ("models_are_stored_whole", "act", act(lambda z: z + torch.randn_like(z))),
+    ("measured_gradients_are_slopes", "act", act(lambda z: torch.relu(z).detach() + z - z.detach())),
+    ("seeds_give_their_own_runs", "constraint", baked(lambda w: w[:1].expand_as(w))),
+]
+BY_NAME = {law.__name__: law for laws in LAWS.values() for law in laws}
+
+
+def broken(number, **arguments):
+    """What the configuration of a broken class names as its `_target_`."""
+    thing = BROKEN[number][2]
+    return thing(**arguments) if isinstance(thing, type) else thing
+
+
+def test_every_law_has_a_class_that_breaks_it():
+    assert {law for law, _, _ in BROKEN} == BY_NAME.keys()
+
+
+@pytest.mark.parametrize("number", range(len(BROKEN)), ids=[f"{law}-{i}" for i, (law, _, _) in enumerate(BROKEN)])
+def test_a_law_is_broken_by_a_class_that_breaks_it(number):
+    law, group, thing = BROKEN[number]
+    settings, choices = content(())
+    arguments = defaults_of(thing) if isinstance(thing, type) else {}
+    node = {"_target_": f"{__name__}.broken", "number": number, **arguments}
+    with pytest.raises(ConfigError if law == "draws_what_it_declares" else Broken):
+        BY_NAME[law](Subject({**settings, group: node}, choices))
+
+
+# The command -----------------------------------------------------------------------------------------------------
+
+MINE = """
+from lipexp.activations import ReLU
+
+class Steep(ReLU):
+    norms = (2,)
+
+    def forward(self, z):
+        return 2 * super().forward(z)
+"""
+
+
+@pytest.fixture
+def check(lipexp):
+    """check("act=mine") -> Result: the command beside mine.py and my_conf/."""
+    Path("mine.py").write_text(MINE)
+    Path("my_conf/act").mkdir(parents=True)
+    Path("my_conf/act/mine.yaml").write_text("_target_: mine.Steep\n")
+    yield lambda *arguments: lipexp("check", *arguments)
+    sys.modules.pop("mine", None)
+
+
+def test_a_sound_option_is_checked_with_exit_status_0(check):
+    done = check("loss.margin=0.25", "loss=hinge")
+    lines = [f"  holds   {statement(law)}" for law in (*LAWS["loss"], *LAWS["run"])]
+    lines.insert(len(LAWS["loss"]), "the whole run")
+    assert (done.code, done.err, done.out.splitlines()) == (0, "", ["loss=hinge", *lines])
+
+
+def test_a_broken_law_is_shown_with_its_counterexample(check):
+    done = check("-cd", "my_conf", "act=mine")
+    lines = done.out.splitlines()
+    place = lines.index("  BROKEN  |act(a) - act(b)| <= |a - b| in every norm that it declares.")
+    assert re.match(r" +in norm 2: \S+ > \S+ at a = \[.*\], b = \[.*\]$", lines[place + 1])
+    count = sum(line.startswith("  BROKEN") for line in lines)
+    assert (done.code, done.err) == (1, f"lipexp: {count} laws are broken\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["act=rel"], "act=rel: no such option; did you mean act=relu?"),
+        (["act=relu", "model.widht=8"], "model.widht: no such setting; did you mean model.width?"),
+        (["-cd", "nowhere", "act=mine"], "--config-dir=nowhere: is no folder"),
+        (["act._target_=mine.Missing"], "act._target_=mine.Missing: cannot be used: mine has no Missing"),
+        (["act=relu", "--all"], "unrecognized arguments: --all"),
+    ],
+)
+def test_bad_input_is_one_line(check, arguments, message):
+    done = check(*arguments)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert done.err.startswith(f"lipexp: {message}")
