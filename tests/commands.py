@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +45,10 @@ class Waiting(TwoMoons):
 TWO_STACKS = "dataset._target_=lipexp.datasets.TwoMoons,waiting.Waiting"
 
 
-def start(folder: Path, *arguments: str, environment: Mapping[str, str] = {}) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """`lipexp ARGUMENTS` in `folder`, in a session of its own, which Ctrl-C reaches as a whole."""
-    return subprocess.Popen(
-        [SCRIPT, *arguments],
-        cwd=folder,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([SCRIPT, *arguments], cwd=folder, start_new_session=True, **piped)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
@@ -110,9 +103,9 @@ def assert_same_sweep(one: Path, other: Path) -> None:
     """Equal rows of sweep.csv in equal order, numbers up to rounding in float32; timings are left out."""
     left, right = table(one), table(other)
     assert [list(row) for row in left] == [list(row) for row in right]
-    for a, b in zip(left, right, strict=True):
-        for key in a:
-            if not key.startswith(("timing.", "environment.")) and key != "model_sha256":
-                assert NUMBER.sub("#", a[key]) == NUMBER.sub("#", b[key]), key
-                numbers = [[float(found) for found in NUMBER.findall(row[key])] for row in (a, b)]
-                assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-7), key
+    for pair in zip(left, right, strict=True):
+        for key in pair[0]:
+            if not key.startswith(("timing.", "environment.", "model_sha256")):
+                a, b = ([float(number) for number in NUMBER.findall(row[key])] for row in pair)
+                assert a == pytest.approx(b, rel=1e-4, abs=1e-7), key
+                assert len({NUMBER.sub("#", row[key]) for row in pair}) == 1, key

@@ -194,21 +194,24 @@ class Result(NamedTuple):
     err: str
 
 
+def _call(patch: pytest.MonkeyPatch, *arguments: str) -> int:
+    patch.setattr(sys, "path", list(sys.path))
+    patch.setattr(sys, "argv", ["lipexp", *arguments])
+    try:
+        return cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
 @pytest.fixture
 def lipexp(tmp_path, monkeypatch, capfd):
     """Calls the command in this process, in an empty folder: lipexp("train", "loss=bce") -> Result."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
 
     def call(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["lipexp", *arguments])
         capfd.readouterr()
-        try:
-            code = cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return Result(code, *capfd.readouterr())
+        return Result(_call(monkeypatch, *arguments), *capfd.readouterr())
 
+    monkeypatch.chdir(tmp_path)
     return call
 
 
@@ -220,12 +223,10 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     @functools.cache
     def train(*overrides: str) -> Path:
         folder = root / str(len(list(root.iterdir())))
-        command = ["lipexp", "train", "experiment=debug", "device=cpu", *overrides, f"hydra.run.dir={folder}"]
+        command = ("train", "experiment=debug", "device=cpu", *overrides, f"hydra.run.dir={folder}")
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(root)
-            patch.setattr(sys, "path", list(sys.path))
-            patch.setattr(sys, "argv", command)
-            assert cli.main() == 0
+            assert _call(patch, *command) == 0
         return folder
 
     return train

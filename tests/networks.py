@@ -34,17 +34,19 @@ def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
     return 2 * torch.rand(*shape, generator=generator(seed), dtype=torch.float64) - 1
 
 
-def network(*sizes: int, act: Activation = RELU, runs: int = 1, seed: int = 0, **how: float) -> BakedNetwork:
-    """Random networks with these numbers of features; `how`: see `layer`."""
-    shapes = enumerate(itertools.pairwise(sizes))
-    return BakedNetwork([layer(runs, n_out, n_in, 100 * seed + 2 * i, **how) for i, (n_in, n_out) in shapes], act)
+def network(
+    *sizes: int, act: Activation = RELU, runs: int = 1, seed: int = 0, bias: float = 0.5, grain: float = 0.0
+) -> BakedNetwork:
+    """Random networks with these numbers of features: normal weights, and biases of size `bias`.
 
-
-def layer(runs: int, n_out: int, n_in: int, seed: int, bias: float = 0.5, grain: float = 0.0) -> Affine:
-    """Normal weights, and biases of this size; multiples of `grain`, with which breakpoints meet in one point."""
-    weight, offset = normal(runs, n_out, n_in, seed=seed) / math.sqrt(n_in), normal(runs, 1, n_out, seed=seed + 1)
-    parts = (weight, bias * offset)
-    return Affine(*((grain * (2 * part / grain).round() if grain else part).float() for part in parts))
+    With a grain they are multiples of it, so that breakpoints meet in one point.
+    """
+    layers = []
+    for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
+        weight = normal(runs, n_out, n_in, seed=100 * seed + 2 * i) / math.sqrt(n_in)
+        parts = (weight, bias * normal(runs, 1, n_out, seed=100 * seed + 2 * i + 1))
+        layers.append(Affine(*((grain * (2 * part / grain).round() if grain else part).float() for part in parts)))
+    return BakedNetwork(layers, act)
 
 
 def by_hand(*layers: tuple[list[list[float]], list[float]], act: Activation = RELU) -> BakedNetwork:
@@ -246,7 +248,12 @@ def power(vector: Sequence[Fraction], q: float) -> Fraction:
 
 def root(power: Fraction, q: float) -> float:
     """The norm, in more digits than float64 has before it is rounded."""
-    return math.isqrt(int(power * 2**240)) / 2**120 if q == 2 else float(power)
+    return math.isqrt(int(power * 4**1200)) / 2**1200 if q == 2 else float(power)
+
+
+def norm_at(network: BakedNetwork, point: Any, q: float) -> float:
+    """||grad f||_q at a point."""
+    return root(power(gradient(network, point), q), q)
 
 
 def pattern_power(network: BakedNetwork, q: float) -> Fraction:

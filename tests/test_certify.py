@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -74,11 +76,15 @@ def test_an_attack_is_reported_and_stays_until_the_model_changes(lipexp, run):
 def test_a_folder_of_runs_is_certified_run_by_run(lipexp, run, tmp_path):
     folders = [run("dataset=absolute_value", name="sweep/0"), run(*FREE, name="sweep/1")]
     RunFolder(tmp_path / "sweep").write_failure("the loss is no longer finite", 3)
+    failed = f"lipexp: {tmp_path / 'sweep'}: failed, left out\n"
     done = lipexp("certify", str(tmp_path / "sweep"), "--attack", "--max-regions", "0")
-    assert (done.code, done.err) == (0, f"lipexp: {tmp_path / 'sweep'}: failed, left out\n")
+    assert (done.code, done.err) == (0, failed)
     assert [line.split()[0] for line in done.out.splitlines() if "seed" in line] == [str(f) for f in folders]
     assert done.out.count("no attack: a regression has no radii") == 1
     assert all(metrics(folder)["certify"] for folder in folders)
+    (folders[0] / "model.pt").write_bytes(b"")
+    done = lipexp("certify", str(tmp_path / "sweep"), "--max-regions", "0")
+    assert (done.code, done.out.count("seed"), done.err.count("\n")) == (2, 1, 2)  # the others are certified
 
 
 # Weights edited by hand ------------------------------------------------------------------------------------------
@@ -135,24 +141,20 @@ def test_the_best_method_that_holds_everywhere_gives_the_radii(lipexp, run, monk
     between = (measured + certified) / 2
     assert measured < between < certified
     seen = []
-
-    def tight(problem):
-        seen.append((problem.gap, problem.seconds, problem.measured.value))
-        return Proof(between)
-
-    monkeypatch.setitem(METHODS, "tight", tight)
-    monkeypatch.setitem(METHODS, "box", lambda problem: Proof(measured, everywhere=False))
-    monkeypatch.setitem(METHODS, "none", lambda problem: Proof(None, "is for other networks"))
+    methods = {
+        "tight": lambda problem: seen.append((problem.gap, problem.seconds)) or Proof(between),
+        "box": lambda problem: Proof(measured, everywhere=False),
+        "none": lambda problem: Proof(None, "is for other networks"),
+    }
+    for name, method in methods.items():
+        monkeypatch.setitem(METHODS, name, method)
     done = lipexp("certify", str(folder), "--gap", "0.5", "--max-seconds", "7")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err, seen) == (0, "", [(0.5, 7.0)])
     section = metrics(folder)["certify"]
     assert section["lipschitz"]["certified"] == section["robustness"]["lipschitz"] == between
     assert section["lipschitz"]["method"] == "tight"
-    assert {name: bound["value"] for name, bound in section["bounds"].items()} == {
-        **{"product": product, "rows": certified, "exact": None, "eclipse": None, "lipsdp": None},
-        **{"tight": between, "box": measured, "none": None},
-    }
-    assert seen == [(0.5, 7.0, section["lipschitz"]["measured"])]
+    known = {name: bound["value"] for name, bound in section["bounds"].items() if bound["value"] is not None}
+    assert known == {"product": product, "rows": certified, "tight": between, "box": measured}
     # A method alone: the product and it; the bounds that other calls proved stay.
     assert lipexp("certify", str(folder), "--method", "product").code == 0
     section = metrics(folder)["certify"]
@@ -190,9 +192,6 @@ def test_a_bound_that_is_too_small_is_refuted_by_measure_and_attack(lipexp, run,
         assert f(flip["point"]) * f(flip["moved"]) < 0
 
 
-# Writing ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(28, "No space left on device")], ids=str)
 def test_an_interrupted_write_leaves_the_folder_as_it_was(lipexp, run, monkeypatch, failure):
     folder = run("max_regions=0")
@@ -201,9 +200,104 @@ def test_an_interrupted_write_leaves_the_folder_as_it_was(lipexp, run, monkeypat
     def fail(*arguments):
         raise failure
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail)
-        done = lipexp("certify", str(folder))
-    assert done.code == (130 if failure is KeyboardInterrupt else 2)
-    assert len(done.err.splitlines()) == 1
+    monkeypatch.setattr(os, "replace", fail)
+    done = lipexp("certify", str(folder))
+    assert (done.code, len(done.err.splitlines())) == (130 if failure is KeyboardInterrupt else 2, 1)
     assert content(folder) == before
+
+
+# From elsewhere: nothing in it is run, and what cannot be used is one line ---------------------------------------
+
+FOREIGN = """
+open("imported", "w").close()
+from lipexp.activations import ReLU
+from lipexp.constraints import Unconstrained
+from lipexp.datasets import TwoMoons
+"""
+
+
+def replaced(old: str, new: str):
+    """Edits a run's configuration."""
+
+    def replace(folder: Path) -> None:
+        path = folder / ".hydra" / "config.yaml"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+
+    return replace
+
+
+@pytest.mark.parametrize("target", ["activations.ReLU", "constraints.Unconstrained", "datasets.TwoMoons"])
+def test_a_class_from_elsewhere_needs_trust(lipexp, run, target, monkeypatch, tmp_path):
+    folder, own = run(*FREE), f"elsewhere.{target.rpartition('.')[2]}"
+    (tmp_path / "elsewhere.py").write_text(FOREIGN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "elsewhere", raising=False)
+    replaced(f"lipexp.{target}", own)(folder)
+    before = content(folder)
+    done = lipexp("certify", str(folder))
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert f"._target_={own}: lies outside lipexp and runs code; pass trust (--trust)" in done.err
+    assert not Path("imported").exists()
+    assert content(folder) == before
+    done = lipexp("certify", str(folder), "--trust")
+    assert (done.code, done.err) == (0, "")
+    assert Path("imported").exists()
+
+
+def saved(change):
+    return lambda folder: edit(folder, change)
+
+
+def recorded(text: str):
+    return lambda folder: (folder / "metrics.json").write_text(text)
+
+
+TWO = {"layers.2.weight": torch.ones(2, 16), "layers.2.bias": torch.ones(2)}
+TWO_MOONS, MSE = "lipexp.datasets.TwoMoons", "lipexp.losses.MSE"
+BROKEN = {
+    "not finite": (saved(lambda s: s["layers.1.weight"].fill_(math.nan)), "holds numbers that are not finite"),
+    "two outputs": (saved(lambda s: s | TWO), "has 2 outputs; certify needs one"),
+    "other inputs": (saved(lambda s: s | {"layers.0.weight": torch.ones(16, 5)}), "has 5 inputs, its dataset 2"),
+    "no act": (replaced("act:", "ract:"), "act: needs an option with a _target_"),
+    "an interpolation to nowhere": (replaced("noise: 0.05", "noise: ${nowhere}"), "dataset: cannot be read"),
+    "no seed": (replaced("seed: 0", "seeed: 0"), "seed: must be a whole number"),
+    "another class": (replaced(TWO_MOONS, MSE), f"dataset._target_={MSE}: does not take these arguments"),
+    "an older schema": (recorded('{"schema": 1}'), "its schema is 1, this lipexp reads 2: train it again"),
+    "metrics that are cut": (recorded("{"), "no metrics.json that can be read"),
+    "metrics that are a list": (recorded("[]"), "no metrics.json that can be read"),
+    "an empty model": (lambda folder: (folder / "model.pt").write_bytes(b""), "is not a plain state dict"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_run_that_cannot_be_used_is_one_line_and_left_alone(lipexp, run, name):
+    damage, message = BROKEN[name]
+    folder = run("max_regions=0")
+    damage(folder)
+    before = content(folder)
+    done = lipexp("certify", str(folder), "--attack")
+    assert (done.code, len(done.err.splitlines())) == (2, 1), done.err
+    assert done.err.startswith(f"lipexp: {folder}: ")
+    assert message in done.err
+    assert content(folder) == before
+
+
+BAD_INPUT = {
+    "nowhere": "RUN=nowhere: does not exist",
+    "": "the following arguments are required: RUN",
+    ". --gap 0": "--gap=0.0: must be a finite number above 0",
+    ". --gap wide": "argument --gap: invalid float value: 'wide'",
+    ". --max-seconds -1": "--max-seconds=-1.0: must be a finite number above 0",
+    ". --radii 0.1,far": "--radii=0.1,far: must be numbers, such as 0.1,0.25",
+    ". --radii 0.1,-1": "--radii=-1.0: must be a finite number above 0",
+    ". --method magic": "argument --method: invalid choice: 'magic'",
+    ".": "RUN=.: no finished run found there",
+}
+
+
+@pytest.mark.parametrize("command", BAD_INPUT)
+def test_bad_input_is_one_line(lipexp, command):
+    done = lipexp("certify", *command.split())
+    assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1)
+    assert done.err.startswith(f"lipexp: {BAD_INPUT[command]}")

@@ -20,7 +20,7 @@ EVERY_L = (0.01, 0.1, 1, 10, 100)
 
 @pytest.fixture(scope="module")
 def evaluations(compose):
-    """evaluations(overrides of one run, overrides of another, ...) -> what is found of each, trained as one stack."""
+    """evaluations(overrides of one run, overrides of another, ...) -> what is found of each run of that stack."""
 
     def train(*runs):
         members = stack([build(compose("device=cpu", "eval_every=0", *overrides)) for overrides in runs])
@@ -29,33 +29,17 @@ def evaluations(compose):
     return train
 
 
-def seeds(*overrides):
-    return [(*overrides, f"seed={seed}") for seed in range(5)]
-
-
-@pytest.mark.parametrize("act", ["relu", "groupsort"])
-def test_without_a_constraint_bce_classifies_and_is_steep(evaluations, act):
-    for found in evaluations(*seeds("constraint=none", "loss=bce", f"act={act}")):
-        assert found.test["accuracy"] >= 0.999
-        assert found.measured.value > 10
-
-
 @pytest.mark.parametrize("constraint", ["spectral", "linf"])
 def test_hinge_classifies_two_moons_alike_at_any_l(evaluations, constraint):
     classes = []
     for lipschitz in EVERY_L:
-        trained = evaluations(*seeds(f"constraint={constraint}", "loss=hinge", f"lipschitz={lipschitz}"))
+        runs = [(f"constraint={constraint}", f"lipschitz={lipschitz}", f"seed={seed}") for seed in range(5)]
+        trained = evaluations(*runs)
         assert all(found.test["accuracy"] >= 0.999 for found in trained)
         assert all(found.measured.value <= found.certificate.value <= lipschitz for found in trained)
         classes.append([found.gradients["f"] > 0 for found in trained])
     agree = (np.array(classes) == classes[EVERY_L.index(1)]).all(axis=0)  # (seed, point)
     assert (agree.mean(axis=1) >= 0.999).all()
-
-
-@pytest.mark.parametrize("constraint", ["spectral", "linf"])
-def test_groupsort_has_the_slopes_of_the_absolute_value(evaluations, constraint):
-    trained = evaluations(*seeds("dataset=absolute_value", "act=groupsort", f"constraint={constraint}"))
-    assert np.median([np.median(found.gradients["grad_1"]) for found in trained]) >= 0.995
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])

@@ -8,6 +8,7 @@ import pytest
 from conftest import CONF, defaults_of, leaf, options, part
 from omegaconf import OmegaConf
 
+from lipexp.check import composed
 from lipexp.config import GROUPS, Settings, plain
 from lipexp.members import build
 
@@ -33,10 +34,10 @@ def test_an_experiment_is_accepted_and_begins_with_its_command(experiment_option
     assert f"experiment={experiment_option}" in command.split()
 
 
-def test_the_defaults_are_those_of_the_blog(choices):
+def test_the_defaults_are_those_of_the_blog():
     expected = {"dataset": "two_moons", "act": "groupsort", "constraint": "spectral", "loss": "hinge"}
     expected |= {"model": "mlp", "optim": "adam", "experiment": None}
-    assert expected.items() <= choices().items()
+    assert expected.items() <= composed([])[1].items()
 
 
 def test_every_setting_of_the_schema_has_a_value(compose):
@@ -44,16 +45,21 @@ def test_every_setting_of_the_schema_has_a_value(compose):
     assert not OmegaConf.missing_keys(compose())
 
 
-def test_a_dataset_brings_its_loss_and_its_length_but_the_command_line_and_experiments_win(compose, choices):
-    assert choices("dataset=absolute_value")["loss"] == "mse"
-    assert (compose().steps, compose("dataset=absolute_value").steps) == (1000, 3000)
-    assert choices("loss=hinge", "dataset=absolute_value")["loss"] == "hinge"
-    assert compose("steps=7", "dataset=absolute_value").steps == 7
-    debug = compose("dataset=absolute_value", "experiment=debug")
-    assert (debug.steps, debug.dataset.n_train) == (20, 200)
-    assert choices("dataset=absolute_value", "experiment=debug")["loss"] == "mse"
-    own = compose("experiment=debug", "steps=5", "model.width=4")
-    assert (own.steps, own.model.width) == (5, 4)
+@pytest.mark.parametrize(
+    ("overrides", "loss", "steps", "width"),
+    [
+        ([], "hinge", 1000, 64),
+        (["dataset=absolute_value"], "mse", 3000, 64),
+        (["steps=7", "loss=hinge", "dataset=absolute_value"], "hinge", 7, 64),
+        (["dataset=absolute_value", "experiment=debug"], "mse", 20, 16),
+        (["experiment=debug", "steps=5", "model.width=4"], "hinge", 5, 4),
+    ],
+)
+def test_a_dataset_brings_its_loss_and_length_experiments_win_over_it_and_the_command_line_over_all(
+    overrides, loss, steps, width
+):
+    content, choices = composed(overrides)
+    assert (choices["loss"], content["steps"], content["model"]["width"]) == (loss, steps, width)
 
 
 def test_the_lipschitz_constant_reaches_constraint_and_loss(compose):

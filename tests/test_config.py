@@ -14,16 +14,7 @@ from omegaconf import OmegaConf
 
 import lipexp
 from lipexp.activations import GroupSort
-from lipexp.config import (
-    ConfigError,
-    Settings,
-    conf_dir,
-    instantiate,
-    lipschitz_constant,
-    number,
-    one_of,
-    whole,
-)
+from lipexp.config import ConfigError, Settings, conf_dir, instantiate, lipschitz_constant, number, one_of, whole
 
 GROUPSORT, RELU = "lipexp.activations.GroupSort", "lipexp.activations.ReLU"
 
@@ -61,25 +52,21 @@ def test_what_is_not_a_finite_number_is_refused(value):
 
 
 def test_a_lipschitz_constant_is_one_that_float32_can_realise():
-    for value in (1e-30, 1, 2.5, 1e30):
-        assert lipschitz_constant("lipschitz", value) == value
+    assert [lipschitz_constant("lipschitz", value) for value in (1e-30, 1, 1e30)] == [1e-30, 1, 1e30]
     for value in (9e-31, 2e30):
         expected = f"lipschitz={value}: must be between 1e-30 and 1e+30, for float32"
         assert refusal(lipschitz_constant, "lipschitz", value) == expected
 
 
-def test_whole_numbers_are_integers_and_large_enough():
+def test_whole_numbers_and_options_are_what_is_allowed():
     assert whole("n", 3, least=3) == 3
     for value in (2, 3.0, "3", math.nan, True):
         assert refusal(whole, "n", value, least=3) == f"n={value}: must be a whole number, at least 3"
-
-
-def test_one_of_names_the_nearest_match_and_all_that_is_allowed():
-    names = ["cosine", "linear", "constant"]
+    names = ["cosine", "linear"]
     assert one_of("schedule", "linear", names) == "linear"
-    expected = "schedule=cosin: no such option; did you mean cosine? (cosine, linear, constant)"
+    expected = "schedule=cosin: no such option; did you mean cosine? (cosine, linear)"
     assert refusal(one_of, "schedule", "cosin", names) == expected
-    assert refusal(one_of, "schedule", "zzz", names) == "schedule=zzz: no such option (cosine, linear, constant)"
+    assert refusal(one_of, "schedule", "zzz", names) == "schedule=zzz: no such option (cosine, linear)"
 
 
 def test_conf_lies_beside_or_inside_the_package_and_every_setting_must_be_set_by_it():
@@ -97,12 +84,9 @@ def test_instantiate_makes_the_object_with_its_arguments_resolved():
     assert (type(made), made.n_groups) == (GroupSort, 4)
 
 
-@pytest.mark.parametrize("node", [None, {}, {"n_groups": 2}, OmegaConf.create({"_target_": None})])
-def test_an_option_without_a_target_is_refused(node):
-    assert refusal(instantiate, node, "act").endswith("needs an option with a _target_")
-
-
-def test_refused_and_unknown_arguments_are_named_as_on_the_command_line():
+def test_missing_targets_and_refused_arguments_are_named_as_on_the_command_line():
+    for node in (None, {}, {"n_groups": 2}, OmegaConf.create({"_target_": None})):
+        assert refusal(instantiate, node, "act").endswith("needs an option with a _target_")
     expected = "act.n_groups=0: must be a whole number, at least 1"
     assert refusal(instantiate, {"_target_": GROUPSORT, "n_groups": 0}, "act") == expected
     text = refusal(instantiate, {"_target_": RELU, "slope": 1}, "act")
@@ -145,15 +129,10 @@ def test_without_trust_only_classes_that_lipexp_defines_are_instantiated(target)
     assert text == f"act._target_={target}: lies outside lipexp and runs code; pass trust (--trust) to allow it"
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [
-        {"_target_": "strangers.groups"},
-        [{"inside": {"_target_": "strangers.groups"}}],
-        "${oc.create:{_target_: strangers.groups}}",
-    ],
-    ids=["nested", "in a list", "by interpolation"],
-)
+NESTED = {"_target_": "strangers.groups"}
+
+
+@pytest.mark.parametrize("argument", [NESTED, [{"inside": NESTED}], "${oc.create:{_target_: strangers.groups}}"])
 def test_without_trust_an_argument_cannot_bring_a_target_of_its_own(argument, tmp_path, monkeypatch):
     """Hydra resolves and instantiates nested nodes too: the rule must hold for all of them, before code is run."""
     (tmp_path / "strangers.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef groups(): return 2\n")

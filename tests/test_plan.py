@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from lipexp.members import build, preferred_stack_size
 from lipexp.sweep.compose import Job
@@ -51,32 +49,6 @@ def test_memory_is_shared_by_the_processes():
     assert LauncherOptions().processes == os.cpu_count()
 
 
-@pytest.fixture
-def job(compose: Callable[..., DictConfig]) -> Callable[..., Job]:
-    """job(3, "act=relu") -> job number 3 of a sweep with these settings."""
-
-    def job(number: int, *overrides: str) -> Job:
-        content = OmegaConf.to_container(compose("device=auto", *overrides), resolve=True)
-        return Job(number, overrides, content, content, "", {}, Path(str(number)))
-
-    return job
-
-
-def test_jobs_train_together_if_their_signature_is_the_same(job):
-    jobs = [
-        job(0, "seed=1"),
-        job(1, "seed=2", "lipschitz=3", "loss.margin=0.1", "optim.lr=0.1", "dataset.noise=0.2"),
-        job(2, "act=relu"),
-        job(3, "steps=7"),
-        job(4, "loss.margin=-1"),
-    ]
-    plan = make_plan(jobs, INLINE, {})
-    assert plan.stacks == [[0, 1], [2], [3]]
-    assert list(plan.refused) == [4]
-    assert "margin" in plan.refused[4]
-    assert plan.jobs == [list(one.overrides) for one in jobs]
-
-
 @pytest.mark.parametrize(("width", "batch", "runs"), [(64, 256, 16), (16, 32, 512), (1024, 256, 4)])
 def test_a_layer_of_a_stack_fits_the_caches(width, batch, runs, compose):
     """1 MiB of float32, but no fewer than four runs."""
@@ -102,9 +74,9 @@ def gpu(monkeypatch, request):
     ],
     indirect=["gpu"],
 )
-def test_caches_count_on_a_cpu_of_this_machine(gpu, executor, device, stacks, becomes, job):
-    one = job(0, f"device={device}", "model.width=64")
-    jobs = [replace(one, index=number, resolved={**one.resolved, "seed": number}) for number in range(33)]
+def test_caches_count_on_a_cpu_of_this_machine(gpu, executor, device, stacks, becomes, compose):
+    content = OmegaConf.to_container(compose(f"device={device}", "model.width=64"), resolve=True)
+    jobs = [Job(n, (), content, {**content, "seed": n}, "", {}, Path(str(n))) for n in range(33)]
     workers = 2 if executor == "auto" else None
     plan = make_plan(jobs, LauncherOptions(executor=executor, workers=workers, memory_gib=1), {})
     assert (len(plan.stacks), plan.executor) == (stacks, becomes)
@@ -112,6 +84,8 @@ def test_caches_count_on_a_cpu_of_this_machine(gpu, executor, device, stacks, be
 
 
 @pytest.mark.parametrize("gpu", [True], indirect=True)
-def test_auto_trains_several_stacks_on_a_gpu_here(gpu, job):
-    plan = make_plan([job(0, "act=relu"), job(1, "act=abs")], LauncherOptions(workers=2), {})
+def test_auto_trains_several_stacks_on_a_gpu_here(gpu, compose):
+    contents = [OmegaConf.to_container(compose(act), resolve=True) for act in ("act=relu", "act=abs")]
+    jobs = [Job(n, (), content, content, "", {}, Path(str(n))) for n, content in enumerate(contents)]
+    plan = make_plan(jobs, LauncherOptions(workers=2), {})
     assert (plan.stacks, plan.executor) == ([[0], [1]], "inline")

@@ -68,15 +68,6 @@ def test_find_returns_finished_and_failed_runs_once_each(tmp_path):
     assert [folder.path.relative_to(tmp_path).as_posix() for folder in found] == ["a", "b", "c/0"]
 
 
-def test_settings_and_choices_are_read_from_hydras_record(tmp_path):
-    assert RunFolder(tmp_path).recorded() == ({}, {})
-    (tmp_path / ".hydra").mkdir()
-    (tmp_path / ".hydra" / "config.yaml").write_text("seed: 1\n")
-    assert RunFolder(tmp_path).recorded() == ({"seed": 1}, {})
-    (tmp_path / ".hydra" / "hydra.yaml").write_text("hydra: {runtime: {choices: {act: relu}}}")
-    assert RunFolder(tmp_path).recorded() == ({"seed": 1}, {"act": "relu"})
-
-
 def test_changes_under_the_lock_at_the_same_time_lose_nothing(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_json("metrics.json", {"count": 0})

@@ -6,15 +6,12 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 from multiprocessing import forkserver
 from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
 from commands import (
-    BASIC,
     INLINE,
     PROCESS,
     TINY,
@@ -31,8 +28,6 @@ from commands import (
     wait_for,
 )
 
-from lipexp import cli
-
 
 @pytest.fixture
 def sweep(lipexp):
@@ -41,28 +36,12 @@ def sweep(lipexp):
     return lambda *arguments: lipexp("train", *TINY, INLINE, "-m", *arguments)
 
 
-# As Hydra's launcher -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with the sweep `own`, and `basic`, the same by Hydra's launcher. Not to be written to."""
-    root = tmp_path_factory.mktemp("trained")
+def test_every_job_leaves_the_run_folder_that_hydras_launcher_leaves(sweep, lipexp):
     jobs = ("act=relu,groupsort", "seed=0,1", "steps=60", "eval_every=20")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setattr(sys, "path", list(sys.path))
-        for name, options in {"own": (INLINE,), "basic": BASIC}.items():
-            patch.setattr(
-                sys, "argv", ["lipexp", "train", "-m", *TINY, *jobs, *options, f"hydra.sweep.dir={name}"]
-            )
-            assert cli.main() == 0
-    return root
-
-
-def test_every_job_leaves_the_run_folder_that_hydras_launcher_leaves(trained):
+    assert sweep(*jobs, "hydra.sweep.dir=own").code == 0
+    assert lipexp("train", "-m", *TINY, *jobs, "hydra/launcher=basic", "hydra.sweep.dir=basic").code == 0
     for job in map(str, range(4)):
-        own, basic = trained / "own" / job, trained / "basic" / job
+        own, basic = Path("own", job), Path("basic", job)
         assert {path.name for path in own.rglob("*")} == {path.name for path in basic.rglob("*")}
         a, b = (pd.read_csv(folder / "gradients.csv") for folder in (own, basic))
         given = ["split", "x0", "x1", "y"]
@@ -74,29 +53,19 @@ def test_every_job_leaves_the_run_folder_that_hydras_launcher_leaves(trained):
         pd.testing.assert_frame_equal(a.iloc[:1], b.iloc[:1], rtol=1e-12)
         pd.testing.assert_frame_equal(a, b, rtol=1e-4)
         assert metrics(own)["timing"]["runs_in_stack"] == 2
-    assert not (trained / "own" / "multirun.yaml").exists()
+    assert not Path("own/multirun.yaml").exists()
 
 
-def test_sweep_csv_has_a_row_for_each_job(trained):
-    rows = table(trained / "own")
+def test_sweep_csv_has_a_row_for_each_job(sweep):
+    assert sweep("seed=0,1", "hydra.sweep.dir=s", "hydra/sweeper=basic").code == 0  # Hydra's sweeper is as good
+    rows = table(Path("s"))
     assert list(rows[0])[:5] == ["job", "status", "reason", "experiment", "device"]
     for number, row in enumerate(rows):
-        found = metrics(trained / "own" / row["job"])
-        assert (row["job"], row["status"], row["reason"]) == (str(number), "ok", "")
-        assert (row["act"], row["seed"]) == ("relu" if number < 2 else "groupsort", str(number % 2))
+        found = metrics(Path("s", str(number)))
+        assert (row["job"], row["status"], row["reason"], row["seed"]) == (str(number), "ok", "", str(number))
         assert float(row["test.accuracy"]) == found["test"]["accuracy"]
         assert float(row["lipschitz.certified"]) == found["lipschitz"]["certified"]
         assert float(row["gradient_norm.by.data"]) == found["gradient_norm"]["by"]["data"]
-
-
-def test_launchers_and_sweepers_of_hydra_go_with_ours(sweep, lipexp):
-    assert sweep("seed=0,1", "hydra.sweep.dir=s", "hydra/sweeper=basic").code == 0
-    assert statuses(Path("s")) == ["ok", "ok"]
-    basic = ("train", "-m", *TINY, "hydra/launcher=basic")
-    assert lipexp(*basic, "seed=0,1", "hydra.sweep.dir=t").code == 0
-    assert len(list(Path("t").glob("*/metrics.json"))) == 2
-    assert lipexp(*basic, "steps=5,foo", "hydra.sweep.dir=u").code == 2
-    assert not list(Path().glob("u/*/metrics.json"))
 
 
 # Faults --------------------------------------------------------------------------------------------------------
@@ -160,7 +129,7 @@ def test_resume_trains_what_is_missing_and_nothing_else(sweep):
     assert "stack 1" not in again.out
     for record in Path("s").glob("*/.hydra"):
         assert "resume" not in (record / "overrides.yaml").read_text()
-        assert yaml.safe_load((record / "config.yaml").read_text())["resume"] is False
+        assert "resume: false" in (record / "config.yaml").read_text()
 
 
 def test_resume_of_something_else_is_refused_and_leaves_it_untouched(sweep):
@@ -178,9 +147,8 @@ def test_resume_of_something_else_is_refused_and_leaves_it_untouched(sweep):
         ("-cd", "mine", "-cn", "config2", "seed=0,1", "hydra.sweep.dir=s", "resume=true"): "was another one",
     }.items():
         done = sweep(*arguments)
-        assert done.code == 2, arguments
+        assert (done.code, len(done.err.splitlines())) == (2, 1), arguments
         assert reason in done.err
-        assert len(done.err.splitlines()) == 1
     assert content(Path()) == before
 
 
@@ -261,9 +229,8 @@ def test_a_worker_that_is_killed_leaves_its_jobs_to_be_resumed(sweep):
 def waiting(sweep, tmp_path):
     """The command in a process of its own, whose worker has trained one of two stacks and waits in the other."""
     os.mkfifo("gate")
-    process = start(
-        tmp_path, "train", "-m", *TINY, PROCESS, "hydra.launcher.workers=1", TWO_STACKS, "hydra.sweep.dir=s"
-    )
+    options = (PROCESS, "hydra.launcher.workers=1", "hydra.sweep.dir=s")
+    process = start(tmp_path, "train", "-m", *TINY, *options, TWO_STACKS)
     wait_for(Path("waits").exists)
     yield process
     process.kill()

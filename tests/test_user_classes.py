@@ -1,4 +1,4 @@
-"""A user's own classes, named in YAML: no change to lipexp, and a clear line where they break. See test_members.py."""
+"""A user's own classes, named in YAML: no change to lipexp, and a clear line where they break."""
 
 from __future__ import annotations
 
@@ -9,22 +9,15 @@ import pytest
 from commands import TINY, metrics
 
 USER_CODE = """
-import math
-from torch import nn, cat, where
+from torch import nn, cat
 
-class Householder(nn.Module):  # reflects (a, b) into a half plane; Singla, Singla and Feizi 2022
+class Rotation(nn.Module):
     norms = (2,)
-
-    def __init__(self, angle=1.0):
-        super().__init__()
-        self.angle = angle
 
     def forward(self, x):
         assert x.ndim == 3  # (K, B, H)
         a, b = x.chunk(2, dim=-1)
-        c, s = math.cos(self.angle), math.sin(self.angle)
-        reflect = math.sin(self.angle / 2) * a > math.cos(self.angle / 2) * b
-        return cat([where(reflect, c * a + s * b, a), where(reflect, s * a - c * b, b)], -1)
+        return cat([0.6 * a - 0.8 * b, 0.8 * a + 0.6 * b], -1).abs()
 
 class Breaks(nn.Module):
     norms = (2,)
@@ -36,10 +29,10 @@ class Breaks(nn.Module):
 
 @pytest.fixture
 def train(lipexp):
-    """train("act=householder") -> Result: the command where my_package.py and my_conf/ lie beside the user."""
+    """train("act=rotation") -> Result: the command where my_package.py and my_conf/ lie beside the user."""
     Path("my_package.py").write_text(USER_CODE)
     Path("my_conf/act").mkdir(parents=True)
-    targets = {"householder": "my_package.Householder", "tanh": "torch.nn.Tanh", "breaks": "my_package.Breaks"}
+    targets = {"rotation": "my_package.Rotation", "tanh": "torch.nn.Tanh", "breaks": "my_package.Breaks"}
     for option, target in targets.items():
         Path(f"my_conf/act/{option}.yaml").write_text(f"_target_: {target}\n")
     yield lambda *overrides: lipexp("train", "-cd", "my_conf", *overrides, *TINY)
@@ -48,10 +41,10 @@ def train(lipexp):
 
 def test_a_users_activation_trains_under_the_norm_it_declares_and_no_other(train, run_folders):
     for p in ("1", "2", "inf"):
-        refused = train("act=householder", "constraint=linf", f"constraint.p={p}")
+        refused = train("act=rotation", "constraint=linf", f"constraint.p={p}")
         assert refused.code == 2
-        assert "act=householder: must be 1-Lipschitz in the inf-norm of the hidden space" in refused.err
-    done = train("act=householder", "constraint=spectral")
+        assert "act=rotation: must be 1-Lipschitz in the inf-norm of the hidden space" in refused.err
+    done = train("act=rotation", "constraint=spectral")
     assert done.code == 0, done.err
     lipschitz = metrics(*run_folders())["lipschitz"]
     assert lipschitz["verdict"] == "PASS"
