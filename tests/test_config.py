@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-import lipexp
 from lipexp.activations import GroupSort
-from lipexp.config import ConfigError, Settings, conf_dir, instantiate, lipschitz_constant, number, one_of, whole
+from lipexp.config import ConfigError, instantiate, lipschitz_constant, number, one_of, whole
 
 GROUPSORT, RELU = "lipexp.activations.GroupSort", "lipexp.activations.ReLU"
 
@@ -67,12 +64,6 @@ def test_whole_numbers_and_options_are_what_is_allowed():
     expected = "schedule=cosin: no such option; did you mean cosine? (cosine, linear)"
     assert refusal(one_of, "schedule", "cosin", names) == expected
     assert refusal(one_of, "schedule", "zzz", names) == "schedule=zzz: no such option (cosine, linear)"
-
-
-def test_conf_lies_beside_or_inside_the_package_and_every_setting_must_be_set_by_it():
-    package = Path(lipexp.__file__).resolve().parent
-    assert conf_dir().parent in (package, package.parent)
-    assert OmegaConf.missing_keys(OmegaConf.structured(Settings)) == {f.name for f in dataclasses.fields(Settings)}
 
 
 # Instantiation -------------------------------------------------------------------------------------------------

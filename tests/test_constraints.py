@@ -121,6 +121,12 @@ def test_a_matrix_that_is_not_proven_is_scaled_down_until_it_is(norm, excess, ex
     assert baked[1].item() == 1.5 <= second
 
 
+@every_norm
+def test_rounding_wastes_no_more_than_it_must(norm):
+    _, (proven,) = norm.bake(5 * normal(1, 8, 8), column(1.0))
+    assert proven > 1 - (2.0**-19 if isinstance(norm, SpectralNorm) else 2.0**-22)  # rows are rounded toward zero
+
+
 # Known weights --------------------------------------------------------------------------------------------------
 
 

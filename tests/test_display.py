@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 
-import pytest
 from rich.console import Console
 
-from lipexp.display import SweepDisplay, composing, sweep_table
+from lipexp.display import SweepDisplay, sweep_table
 
 
 def screen(**options: object) -> Console:
@@ -30,16 +29,6 @@ def test_a_terminal_shows_a_bar_for_each_stack_that_trains():
     assert "100/100" not in shown  # the bar of a stack that has ended is taken away
     assert "5 jobs, 2 stacks (1 of 3 runs, 1 of 2 runs), about 1.2 MB a run, 2 processes" in text
     assert "stack 2 of 2, 2 runs: its worker process died" in text
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_a_terminal_shows_how_many_jobs_are_composed(terminal):
-    console = screen(force_terminal=terminal)
-    with composing(3, console) as composed:
-        composed()
-        composed()
-    shown = console.file.getvalue()
-    assert ("composing the jobs" in shown) == ("2/3" in shown) == terminal
 
 
 def test_the_table_has_the_best_first_and_the_failed_last():

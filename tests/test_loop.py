@@ -48,8 +48,9 @@ def test_batches_are_drawn_without_replacement():
     assert not torch.equal(batches[0], batches[3])
 
 
-def test_a_failed_run_does_not_disturb_the_others(member):
-    common = ("steps=30", "eval_every=10")
+@pytest.mark.parametrize("constraint", ["none", "spectral"])
+def test_a_failed_run_does_not_disturb_the_others(member, constraint):
+    common = ("steps=30", "eval_every=10", f"constraint={constraint}")
     first, third = (member(*common, f"seed={seed}") for seed in (0, 2))
     broken = member(*common, "seed=1", "optim.lr=1e30")
     last, history = trained(first, broken, third)
@@ -68,9 +69,9 @@ def test_a_failed_run_does_not_disturb_the_others(member):
 
 def test_checkpoints_come_first_last_and_every_so_often_and_stay_as_they_are(member):
     for every, steps in ((10, [0, 10, 20, 25]), (0, [0, 25])):
-        seen = []
-        fit(stack([member("steps=25", f"eval_every={every}")]), seen.append)
-        assert [checkpoint.step for checkpoint in seen] == steps
+        seen, ticks = [], []
+        fit(stack([member("steps=25", f"eval_every={every}")]), seen.append, ticks.append)
+        assert ([checkpoint.step for checkpoint in seen], ticks) == (steps, [20])
         assert not torch.equal(*(one.network.layers[0].weight for one in (seen[0], seen[-1])))
 
 
