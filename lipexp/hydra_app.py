@@ -49,6 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run `lipexp train` with Hydra's own arguments; returns the exit status."""
     failures: list[RunFailed] = []
     RefuseEarly.claimed.clear()
+    RefuseEarly.member = None
 
     def task(config: DictConfig) -> None:
         # Not raised: Hydra would print a page, and of a sweep only the first failure.
@@ -97,13 +98,14 @@ def run_one(config: DictConfig) -> None:
     from lipexp.train import train_many
     from lipexp.wording import broken_bound
 
+    raise_on_interrupt()
     running = HydraConfig.get()
     sweeping = running.mode == RunMode.MULTIRUN
     output = os.path.relpath(running.runtime.output_dir)
     folder = RunFolder(Path(running.runtime.output_dir if output.startswith("..") else output))
     display = Display(brief=sweeping)
     try:
-        member = build(config, running.runtime.choices) if sweeping else RefuseEarly.member
+        member = RefuseEarly.member or build(config, running.runtime.choices)
         display.header(member)
         (trained,) = train_many([member], [folder], display, figures=not sweeping)
     except KeyboardInterrupt:
@@ -133,7 +135,7 @@ class RefuseEarly(Callback):
     """
 
     claimed: ClassVar[list[Path]] = []  # folders made for this command
-    member: ClassVar[Any] = None  # the single run that was checked, for its task
+    member: ClassVar[Any] = None  # the single run that was checked; a replayed configuration has no callbacks
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         from lipexp.members import build

@@ -133,6 +133,25 @@ class Descending(Activation):
         return np.array([pair for g in self.groups(width)[::-1] for pair in itertools.combinations(g[::-1], 2)])
 
 
+class Larger(Activation):
+    """Of each pair of neighbours both become the larger one, which is handed on twice."""
+
+    size = 2
+
+    def forward(self, z):
+        return z.unflatten(-1, (-1, 2)).amax(dim=-1).repeat_interleave(2, dim=-1)
+
+    def active_map(self, z):
+        first, second = z[..., ::2], z[..., 1::2]
+        if np.any(first == second):
+            return None
+        index = 2 * np.arange(first.shape[-1]) + np.where(first > second, 0, 1)
+        return ActiveMap(np.repeat(index, 2, axis=-1), np.ones(z.shape, dtype=np.int64))
+
+    def breakpoints(self, width):
+        return np.arange(width).reshape(-1, 2)
+
+
 class Tripled(ReLU):
     """Another map than that of its base, whose declarations therefore say nothing of it."""
 
@@ -143,11 +162,10 @@ class Tripled(ReLU):
 class Unlisted(Activation):
     """Declares its active map, but not where it ends."""
 
+    active_map = staticmethod(RELU.active_map)
+
     def forward(self, z):
         return torch.relu(z)
-
-    def active_map(self, z):
-        return RELU.active_map(z)
 
 
 ACTS = {
@@ -161,6 +179,7 @@ ACTS = {
     "descending pairs": Descending(),
     "descending threes": Descending(3),
 }
+PIECEWISE = ACTS | {"larger of pairs": Larger()}
 
 
 # In rational arithmetic ------------------------------------------------------------------------------------------
@@ -170,11 +189,11 @@ Piece = list[tuple[int, Fraction]]  # a linear map of features: out[j] = factor 
 
 
 def groups_of(act: Activation, width: int) -> list[list[int]] | None:
-    """The features that are sorted together, the place of the smallest first; None: there are two slopes."""
+    """The features that are compared, the place of the smallest first; None: there are two slopes."""
     if isinstance(act, GroupSort):
         n = width // act.size(width)
         return [list(range(first, width, n)) for first in range(n)]
-    if isinstance(act, Descending):
+    if isinstance(act, Descending | Larger):
         return [list(range(first, first + act.size))[::-1] for first in range(0, width, act.size)]
     return None
 
@@ -189,7 +208,8 @@ def piece(act: Activation, z: Sequence[Any]) -> Piece:
     groups = groups_of(act, len(z))
     if groups is None:
         return [(j, slopes_of(act)[v > 0]) for j, v in enumerate(z)]
-    return sorting(groups, [sorted(sorted(group), key=lambda j: z[j]) for group in groups])
+    orders = [sorted(sorted(group), key=lambda j: z[j]) for group in groups]
+    return sorting(groups, [order[-1:] * 2 for order in orders] if isinstance(act, Larger) else orders)
 
 
 def sorting(groups: Sequence[Sequence[int]], orders: Sequence[Sequence[int]]) -> Piece:
@@ -237,7 +257,7 @@ def gradient(network: BakedNetwork, point: Any) -> Form:
 
 
 def value(network: BakedNetwork, point: Any) -> Fraction:
-    """f at any point, for one output."""
+    """f at any point."""
     return dot(local_map(network, point)[0][0], [*(Fraction(float(v)) for v in point), 1])
 
 

@@ -107,11 +107,6 @@ def test_all_jobs_have_the_time_stamp_of_the_sweep(compose_only):
     assert set(records(folder)) == {f"{job}-{folder.name}/.hydra" for job in range(4)}
 
 
-def test_hydras_record_may_lie_nowhere(compose_only):
-    compose_only("hydra.output_subdir=null", "hydra.sweep.dir=s")
-    assert not list(Path("s/0").iterdir())
-
-
 def test_a_job_sees_its_settings_resolved_as_under_hydra(compose_only, jobs):
     compose_only("seed=${hydra:job.num}", "loss.margin=${lipschitz}", "lipschitz=3,4")
     seen = [(job.resolved["seed"], job.resolved["loss"]["margin"]) for job in jobs]

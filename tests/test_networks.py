@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from networks import ACTS, Unlisted, by_hand, degenerate, dot, local_map, network, normal
+from networks import PIECEWISE, Unlisted, by_hand, degenerate, dot, local_map, network, normal
 
 from lipexp.activations import GroupSort, ReLU, as_activation
 from lipexp.networks import Affine, BakedNetwork, Network, inputs_and_output
@@ -121,9 +121,9 @@ def found_map(network, point):
 
 
 @pytest.mark.parametrize("sizes", [(2, 6, 6, 1), (3, 6, 2), (1, 1)], ids=str)
-@pytest.mark.parametrize("name", ACTS)
+@pytest.mark.parametrize("name", PIECEWISE)
 def test_the_map_of_a_region_is_the_one_of_rational_arithmetic(name, sizes):
-    baked, shared = network(*sizes, act=ACTS[name]), 0
+    baked, shared = network(*sizes, act=PIECEWISE[name]), 0
     for point in normal(6, sizes[0]):
         found, (forms, pieces) = found_map(baked, point), local_map(baked, point)
         assert found == forms
@@ -151,9 +151,9 @@ def test_a_point_on_a_border_is_in_no_region():
         assert (maxmin.linear_region(np.array(point)) is None) == (point == [1.0, 1.5])
 
 
-@pytest.mark.parametrize("name", ACTS)
+@pytest.mark.parametrize("name", PIECEWISE)
 def test_features_that_are_equal_everywhere_or_zero_make_no_border(name):
-    baked = degenerate(network(2, 6, 6, 1, act=ACTS[name]))
+    baked = degenerate(network(2, 6, 6, 1, act=PIECEWISE[name]))
     for point in normal(10, 2):
         assert found_map(baked, point) == local_map(baked, point)[0]
 

@@ -14,8 +14,6 @@ from lipexp.sweep.compose import Job
 from lipexp.sweep.options import LauncherOptions
 from lipexp.sweep.plan import LARGEST_STACK, Needs, make_plan, split
 
-INLINE = LauncherOptions(executor="inline")
-
 
 def sizes(stacks: list[list[int]]) -> list[int]:
     return [len(stack) for stack in stacks]
@@ -42,7 +40,7 @@ def test_jobs_are_grouped_and_split():
 
 
 def test_memory_is_shared_by_the_processes():
-    assert INLINE.memory(free=1000) == 250
+    assert LauncherOptions(executor="inline").memory(free=1000) == 250
     assert LauncherOptions(executor="inline", memory_gib=1).memory(free=10) == 2**30
     assert LauncherOptions(executor="process", workers=4, memory_gib=1).memory(free=10) == 2**28
     assert LauncherOptions(executor="inline", workers=4).processes == 1

@@ -14,6 +14,10 @@ from lipexp.proven.rows import bound, why_not_applicable
 EXAMPLE = by_hand(([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [0.0, 0.0]], [0.0] * 4), ([[1.0, -1.0, 0.5, 1.0]], [0.0]))
 
 
+class Falling(torch.nn.Module):
+    slopes = (-1, 0.5)
+
+
 @pytest.mark.parametrize(
     ("act", "q", "expected"),
     [
@@ -21,6 +25,7 @@ EXAMPLE = by_hand(([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [0.0, 0.0]], [0.0] * 4),
         (Abs(), 1, 7 + 1 + 0.5 * 2),
         (ReLU(), math.inf, 4 + 1 + 0.5 * 2),
         (Bent(), 2, 0.75 * (5 + 1 + 0.5 * 2)),
+        (as_activation(Falling()), 2, 5 + 1 + 0.5 * 2),
         # Pairs of neighbours, of features that stand apart, and all four sorted: each gets the largest bound.
         (Descending(), 2, 5 + 5 + 0.5 * 2 + 2),
         (GroupSort(), 2, 5 + 1 + 0.5 * 5 + 1),
