@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 
-from lipexp.process import INTERRUPTED, ending_on_interrupt, raise_on_interrupt
+from lipexp.process import INTERRUPTED, begin_work, starting
 
 # verb -> (module, what it does); each module has main(arguments) -> exit status
 VERBS = {
@@ -54,10 +54,10 @@ def _main(arguments: list[str]) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
-    with ending_on_interrupt():
+    with starting():
         module = importlib.import_module(VERBS[verb][0])
-        if verb not in ("train", "figures"):  # these say themselves from when on they have work to lose
-            raise_on_interrupt()
+        if verb not in ("train", "figures"):  # these two call it themselves, once everything is imported
+            begin_work()
         return int(module.main(arguments))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lipexp.config import ConfigError, norm_order, number, whole
+from lipexp.process import holding_interrupts
 
 Array = npt.NDArray[np.float32]
 
@@ -95,10 +96,10 @@ class TwoMoons(Generated):
         super().__init__(n_train, n_test)
         self.noise = number("noise", noise, least=0)
         self.scale = number("scale", scale, above=0)
-        import sklearn.datasets  # noqa: F401  # takes half a second, now rather than in the midst of training
 
     def sample(self, n: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        from sklearn.datasets import make_moons
+        with holding_interrupts():  # imported here, as it takes half a second and few datasets need it
+            from sklearn.datasets import make_moons
 
         x, y = make_moons(n, noise=self.noise or None, random_state=int(rng.integers(2**32)))
         return self.scale * x, y
@@ -198,7 +199,8 @@ class DigitsParity(Dataset):
             raise ConfigError("n_train", n_train, f"{room} (n_test={n_test})")
 
     def draw(self, stream: np.random.SeedSequence) -> Data:
-        from sklearn.datasets import load_digits
+        with holding_interrupts():
+            from sklearn.datasets import load_digits
 
         images, digits = load_digits(return_X_y=True)
         order = np.random.default_rng(stream).permutation(self.n_points)[: self.n_test + self.n_train]

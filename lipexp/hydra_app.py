@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lipexp.config import GROUPS, ConfigError, Settings, conf_dir, no_such, one_line
 from lipexp.explain import explain
-from lipexp.process import raise_on_interrupt
+from lipexp.process import begin_work
 from lipexp.runs import RunFolder, SweepFailed
 from lipexp.sweep.options import LauncherOptions
 from lipexp.sweep.search.options import SearchOptions
@@ -98,7 +98,7 @@ def run_one(config: DictConfig) -> None:
     from lipexp.train import train_many
     from lipexp.wording import broken_bound
 
-    raise_on_interrupt()
+    begin_work()
     running = HydraConfig.get()
     sweeping = running.mode == RunMode.MULTIRUN
     output = os.path.relpath(running.runtime.output_dir)
@@ -138,6 +138,7 @@ class RefuseEarly(Callback):
     member: ClassVar[Any] = None  # the single run that was checked; a replayed configuration has no callbacks
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        import lipexp.train  # noqa: F401  # what the run needs, while Ctrl-C may still end the process
         from lipexp.members import build
 
         def check() -> None:
@@ -172,7 +173,7 @@ class RefuseEarly(Callback):
 
     def claim(self, option: str, folder: Path) -> None:
         """Make `folder`, or raise ConfigError: it cannot be made, or holds what would be overwritten."""
-        raise_on_interrupt()
+        begin_work()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             used = any(folder.iterdir())

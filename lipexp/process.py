@@ -1,7 +1,8 @@
-"""What concerns the whole process: how many CPU threads the numerical libraries take, and what Ctrl-C does."""
+"""What concerns the whole process: its start, what Ctrl-C does, and how many CPU threads it takes."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -31,27 +32,41 @@ def cpu_threads(threads: int) -> Iterator[None]:
 
 
 @contextmanager
-def ending_on_interrupt() -> Iterator[None]:
-    """Ctrl-C ends the process in the body, with one line and status 130, until `raise_on_interrupt` is called.
+def starting() -> Iterator[None]:
+    """The body is the start of a command until `begin_work` is called: imports, and composing configurations.
 
-    For imports and the composition of configurations, while nothing is written yet: a KeyboardInterrupt raised in
-    them can be swallowed by a library, or leave modules behind that are only half imported.
+    Ctrl-C then ends the process, with one line and status 130, as nothing is written yet: a KeyboardInterrupt that
+    is raised in an import or in Hydra can be swallowed, or leave half-imported modules behind. And the garbage
+    collector rests, since imports make very many objects, which all stay.
     """
     before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:  # Ctrl-C is ignored, or belongs to somebody else
-        yield
-        return
-    signal.signal(signal.SIGINT, _end)
+    if before is signal.default_int_handler:  # else Ctrl-C is ignored, or belongs to somebody else
+        signal.signal(signal.SIGINT, _end)
+    gc.disable()
     try:
         yield
     finally:
+        gc.enable()
         signal.signal(signal.SIGINT, before)
 
 
-def raise_on_interrupt() -> None:
-    """From here on Ctrl-C raises KeyboardInterrupt: results are written, and have to be left in order."""
+def begin_work() -> None:
+    """From here on results are written: Ctrl-C raises KeyboardInterrupt, so that they are left in order."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not gc.isenabled():
+        gc.freeze()  # what is imported is never looked through again
+        gc.enable()
+
+
+@contextmanager
+def holding_interrupts() -> Iterator[None]:
+    """Ctrl-C waits until the body is done, such as an import; processes that the body starts never get one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end(*received: Any) -> None:

@@ -16,7 +16,7 @@ import lipexp
 from lipexp.evaluate import Evaluation, Evaluator
 from lipexp.loop import Checkpoint, Failure, fit
 from lipexp.members import Member, stack
-from lipexp.process import cpu_threads
+from lipexp.process import cpu_threads, holding_interrupts
 from lipexp.record import Metrics
 from lipexp.runs import RunFolder
 
@@ -117,7 +117,8 @@ def _write(
         environment=_environment(device, member.config.threads),
     )
     if figures:
-        from lipexp.figures.run import run_figure
+        with holding_interrupts():
+            from lipexp.figures.run import run_figure
 
         figure = run_figure(found, member.names)
         if figure is not None:

@@ -9,12 +9,14 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
+import pytest
 from commands import TINY, statuses
 
 ROOT = Path(__file__).resolve().parent.parent
 PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_trains_in_another_folder(tmp_path):
     """In a fresh environment with the wheel alone; dependencies are lent from this one, without its lipexp."""
     build = (*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT)

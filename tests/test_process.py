@@ -40,12 +40,12 @@ def test_a_run_has_its_threads_in_all_libraries_and_gives_them_back(threads, com
 
 INTERRUPTED = """
 import signal, sys
-from lipexp.process import ending_on_interrupt, raise_on_interrupt
+from lipexp.process import starting, begin_work
 signal.signal(signal.SIGINT, getattr(signal, sys.argv[1]))
 try:
-    with ending_on_interrupt():
+    with starting():
         if sys.argv[2] == "results":
-            raise_on_interrupt()
+            begin_work()
         signal.raise_signal(signal.SIGINT)
         print("goes on")
 except KeyboardInterrupt:

@@ -85,28 +85,30 @@ def test_a_search_finds_a_bowl_and_the_importance_of_its_axes(search):
     assert f"round 5 of 5: 40 trials, best test.accuracy {values.max():.6g} (trial {values.idxmax()})" in done.out
 
 
-@pytest.mark.parametrize("asking", [True, False])
-def test_an_interrupted_search_goes_on_with_the_same_trials(search, monkeypatch, asking):
-    """Interrupted in its second round, between the two values of a trial or while it trains."""
-    arguments = (MARGIN, "lipschitz=1,2,3", "seed=0,1", "hydra.sweeper.trials=15", "hydra.sweeper.round=6")
+def test_an_interrupted_search_goes_on_with_the_same_trials(search, monkeypatch):
+    """Interrupted in its second round, between the two values of a trial and while it trains."""
+    arguments = (MARGIN, "lipschitz=1,2,3", "seed=0,1", "hydra.sweeper.trials=8", "hydra.sweeper.round=4")
     for seed in (0, 1):
         assert search(bowl, *arguments, f"hydra.sweeper.seed={seed}", f"hydra.sweep.dir=whole{seed}").code == 0
-    calls, function = itertools.count(), optuna.samplers.TPESampler.sample_independent if asking else bowl
+    whole, other = ([trial.params for trial in trials(f"whole{seed}")] for seed in (0, 1))
+    for asking, stored in ((True, 4), (False, 8)):
+        name, calls = f"hydra.sweep.dir=found{stored}", itertools.count()
+        function = optuna.samplers.TPESampler.sample_independent if asking else bowl
 
-    def interrupted(*arguments: Any) -> Any:
-        if next(calls) == 13:
-            signal.raise_signal(signal.SIGINT)
-        return function(*arguments)
+        def interrupted(*arguments: Any, calls=calls, function=function) -> Any:
+            if next(calls) == 9:
+                signal.raise_signal(signal.SIGINT)
+            return function(*arguments)
 
-    with monkeypatch.context() as patch:
-        if asking:
-            patch.setattr(optuna.samplers.TPESampler, "sample_independent", interrupted)
-        assert search(bowl if asking else interrupted, *arguments).code == 130
-    assert len(trials()) == (6 if asking else 12)
-    assert search(bowl, *arguments, "resume=true").code == 0
-    found, whole, other = ([trial.params for trial in trials(name)] for name in ("found", "whole0", "whole1"))
-    assert found == whole != other
-    pd.testing.assert_frame_equal(pd.read_csv("found/sweep.csv"), pd.read_csv("whole0/sweep.csv"))
+        with monkeypatch.context() as patch:
+            if asking:
+                patch.setattr(optuna.samplers.TPESampler, "sample_independent", interrupted)
+            assert search(bowl if asking else interrupted, *arguments, name).code == 130
+        assert len(trials(f"found{stored}")) == stored
+        assert search(bowl, *arguments, name, "resume=true").code == 0
+        assert [trial.params for trial in trials(f"found{stored}")] == whole != other
+        rows = [pd.read_csv(f"{folder}/sweep.csv") for folder in (f"found{stored}", "whole0")]
+        pd.testing.assert_frame_equal(*rows)
 
 
 def test_a_larger_number_of_random_trials_goes_on_where_the_search_ended(search):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
 import tempfile
 from collections import deque
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from lipexp.config import ConfigError
 from lipexp.display import StackDisplay, SweepDisplay
+from lipexp.process import holding_interrupts
 from lipexp.sweep.compose import Job
 from lipexp.sweep.progress import REPORT_SECONDS, Progress
 
@@ -40,13 +40,11 @@ def start_server() -> None:
     """
     CONTEXT.set_forkserver_preload(["lipexp.sweep.work"])
     resource_tracker.ensure_running()  # the server would start it otherwise, and unblock Ctrl-C with that
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        forkserver.ensure_running()
+        with holding_interrupts():
+            forkserver.ensure_running()
     except OSError as error:  # such as a temporary folder whose name is too long for a socket
         raise ConfigError("hydra.launcher.executor", "process", f"cannot start a process here: {error}") from None
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def in_processes(stacks: Sequence[Sequence[Job]], processes: int, display: SweepDisplay) -> None:

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from lipexp.config import ConfigError
 from lipexp.display import SweepDisplay, composing
-from lipexp.process import raise_on_interrupt
+from lipexp.process import begin_work
 from lipexp.record import Outcome
 from lipexp.runs import RunFolder, SweepFailed, write_csv
 from lipexp.sweep import executors
@@ -260,7 +260,7 @@ def launch(
             composed()
     _check_folders(jobs)
     folder = Path(master.hydra.sweep.dir)
-    raise_on_interrupt()
+    begin_work()
     try:
         outcomes = Sweep(jobs, folder, options, bool(OmegaConf.select(master, "resume"))).run()
     except OSError as error:

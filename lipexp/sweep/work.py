@@ -5,6 +5,7 @@ Worker processes are forked from a server that has imported this module, so that
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import threading
@@ -22,6 +23,8 @@ from lipexp.runs import RunFolder
 from lipexp.sweep.compose import Job
 from lipexp.sweep.progress import Reporter
 from lipexp.train import train_many
+
+gc.freeze()  # a collection in a worker would copy the memory that it shares with the server
 
 
 def train_stack(jobs: Sequence[Job], display: StackDisplay, made: dict[str, Any] | None = None) -> None:

@@ -24,7 +24,7 @@ try:
 except ImportError:
     raise ConfigError("hydra/sweeper", "search", "needs optuna: pip install 'lipexp[search]'") from None
 
-from lipexp.process import raise_on_interrupt
+from lipexp.process import begin_work
 from lipexp.record import Outcome
 from lipexp.runs import RunFolder, SweepFailed, write_csv
 from lipexp.sweep import executors
@@ -57,7 +57,7 @@ def search(context: HydraContext, master: DictConfig, arguments: Sequence[str]) 
     metric, direction = options.goal(member.parts["dataset"].task, member.config.radii)
     definition = vars(space) | vars(options) | {"metric": metric, "direction": direction}
     folder = Path(master.hydra.sweep.dir)
-    raise_on_interrupt()
+    begin_work()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         used = {entry.name for entry in folder.iterdir()} - {LOCK}
