@@ -228,9 +228,7 @@ class Enumeration:
     # Exact arithmetic --------------------------------------------------------------------------------------------
 
     def _exact_line(self, line: int) -> ExactLine:
-        """Line number `line` of the plane in integers, up to a positive factor."""
-        if line in self.domain.lines:
-            return self.domain.lines[line]
+        """Line number `line`, a breakpoint, in integers, up to a positive factor."""
         region, pair = int(self.plane.lines["owner"][line]), self.plane.lines["pair"][line]
         layer = bisect.bisect_right(self._first_region, region) - 1
         return self._exact_breakpoint(layer, region - self._first_region[layer], pair)

@@ -112,11 +112,12 @@ class Plane:
     """The lines and corners of a partition, and the signs of corners with respect to lines.
 
     Args:
-        exact: returns line i as three integers, up to any positive factor.
+        exact: returns line i as three integers, up to any positive factor, unless it is in `known`.
     """
 
     def __init__(self, exact: Callable[[int], ExactLine]) -> None:
-        self.exact_line = exact
+        self._exact = exact
+        self.known: dict[int, ExactLine] = {}
         # `owner` and `pair` say which difference of two features is zero on a line: see `add_lines`.
         self.lines = Table(
             value=((3,), np.float64), error=((3,), np.float64), owner=((), np.int64), pair=((2,), np.int64)
@@ -135,11 +136,15 @@ class Plane:
         value, error = scaled(value, error)
         return self.lines.append(value=value, error=error, owner=owner, pair=pair)
 
+    def exact_line(self, line: int) -> ExactLine:
+        """The line in integers, up to a positive factor."""
+        return self.known[line] if line in self.known else self._exact(line)
+
     def exact_corner(self, corner: int) -> ExactLine:
         """The corner in integers, up to a positive factor."""
         first, second = self.corners["lines"][corner]
         sign = int(self.corners["sign"][corner])
-        x, y, t = _cross(self.exact_line(int(first)), self.exact_line(int(second)))
+        x, y, t = cross(self.exact_line(int(first)), self.exact_line(int(second)))
         return sign * x, sign * y, sign * t
 
     # Signs -----------------------------------------------------------------------------------------------------
@@ -211,7 +216,7 @@ class Plane:
 
     def _exact_orientation(self, edge: int, line: int, u: int, w: int) -> int:
         """The sign s for which s (edge x line) is a positive combination of the corners u and w."""
-        x, y, t = _cross(self.exact_line(edge), self.exact_line(line))
+        x, y, t = cross(self.exact_line(edge), self.exact_line(line))
         if t != 0:
             return 1 if t > 0 else -1
         (u_x, u_y, _), (w_x, w_y, _) = self.exact_corner(u), self.exact_corner(w)
@@ -302,7 +307,8 @@ def _side(part: Polygons, sign: Integers, following: Integers, new: Integers, li
     return Polygons(offsets(counts), corner[kept], edge[kept], part.parent)
 
 
-def _cross(a: ExactLine, b: ExactLine) -> ExactLine:
+def cross(a: ExactLine, b: ExactLine) -> ExactLine:
+    """The point where two lines meet, up to a factor."""
     return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
 
 
