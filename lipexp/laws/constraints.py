@@ -92,25 +92,6 @@ def training_works_with_what_is_baked(subject: Subject) -> str | None:
     return None
 
 
-def runs_of_a_stack_are_constrained_alone(subject: Subject) -> str | None:
-    """A run has the same weights alone and in a stack."""
-    members = subject.variants(RUNS)
-    flat = parameters(subject, members)
-    together = stack(members).constraint
-    layers = leaves(flat, members[0])
-    together.start(layers)
-    weights = together.apply(layers)
-    for run, member in enumerate(members):
-        alone = stack([member]).constraint
-        own = leaves(flat[run : run + 1], member)
-        alone.start(own)
-        for one, other in zip(alone.apply(own), weights, strict=True):
-            for a, b in zip(one, other, strict=True):
-                if not torch.allclose(a[0], b[run], rtol=1e-9, atol=1e-12):
-                    raise Broken(f"run {run} differs by {float((a[0] - b[run]).detach().abs().max()):.3g}")
-    return None
-
-
 def has_true_finite_gradients(subject: Subject) -> str | None:
     """Its derivatives are finite and agree with finite differences."""
     member = subject.member
@@ -148,6 +129,5 @@ CONSTRAINT_LAWS: tuple[Law, ...] = (
     baked_networks_keep_the_bound,
     proven_norms_are_those_of_the_stored_numbers,
     training_works_with_what_is_baked,
-    runs_of_a_stack_are_constrained_alone,
     has_true_finite_gradients,
 )
