@@ -22,7 +22,8 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 def inline(stacks: Sequence[Sequence[Job]], display: SweepDisplay, made: dict[str, Any]) -> None:
     """Train the stacks here, one after the other."""
-    from lipexp.sweep.work import train_stack
+    with holding_interrupts():
+        from lipexp.sweep.work import train_stack
 
     for number, jobs in enumerate(stacks):
         part = StackDisplay(display.update, number)
@@ -52,7 +53,8 @@ def in_processes(stacks: Sequence[Sequence[Job]], processes: int, display: Sweep
 
     A worker that dies leaves jobs without a result and without a failure; the other stacks go on.
     """
-    from lipexp.sweep.work import train_and_report
+    with holding_interrupts():
+        from lipexp.sweep.work import train_and_report
 
     start_server()
     # The largest first, so that all processes end at about the same time.
@@ -65,8 +67,9 @@ def in_processes(stacks: Sequence[Sequence[Job]], processes: int, display: Sweep
                     number = waiting.popleft()
                     arguments = (stacks[number], Path(folder, str(number)))
                     worker = CONTEXT.Process(target=train_and_report, args=arguments)
-                    worker.start()
-                    running[number] = worker
+                    with holding_interrupts():  # so that none is started and then forgotten
+                        worker.start()
+                        running[number] = worker
                 connection.wait([worker.sentinel for worker in running.values()], timeout=REPORT_SECONDS)
                 for number, worker in list(running.items()):
                     code = worker.exitcode

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lipexp.config import ConfigError, one_line
+from lipexp.process import holding_interrupts
 from lipexp.runs import write_file
 from lipexp.sweep.compose import Job
 from lipexp.sweep.options import LauncherOptions
@@ -107,9 +108,10 @@ def make_plan(jobs: Sequence[Job], options: LauncherOptions, made: dict[str, Any
     Args:
         made: takes the objects of the jobs; see `members.build`.
     """
-    import torch
+    with holding_interrupts():
+        import torch
 
-    from lipexp.members import build, preferred_stack_size, run_bytes, signature
+        from lipexp.members import build, preferred_stack_size, run_bytes, signature
 
     needs, refused, cuda = {}, {}, False
     for job in jobs:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from lipexp.process import holding_interrupts
 from lipexp.runs import write_file
 from lipexp.sweep.compose import Composer
 from lipexp.sweep.search.space import Space
@@ -75,9 +76,10 @@ def write_best(folder: Path, study: optuna.Study, space: Space, metric: str, com
 
 def write_picture(folder: Path, study: optuna.Study, space: Space, metric: str) -> None:
     """search.png: the values in the order of the trials and along each axis, with a ring around the best one."""
-    from matplotlib.figure import Figure
+    with holding_interrupts():
+        from matplotlib.figure import Figure
 
-    from lipexp.figures.style import BLUE, DPI, GREY, ORANGE, PAGE, look
+        from lipexp.figures.style import BLUE, DPI, GREY, ORANGE, PAGE, look
 
     trials = ranked(study)
     numbers, values = np.array([(trial.number, trial.value) for trial in trials]).T
