@@ -26,7 +26,12 @@ class Affine(NamedTuple):
     weight: Tensor  # (K, out, in)
     bias: Tensor  # (K, 1, out)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @property
+    def is_residual(self) -> bool:
+        """Whether the layer applies the activation inside, so that none stands beside it."""
+        return False
+
+    def __call__(self, x: Tensor, act: nn.Module) -> Tensor:
         """(K, B, in) -> (K, B, out)."""
         if self.weight.shape[1] <= self.weight.shape[2]:
             return _Affine.apply(x, self.weight, self.bias)
@@ -61,10 +66,10 @@ def inputs_and_output(layers: Sequence[Affine], act: nn.Module, x: Tensor) -> tu
     """The input of every layer at points x (K, B, D), x itself first, and the outputs (K, B, C)."""
     inputs = []
     for i, layer in enumerate(layers):
-        if i > 0:
+        if i > 0 and not (layer.is_residual or layers[i - 1].is_residual):
             x = act(x)
         inputs.append(x)
-        x = layer(x)
+        x = layer(x, act)
     return inputs, x
 
 
@@ -81,8 +86,11 @@ class BakedNetwork:
     """K networks of one shape with their final, stored numbers: what is measured, proven, drawn, saved and loaded.
 
     f = layer_n o act o ... o act o layer_1 with plain float32 weights on the CPU. Callers ask for outputs,
-    gradients (by autograd through `inputs_and_output`), the linear region around a point and the proven norms;
-    only the proofs look at the numbers in `layers`.
+    gradients (by autograd through `inputs_and_output`), the linear region around a point and the proven norms.
+    Proofs, and ascents to steep points, also look at the numbers in `layers`, where the network `is_plain`.
+
+    Another kind of layer, such as x -> x - W diag(t) act(W^T x + b), is a named tuple of tensors (K, ...) that can
+    be called as `Affine` can and whose `is_residual` is True. All that measures, evaluates and draws takes it so.
     """
 
     layers: Sequence[Affine]
@@ -109,13 +117,18 @@ class BakedNetwork:
 
     def run(self, k: int) -> BakedNetwork:
         """Network k alone, as K = 1."""
-        layers = [Affine(weight[k : k + 1], bias[k : k + 1]) for weight, bias in self.layers]
+        layers = [type(layer)(*(part[k : k + 1] for part in layer)) for layer in self.layers]
         return replace(self, layers=layers, norms=[[per_run[k]] for per_run in self.norms])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all layers are affine."""
+        return not any(layer.is_residual for layer in self.layers)
 
     @cached_property
     def double(self) -> BakedNetwork:
         """The same numbers in float64."""
-        return replace(self, layers=[Affine(weight.double(), bias.double()) for weight, bias in self.layers])
+        return replace(self, layers=[type(layer)(*(part.double() for part in layer)) for layer in self.layers])
 
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs (K, B, C) at points (K, B, D) of the same number type."""

@@ -79,7 +79,7 @@ def test_bounds_of_boxes_hold_at_all_their_points(name, side):
     assert ((gradients - hull.centre).abs() <= hull.radius).all()
     inputs, _ = net.double.inputs_and_output(x.view(1, -1, 3))
     for layer, received, hidden, state in zip(net.double.layers, inputs, own.hidden, states, strict=False):
-        z, (first, second) = layer(received)[0].view(100, 50, -1), hidden.pairs.T
+        z, (first, second) = layer(received, net.act)[0].view(100, 50, -1), hidden.pairs.T
         gap = z[..., first] - torch.where(second < 0, 0.0, z[..., second])
         assert (gap.sign() == state.unsqueeze(1))[(state != 0).unsqueeze(1).expand(gap.shape)].all()
 

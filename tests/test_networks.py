@@ -4,14 +4,19 @@ import io
 import math
 from dataclasses import replace
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from networks import PIECEWISE, Unlisted, by_hand, degenerate, dot, local_map, network, normal
+from networks import PIECEWISE, Unlisted, by_hand, degenerate, dot, generator, local_map, network, normal
 
 from lipexp.activations import GroupSort, ReLU, as_activation
+from lipexp.measured import overall, sources, steepest
+from lipexp.measured.gradients import scan
 from lipexp.networks import Affine, BakedNetwork, Network, inputs_and_output
+from lipexp.proven import Chain, Problem, prove
+from lipexp.proven.radii import assess
 
 RUNS, BATCH = 3, 5
 TANH = as_activation(torch.nn.Tanh())
@@ -51,7 +56,7 @@ def test_a_layer_can_be_differentiated_twice(n_outputs):
     """Curved activations and penalties on the gradient need it; a layer that loses it gives wrong numbers."""
     parts = [normal(*shape).requires_grad_() for shape in ((2, BATCH, 4), (2, n_outputs, 4), (2, 1, n_outputs))]
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-        assert check(lambda x, weight, bias: Affine(weight, bias)(x).tanh(), parts)
+        assert check(lambda x, weight, bias: Affine(weight, bias)(x, TANH).tanh(), parts)
 
 
 def test_a_network_knows_its_shape_its_norms_and_what_each_layer_receives():
@@ -175,3 +180,46 @@ def test_ties_are_borders_where_breakpoints_are_not_known():
 def test_numbers_that_are_not_finite_have_no_region():
     with pytest.raises(ArithmeticError, match="not finite"):
         by_hand(([[math.inf, 1.0]], [0.0]), ([[1.0]], [0.0])).linear_region(np.ones(2))
+
+
+class Residual(NamedTuple):
+    """x -> x - W diag(t) act(W^T x + b), 1-Lipschitz for slopes in [0, 1] if 2 diag(1/t) >= W^T W."""
+
+    weight: torch.Tensor  # (K, H, H)
+    scale: torch.Tensor  # (K, 1, H)
+    bias: torch.Tensor  # (K, 1, H)
+
+    is_residual = True
+
+    def __call__(self, x, act):
+        return x - (self.scale * act(x @ self.weight + self.bias)) @ self.weight.mT
+
+
+def test_a_residual_layer_is_measured_and_evaluated_as_it_is():
+    """Nothing but its own class knows of it; what needs affine layers says so in words."""
+    first, last = network(2, 4, 1, act=ReLU(), runs=2).layers
+    weight = normal(2, 4, 4).float()
+    scale = (2 / weight.mT.abs().matmul(weight.abs()).sum(dim=-1)).unsqueeze(1)
+    layers = [first, Residual(weight, scale, normal(2, 1, 4).float()), last]
+    both = BakedNetwork(layers, ReLU(), norms=[[10.0, 10.0], [1.0, 1.0], [10.0, 10.0]])
+    x = normal(1, 50, 2).expand(2, -1, -1)
+    hidden = first(x.float(), both.act)
+    by_hand = hidden - (scale * torch.relu(hidden @ weight + layers[1].bias)) @ weight.mT
+    assert torch.equal(both(x.float()), last(by_hand, both.act))  # with no activation beside the residual layer
+    found, step = scan(both, x), 1e-6
+    for axis, unit in enumerate(torch.eye(2, dtype=torch.float64)):
+        slope = (scan(both, x + step * unit).f - scan(both, x - step * unit).f) / (2 * step)
+        assert torch.quantile((slope - found.gradient[..., axis]).abs(), 0.95) < 1e-6
+    points = sources(both, x, found, 2.0, [generator(), generator()])
+    for run in range(2):
+        one = both.run(run)
+        assert torch.equal(one(x[:1].float()), both(x.float())[run : run + 1])
+        measured = overall(steepest(one, points, run, 2.0))
+        assert (measured.exact, measured.value > 0) == (False, True)
+        box = x[run].amin(dim=0), x[run].amax(dim=0)
+        chain = Chain(2.0, 2.0, 2.0, None, None, ("spectral norm",) * 3)
+        certificate = prove(Problem(one, chain, box, measured, 1000))
+        assert (certificate.value, certificate.method) == (100.0, "product")
+        assert {proof.reason for proof in certificate.proofs.values()} == {None, "is for affine layers"}
+        radii = assess(one, x[run], torch.zeros(50), 2.0, certificate.value, None)
+        assert radii.reason == "rounding errors are followed through affine layers only"

@@ -83,7 +83,7 @@ def test_trained_networks_keep_their_promises(overrides, trained):
         net = result.checkpoint.network.run(run)
         x = torch.from_numpy(result.stack.data[run].test_x).double()[:16]
         check_float64(net, x)
-        assert why_no_radii(net.act) is None
+        assert why_no_radii(net) is None
         lipschitz = product_bound(norm for (norm,) in net.norms)
         radii = certified_radii(net, x, lipschitz)
         # |f(x)| >= r L, and no more is lost than 1e-9 of it.

@@ -145,9 +145,9 @@ class Jacobian(ABC):
 
 
 def jacobians_of(network: BakedNetwork) -> list[Jacobian] | None:
-    """The Jacobian behind each hidden layer; None for an activation that neither sorts nor has two slopes."""
+    """The Jacobian behind each hidden layer; none where the activation neither sorts nor has two slopes."""
     found: list[Jacobian] = []
-    for width in network.hidden_widths:
+    for width in network.hidden_widths if network.is_plain else []:
         slopes, groups = network.act.two_slopes(width), network.act.groups(width)
         if slopes is not None:
             found.append(TwoSlopes(*slopes))

@@ -113,7 +113,7 @@ def largest(network: BakedNetwork, points: Tensor, gradients: Tensor, q: float) 
     candidates = [i for i in values.topk(min(_CANDIDATES, len(values))).indices.tolist() if values[i] >= 0]
     if not candidates:
         return None
-    if not network.act.is_piecewise_linear:
+    if not (network.is_plain and network.act.is_piecewise_linear):
         return _estimate(network, points[candidates[0]], q)
     contradicted = False
     for i in candidates:

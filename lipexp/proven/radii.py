@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from lipexp import record
-from lipexp.activations import Activation
 from lipexp.networks import Affine, BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF, norm_name
 
@@ -47,8 +46,11 @@ class Radii(NamedTuple):
     radius_float32: FloatArray  # for a network that is evaluated in float32, as torch does
 
 
-def why_no_radii(act: Activation) -> str | None:
-    """Why no radius can be proven for networks with the activation `act`; None if one can."""
+def why_no_radii(network: BakedNetwork) -> str | None:
+    """Why no radius can be proven for the network; None if one can."""
+    act = network.act
+    if not network.is_plain:
+        return "rounding errors are followed through affine layers only"
     if not act.is_piecewise_linear:
         return f"nothing is known about the rounding errors of {act.label}"
     if math.inf not in act.norms:
@@ -67,8 +69,7 @@ def certified_radii(network: BakedNetwork, x: Tensor, lipschitz: float) -> Radii
 
     Args:
         network: K = 1, float32, with the proven norms of its layers, p -> h and then h -> h, with h the norm of
-        the
-            hidden spaces. `why_no_radii` of its activation must be None.
+            the hidden spaces. `why_no_radii` must be None.
         x: float64; the numbers themselves count, as exact.
         lipschitz: L, a proven bound for the norm p.
     """
@@ -208,7 +209,7 @@ def assess(
         network: K = 1, with its proven norms.
         lipschitz: the proven bound for the norm p; None: there is none, for this `reason`.
     """
-    reason = reason or why_no_radii(network.act)
+    reason = reason or why_no_radii(network)
     if lipschitz is None or reason is not None:
         return Robustness(p, None, None, reason)
     radii = certified_radii(network, x, lipschitz)
