@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Sequence
 from multiprocessing import connection, forkserver, resource_tracker
@@ -11,11 +13,11 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from lipexp.config import ConfigError
+from lipexp.config import ConfigError, one_line
 from lipexp.display import StackDisplay, SweepDisplay
 from lipexp.process import holding_interrupts
 from lipexp.sweep.compose import Job
-from lipexp.sweep.progress import REPORT_SECONDS, Progress
+from lipexp.sweep.progress import REPORT_SECONDS, Progress, Reporter
 
 CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -39,7 +41,7 @@ def start_server() -> None:
     Raises:
         ConfigError: no process can be started here.
     """
-    CONTEXT.set_forkserver_preload(["lipexp.sweep.work"])
+    CONTEXT.set_forkserver_preload([__name__, "lipexp.sweep.work"])
     resource_tracker.ensure_running()  # the server would start it otherwise, and unblock Ctrl-C with that
     try:
         with holding_interrupts():
@@ -53,9 +55,6 @@ def in_processes(stacks: Sequence[Sequence[Job]], processes: int, display: Sweep
 
     A worker that dies leaves jobs without a result and without a failure; the other stacks go on.
     """
-    with holding_interrupts():
-        from lipexp.sweep.work import train_and_report
-
     start_server()
     # The largest first, so that all processes end at about the same time.
     waiting = deque(sorted(range(len(stacks)), key=lambda number: -len(stacks[number])))
@@ -84,3 +83,25 @@ def in_processes(stacks: Sequence[Sequence[Job]], processes: int, display: Sweep
             for worker in running.values():
                 worker.kill()
                 worker.join()
+
+
+def train_and_report(jobs: Sequence[Job], file: Path) -> None:
+    """Train one stack, in a worker process, which the server forks with all imports done."""
+    from lipexp.sweep.work import train_stack
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    reporter = Reporter(file)
+    display = StackDisplay(reporter.update, 0)
+    try:
+        train_stack(jobs, display)
+        display.done()
+    except OSError as error:  # nothing can be written
+        reporter.give_up(one_line(error))
+
+
+def _end_with_parent() -> None:
+    """End this process when the command that started it does, however it ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -6,12 +6,8 @@ Worker processes are forked from a server that has imported this module, so that
 from __future__ import annotations
 
 import gc
-import multiprocessing
-import os
-import threading
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import sklearn.datasets  # noqa: F401  # for the worker processes
@@ -21,7 +17,6 @@ from lipexp.display import StackDisplay
 from lipexp.members import build
 from lipexp.runs import RunFolder
 from lipexp.sweep.compose import Job
-from lipexp.sweep.progress import Reporter
 from lipexp.train import train_many
 
 gc.freeze()  # a collection in a worker would copy the memory that it shares with the server
@@ -50,23 +45,3 @@ def train_stack(jobs: Sequence[Job], display: StackDisplay, made: dict[str, Any]
         for job, folder in zip(jobs, folders, strict=True):
             if not folder.ended:
                 train_stack([job], display, made)
-
-
-def train_and_report(jobs: Sequence[Job], file: Path) -> None:
-    """Train one stack in a process of its own."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    reporter = Reporter(file)
-    display = StackDisplay(reporter.update, 0)
-    try:
-        train_stack(jobs, display)
-        display.done()
-    except OSError as error:  # nothing can be written
-        reporter.give_up(one_line(error))
-
-
-def _end_with_parent() -> None:
-    """End this process when the command that started it does, however it ended."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
