@@ -24,13 +24,13 @@ Array = np.ndarray[Any, Any]
 ALL_NORMS = frozenset({1.0, 2.0, math.inf})
 
 
-@dataclass
+@dataclass(frozen=True)
 class ActiveMap:
     """The linear map that an activation is near each of some points: out[j] = factor[j] 2^exponent z[index[j]]."""
 
     index: Array  # (..., H) int64
     factor: Array  # (..., H) int64
-    exponent: int = 0
+    exponent: int = 0  # the same at all points
 
 
 class Activation(nn.Module):
@@ -170,21 +170,29 @@ def as_activation(thing: Any) -> Activation:
 class Elementwise(Activation):
     """x above 0 and slope x below, feature by feature: 1-Lipschitz in every p-norm.
 
+    The slope is rounded to float32.
+
     Args:
-        slope: a fraction whose denominator is a power of two, from -1 to 1.
+        slope: from -1 to 1, and 0 or at least 1e-9 in size.
+
+    Raises:
+        ConfigError: it lies outside.
     """
 
     norms = ALL_NORMS
 
     def __init__(self, slope: float) -> None:
         super().__init__()
-        self.slope = slope
-        self.below, self.above = float(slope).as_integer_ratio()
+        # Smaller ones do not fit `active_map`, whose factors are 64-bit integers.
+        if not 1e-9 <= abs(number("slope", slope)) <= 1 and slope != 0:
+            raise ConfigError("slope", slope, "must be a number from -1 to 1, and 0 or at least 1e-9 in size")
+        self.slope = float(np.float32(slope))
+        self.below, self.above = self.slope.as_integer_ratio()
         self.exponent = 1 - self.above.bit_length()
 
     @property
     def slopes(self) -> tuple[float, float]:
-        return float(self.slope), 1.0
+        return self.slope, 1.0
 
     def forward(self, z: Tensor) -> Tensor:
         return nn.functional.leaky_relu(z, self.slope)
@@ -210,7 +218,7 @@ class LeakyReLU(Elementwise):
     """max(slope x, x): it keeps a little of the gradient where x < 0.
 
     Args:
-        slope: from 1e-9 to 1; the float32 number nearest to it is taken.
+        slope: from 1e-9 to 1.
 
     Raises:
         ConfigError: it lies outside.
@@ -219,10 +227,9 @@ class LeakyReLU(Elementwise):
     """
 
     def __init__(self, slope: float = 0.01) -> None:
-        # Smaller ones do not fit `active_map`, whose factors are 64-bit integers.
         if not 1e-9 <= number("slope", slope) <= 1:
             raise ConfigError("slope", slope, "must be a number from 1e-9 to 1 (act=relu has 0)")
-        super().__init__(float(np.float32(slope)))
+        super().__init__(slope)
 
     def extra_repr(self) -> str:
         return f"slope={self.slope}"

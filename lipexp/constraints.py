@@ -276,18 +276,22 @@ class Constraint(ABC):
         return torch.tensor([even_split(float(value), n_layers) for value in lipschitz], dtype=torch.float64)
 
     def start(self, layers: Sequence[Affine]) -> None:
+        bound = self.bound(len(layers))
+        if bound is None:
+            return
         self._norms = self.norms(len(layers))
         self._state = [norm.start(layer.weight.detach()) for norm, layer in zip(self._norms, layers, strict=True)]
-        bound = self.bound(len(layers))
-        scale = None if bound is None else bound.to(layers[0].weight).view(-1, 1, 1)
-        self._scale = None if scale is None or bool((scale == 1).all()) else scale  # L = 1 needs none
+        scale = bound.to(layers[0].weight).view(-1, 1, 1)
+        self._scale = None if bool((scale == 1).all()) else scale  # L = 1 needs none
 
     def apply(self, layers: Sequence[Affine]) -> list[Affine]:
-        """Layer i becomes (b N(W), b^i bias) with N the map to norm 1.
+        """Layer i becomes (b N(W), b^i bias) with N the map to norm 1; without a bound it stays as it is.
 
         With an activation that is positively homogeneous, act(c x) = c act(x) for c > 0, as all of lipexp's are,
         training is then the same for every L up to the scale b^i of the features.
         """
+        if self.lipschitz is None:
+            return list(layers)
         out = [
             Affine(norm.within_one(weight, state), bias)
             for norm, state, (weight, bias) in zip(self._norms, self._state, layers, strict=True)
@@ -327,12 +331,6 @@ class Unconstrained(Constraint):
 
     def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
         return [SpectralNorm()] * n_layers
-
-    def start(self, layers: Sequence[Affine]) -> None:
-        pass
-
-    def apply(self, layers: Sequence[Affine]) -> list[Affine]:
-        return list(layers)
 
 
 class Spectral(Constraint):

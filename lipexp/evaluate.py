@@ -126,7 +126,7 @@ class Evaluator:
         """
         problem = self._problem(network, run, measured)
         quick = prove_quickly(problem)
-        return quick if quick.verdict(measured.value) == "FAIL" else prove(problem)
+        return quick if quick.verdict(measured) == "FAIL" else prove(problem)
 
     def _evaluation(
         self,

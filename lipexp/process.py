@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,12 +62,22 @@ def begin_work() -> None:
 
 @contextmanager
 def holding_interrupts() -> Iterator[None]:
-    """Ctrl-C waits until the body is done, such as an import; processes that the body starts never get one."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Ctrl-C waits until the body is done, such as an import.
+
+    By a handler and not by blocking the signal, which any thread that does not block it would still receive. In
+    another thread than the main one, which Ctrl-C never reaches, there is nothing to do.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
+        for number in held[:1]:
+            signal.raise_signal(number)
 
 
 def _end(*received: Any) -> None:

@@ -4,14 +4,15 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from networks import ACTS, NORMS, Bent, Tripled, Unlisted, network, norm_at, pairs, scaled, uniform
+from networks import ACTS, NORMS, Bent, Tripled, Unlisted, gradient, network, norm_at, pairs, scaled, uniform
 
-from lipexp.activations import ActiveMap, as_activation
+from lipexp.activations import ActiveMap, Elementwise, as_activation
 from lipexp.measured.gradients import Maximum, norms, scan
 from lipexp.proven import branching
 from lipexp.proven.branching import branch_and_bound, why_not_applicable
@@ -55,6 +56,26 @@ def test_the_interval_holds_the_exact_constant(name, dims):
         found = searched(net, q, gap=1e-6, seconds=5 if name in THREES else None)
         assert found.best.value <= known <= found.upper * (1 + 1e-10)
         assert name in THREES or found.upper <= found.best.value * (1 + 1e-6)
+
+
+class Steep(Elementwise):
+    """z above 0 and -1024 z below."""
+
+    def __init__(self):
+        super().__init__(slope=-1)
+        self.slope, self.below = -1024.0, -1024
+
+
+def test_the_rounding_errors_of_a_single_region_grow_with_the_slopes():
+    net = network(3, 12, 12, 12, 1, act=Steep())
+    own = branching._network(net)
+    for point in uniform(100, 3):
+        inputs, _ = net.double.inputs_and_output(point.view(1, 1, -1))
+        z = [layer(x, net.act)[0] for layer, x in zip(net.double.layers[:-1], inputs, strict=False)]
+        found = branching._gradients(own, [part.sign() for part in z])
+        sides = (part[0, 0].tolist() for part in found)
+        for centre, radius, exactly in zip(*sides, gradient(net, point), strict=True):
+            assert abs(Fraction(centre) - exactly) <= Fraction(radius)
 
 
 @pytest.mark.parametrize(("name", "dims"), pairs(ACTS, [3, 4]))

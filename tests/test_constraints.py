@@ -18,7 +18,7 @@ from networks import EACH_LIPSCHITZ, network, normal
 
 from lipexp.activations import GroupSort, as_activation
 from lipexp.config import ConfigError
-from lipexp.constraints import LInf, RowNorm, Spectral, SpectralNorm, Unconstrained
+from lipexp.constraints import Constraint, LInf, RowNorm, Spectral, SpectralNorm, Unconstrained
 from lipexp.networks import Affine, inputs_and_output
 
 NORMS = [RowNorm(1), RowNorm(2), RowNorm(math.inf), SpectralNorm()]
@@ -52,6 +52,24 @@ def parameters(*sizes: int, runs: int = 1) -> list[Affine]:
 def test_the_chain_of_norms_is_that_of_the_table(constraint, p, q, hidden_p, names):
     assert (constraint.p, constraint.q, constraint.hidden_p) == (p, q, hidden_p)
     assert [norm.name for norm in constraint.norms(3)] == names
+
+
+class Unbounded(Constraint):
+    """Declares norms and no bound."""
+
+    def norms(self, n_layers):
+        return [RowNorm(1)] * n_layers
+
+
+def test_without_a_bound_training_works_with_the_parameters_that_are_stored():
+    layers, constraint = parameters(2, 8, 1), Unbounded()
+    constraint.start(layers)
+    baked = constraint.bake(layers, GroupSort())
+    applied = constraint.apply(layers)
+    for free, trained, stored, (norm,) in zip(layers, applied, baked.layers, baked.norms, strict=True):
+        assert trained is free
+        assert torch.equal(stored.weight, free.weight.float())
+        assert norm >= float(stored.weight[0].double().abs().sum(dim=1).max())
 
 
 def test_p_is_a_number_or_its_spelling():

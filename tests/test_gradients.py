@@ -8,9 +8,20 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from networks import ACTS, NORMS, by_hand, exact_layers, generator, gradient, network, normal, pattern_power, power
+from networks import (
+    ACTS,
+    NORMS,
+    by_hand,
+    exact_layers,
+    generator,
+    gradient,
+    network,
+    normal,
+    pattern_power,
+    power,
+)
 
-from lipexp.activations import Activation, ActiveMap, GroupSort, ReLU, as_activation
+from lipexp.activations import GroupSort, ReLU, as_activation
 from lipexp.measured import gradients as module
 from lipexp.measured.gradients import grid, largest, norms, scan
 
@@ -127,22 +138,18 @@ def test_a_breakpoint_at_the_steepest_point_is_left_by_a_small_step():
     assert measured(by_hand(([[0.0, 0.0]], [0.0]), ([[1.0]], [0.0])), normal(50, 2), 2)[::2] == (0.0, True)
 
 
-class Liar(Activation):
-    """Declares the identity as its active map, which it is not."""
-
-    def forward(self, z):
-        return torch.relu(z)
-
-    def active_map(self, z):
-        return ActiveMap(np.arange(len(z)), np.full(len(z), 1, dtype=object))
-
-
-def test_an_active_map_that_contradicts_its_activation_is_an_error():
-    with pytest.raises(ArithmeticError, match=r"Liar\.active_map contradicts its forward"):
-        measured(network(2, 8, 1, act=Liar()), normal(200, 2), 2)
+def test_a_point_on_the_wrong_side_by_rounding_gives_way_to_a_steeper_one():
+    """What float64 has seen at the first candidate is not there."""
+    net, points = network(2, 8, 8, 1), normal(50, 2)
+    gradients = scan(net, points.unsqueeze(0)).gradient[0]
+    flattest, steepest = (int(choice(norms(gradients, 2))) for choice in (torch.argmin, torch.argmax))
+    gradients[flattest] = 2 * gradients[steepest]
+    found = largest(net, points, gradients, 2)
+    assert found.value == pytest.approx(float(norms(gradients[steepest], 2)), rel=1e-12)
+    assert is_rounded_down(found.value, power(gradient(net, found.point), 2), 2)
 
 
-def test_layers_that_cancel_are_no_contradiction():
+def test_layers_that_cancel_are_measured_exactly():
     """The gradient is 2^-60 exactly; float64 may see nothing but rounding errors of the size of the layers."""
     net = by_hand(([[1 / 3], [1 / 3], [2.0**-60]], [9.0] * 3), ([[3.0, -3.0, 1.0]], [0.0]))
     seen = torch.full((4, 1), 1e-16, dtype=torch.float64)  # what rounding may leave of it

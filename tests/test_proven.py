@@ -62,21 +62,33 @@ def test_a_method_that_is_named_is_taken_beside_the_product(problem):
 def test_without_a_product_another_method_gives_the_bound(problem):
     found, quick = prove(problem(TANH)), prove_quickly(problem(TANH))
     assert (found.value, found.reason, found.method) == (3.0, None, "tight")
-    assert quick == Certificate(CHAIN, None, quick.proofs["product"].reason, "none", quick.proofs)
-    assert (quick.reason, quick.verdict(1.0)) == ("the activation declares no bound in the 2-norm", "OPEN")
+    assert quick == Certificate(
+        CHAIN, ([0.0] * 2, [1.0] * 2), None, quick.proofs["product"].reason, "none", quick.proofs
+    )
+    assert (quick.reason, quick.verdict(Maximum(1.0, ()))) == (
+        "the activation declares no bound in the 2-norm",
+        "OPEN",
+    )
 
 
 def test_a_verdict_compares_what_is_measured_proven_and_targeted():
-    def verdict(measured, value, **proofs):
-        return Certificate(CHAIN, value, None, "product", proofs).verdict(measured)
+    def certificate(value, proofs):
+        return Certificate(CHAIN, ([0.0], [1.0]), value, None, "product", proofs)
+
+    def verdict(measured, value, point=0.5, **proofs):
+        return certificate(value, proofs).verdict(Maximum(measured, (point,)))
 
     assert verdict(4.0, 4.0) == verdict(4.5, 4.5) == "PASS"
     assert verdict(math.nextafter(4.0, 5), 4.0) == verdict(1.0, math.nextafter(4.5, 5)) == "FAIL"
-    # A bound over the box of the data, where was measured, counts as well.
+    # A bound over the box of the data counts as well, at points inside.
     constants = Constants(Steepest(4.0, ()), Steepest(2.0, ()), [[0.0, 1.0]], 7)
     for proofs in ({"bnb": Proof(2.0, everywhere=False)}, {"exact": Proof(4.0, constants=constants)}):
         assert (verdict(2.0, 4.0, **proofs), verdict(2.1, 4.0, **proofs)) == ("PASS", "FAIL")
-    interval = Certificate(CHAIN, 4.0, None, "exact", proofs).interval(Maximum(1.0, (), exact=False))
+        assert (verdict(2.1, 4.0, math.nextafter(1, 2), **proofs), verdict(2.1, 4.0, 1.0, **proofs)) == (
+            "PASS",
+            "FAIL",
+        )
+    interval = certificate(4.0, proofs).interval(Maximum(1.0, (0.5,), exact=False))
     assert (interval.verdict, interval.measured_by) == ("PASS", "float64 estimate")
     assert (interval.exact, interval.exact_box["value"], interval.regions) == (4.0, 2.0, 7)
 
@@ -85,9 +97,9 @@ def test_a_tighter_bound_does_not_hide_that_baking_failed(trained):
     """The product of a baked network is within L, or the run fails, whatever else is proven."""
     result = trained("constraint=spectral")
     evaluator, net, measured = Evaluator(result.stack), result.checkpoint.network.run(0), Maximum(0.1, ())
-    assert evaluator._certificate(net, 0, measured).verdict(0.1) == "PASS"
+    assert evaluator._certificate(net, 0, measured).verdict(measured) == "PASS"
     above = replace(net, norms=[[1.0000001], *[[1.0]] * (len(net.layers) - 1)])
-    assert evaluator._certificate(above, 0, measured).verdict(0.1) == "FAIL"
+    assert evaluator._certificate(above, 0, measured).verdict(measured) == "FAIL"
 
 
 @pytest.mark.parametrize("constraint", [Unconstrained(), Spectral(1.0), LInf(2, 1.0), LInf("inf", 1.0)])

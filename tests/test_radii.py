@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from networks import ACTS, EACH_LIPSCHITZ, NORMS, TRAINED, by_hand, network, normal, scaled, value
+from networks import ACTS, EACH_LIPSCHITZ, NORMS, TRAINED, Larger, by_hand, network, normal, scaled, value
 
 from lipexp.activations import LeakyReLU, ReLU, as_activation
 from lipexp.networks import Network
@@ -113,6 +113,20 @@ def test_the_float32_error_grows_with_the_ball():
     small, large = float32_error(with_norms(net, 1.0, 2.0), centre, np.array([1e-3, 1e3])).tolist()
     found = zip(points, Network(net)(points)[:, 0].tolist(), strict=True)
     assert small < max(abs(Fraction(f) - value(net, point)) for point, f in found) <= large
+
+
+def test_the_float32_error_covers_an_activation_that_is_1_lipschitz_in_the_inf_norm_alone():
+    """Both features become the larger one, and a rotation makes sqrt(2) times it of both: 2^8 after 16 layers."""
+    act, root = Larger(), math.sqrt(0.5)
+    act.norms = {math.inf}
+    turns = [([[root, root], [-root, root]], [0.1, 0.1])] * 16
+    net = with_norms(by_hand(([[1.0], [0.0]], [0.0, 0.0]), *turns, ([[1.0, 0.0]], [0.0]), act=act), *[1.0] * 18)
+    points = torch.linspace(-1e3, 1e3, 101).unsqueeze(1)
+    (bound,) = float32_error(net, torch.zeros(1, 1).double(), np.array([1e3]))
+    found = zip(points, Network(net)(points)[:, 0].tolist(), strict=True)
+    assert 1e-4 < max(abs(Fraction(f) - value(net, point)) for point, f in found) <= bound
+    act.norms = NORMS  # with which the features would move no further than the inputs
+    assert bound > 2 * float32_error(net, torch.zeros(1, 1).double(), np.array([1e3]))[0]
 
 
 @pytest.mark.parametrize("p", NORMS)

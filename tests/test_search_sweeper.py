@@ -86,13 +86,13 @@ def test_a_search_finds_a_bowl_and_the_importance_of_its_axes(search):
 
 
 def test_an_interrupted_search_goes_on_with_the_same_trials(search, monkeypatch):
-    """Interrupted in its second round, between the two values of a trial and while it trains."""
+    """Interrupted in its second round: while it asks for trials, all of which are stored, or while it trains."""
     arguments = (MARGIN, "lipschitz=1,2,3", "seed=0,1", "hydra.sweeper.trials=8", "hydra.sweeper.round=4")
     for seed in (0, 1):
         assert search(bowl, *arguments, f"hydra.sweeper.seed={seed}", f"hydra.sweep.dir=whole{seed}").code == 0
     whole, other = ([trial.params for trial in trials(f"whole{seed}")] for seed in (0, 1))
-    for asking, stored in ((True, 4), (False, 8)):
-        name, calls = f"hydra.sweep.dir=found{stored}", itertools.count()
+    for asking in (True, False):
+        folder, calls = f"found{asking}", itertools.count()
         function = optuna.samplers.TPESampler.sample_independent if asking else bowl
 
         def interrupted(*arguments: Any, calls=calls, function=function) -> Any:
@@ -103,11 +103,11 @@ def test_an_interrupted_search_goes_on_with_the_same_trials(search, monkeypatch)
         with monkeypatch.context() as patch:
             if asking:
                 patch.setattr(optuna.samplers.TPESampler, "sample_independent", interrupted)
-            assert search(bowl if asking else interrupted, *arguments, name).code == 130
-        assert len(trials(f"found{stored}")) == stored
-        assert search(bowl, *arguments, name, "resume=true").code == 0
-        assert [trial.params for trial in trials(f"found{stored}")] == whole != other
-        rows = [pd.read_csv(f"{folder}/sweep.csv") for folder in (f"found{stored}", "whole0")]
+            assert search(bowl if asking else interrupted, *arguments, f"hydra.sweep.dir={folder}").code == 130
+        assert len(trials(folder)) == 8
+        assert search(bowl, *arguments, f"hydra.sweep.dir={folder}", "resume=true").code == 0
+        assert [trial.params for trial in trials(folder)] == whole != other
+        rows = [pd.read_csv(f"{one}/sweep.csv") for one in (folder, "whole0")]
         pd.testing.assert_frame_equal(*rows)
 
 

@@ -60,7 +60,7 @@ THRESHOLDS = {
     "2 |x|, ReLU, linf: half the range of f′, largest at any depth": at_most(RELU_CEILING[1]),
     "2 |x|, ReLU, spectral, 1 hidden layer: half the range of f′, smallest": at_least(REACHED * RELU_CEILING[1]),
     "2 |x|, ReLU, spectral, 1 hidden layer: half the range of f′, largest": at_most(RELU_CEILING[1]),
-    "2 |x|, ReLU, spectral, 2 hidden layers: half the range of f′, smallest": at_least(REACHED * RELU_CEILING[2]),
+    "2 |x|, ReLU, spectral, 2 hidden layers: half the range of f′, median": at_least(REACHED * RELU_CEILING[2]),
     "2 |x|, ReLU, spectral, 2 hidden layers: half the range of f′, largest": at_most(RELU_CEILING[2]),
     "2 |x|, ReLU, spectral: its least rise from one depth to the next": at_least(0),
     "2 |x|, ReLU, spectral, 10 hidden layers: half the range of f′, largest": at_most(0.85),

@@ -105,9 +105,6 @@ def largest(network: BakedNetwork, points: Tensor, gradients: Tensor, q: float) 
 
     Returns:
         None if every candidate lies on a breakpoint even after it was moved, or has no finite gradient.
-
-    Raises:
-        ArithmeticError: the activation declares an active linear map that contradicts what it computes.
     """
     values = norms(gradients, q).nan_to_num(nan=-1, posinf=-1)
     candidates = [i for i in values.topk(min(_CANDIDATES, len(values))).indices.tolist() if values[i] >= 0]
@@ -115,23 +112,19 @@ def largest(network: BakedNetwork, points: Tensor, gradients: Tensor, q: float) 
         return None
     if not (network.is_plain and network.act.is_piecewise_linear):
         return _estimate(network, points[candidates[0]], q)
-    contradicted = False
+    best = None
     for i in candidates:
-        for moved, point in enumerate(_nearby(points[i])):
+        for point in _nearby(points[i]):
             region = network.linear_region(point.numpy())
-            if region is None:
-                continue
-            value, scanned = norm_below(region.gradient[0], region.exponent, q), float(values[i])
-            # Rounding can put float64 on the other side of a breakpoint at one candidate, but not at all of them;
-            # and where the layers cancel, rounding is all that float64 sees.
-            negligible = 1e-6 * max(value, scanned) + 1e-12 * _norm_product(network)
-            if moved == 0 and abs(value - scanned) > negligible:
-                contradicted = True
+            if region is not None:
+                value = norm_below(region.gradient[0], region.exponent, q)
+                if best is None or value > best.value:
+                    best = Maximum(value, tuple(point.tolist()))
                 break
-            return Maximum(value, tuple(point.tolist()))
-    if contradicted:
-        raise ArithmeticError(f"{network.act.label}.active_map contradicts its forward")
-    return None
+        # Rounding can put float64 on the other side of a breakpoint, and another candidate may be steeper then.
+        if best is not None and best.value >= float(values[i]) * (1 - 1e-6):
+            break
+    return best
 
 
 def _nearby(point: Tensor) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lipexp import record
@@ -18,23 +19,27 @@ class Certificate:
     """The best proven upper bound on the Lipschitz constant of one network, or why there is none."""
 
     chain: Chain
+    box: tuple[Sequence[float], Sequence[float]]  # low and high (D,), of the data
     value: float | None  # the smallest bound that holds everywhere
     reason: str | None  # why `value` is None
     method: str  # behind `value`; "none" without one
     proofs: dict[str, Proof] = field(default_factory=dict)  # of every method that was asked
 
-    def verdict(self, measured: float) -> str:
+    def verdict(self, measured: Maximum) -> str:
         """PASS, or FAIL when the exact comparison measured <= certified <= L does not hold; OPEN: no bound.
 
-        A bound over the box of the data counts as well: that is where `measured` was found. Where that comes from
-        exact arithmetic both sides are rigorous, and a FAIL is a bug in lipexp.
+        A bound over the box of the data counts as well, for a point inside. Where `measured` comes from exact
+        arithmetic both sides are rigorous, and a FAIL is a bug in lipexp.
         """
         if self.value is None:
             return "OPEN"
-        bounds = [self.value, *(proof.value for proof in self.proofs.values() if proof.value is not None)]
-        boxes = [proof.constants.box for proof in self.proofs.values() if proof.constants is not None]
-        bounds += [box.value for box in boxes if box is not None]
-        holds = measured <= min(bounds) and (self.chain.target is None or self.value <= self.chain.target)
+        bounds = [self.value]
+        # A point that was moved off a breakpoint may lie just outside.
+        if all(low <= x <= high for x, low, high in zip(measured.point, *self.box, strict=False)):
+            bounds += [proof.value for proof in self.proofs.values() if proof.value is not None]
+            boxes = [proof.constants.box for proof in self.proofs.values() if proof.constants is not None]
+            bounds += [box.value for box in boxes if box is not None]
+        holds = measured.value <= min(bounds) and (self.chain.target is None or self.value <= self.chain.target)
         return "PASS" if holds else "FAIL"
 
     def interval(self, measured: Maximum) -> record.Interval:
@@ -55,7 +60,7 @@ class Certificate:
             exact_box=None if constants is None else constants.in_box(),
             regions=None if constants is None else constants.regions,
             open=exact.reason if exact is not None and exact.gave_up else None,
-            verdict=self.verdict(measured.value),
+            verdict=self.verdict(measured),
         )
 
 
@@ -83,10 +88,11 @@ def prove(problem: Problem, method: str | None = None) -> Certificate:
     if method is not None and proofs[method].value is None and method != "product":
         raise ConfigError("--method", method, f"has no bound for this network: {proofs[method].reason}")
     value = _smallest(proofs)
+    low, high = (end.tolist() for end in problem.box)
     if value is None:
-        return Certificate(problem.chain, None, proofs["product"].reason, "none", proofs)
+        return Certificate(problem.chain, (low, high), None, proofs["product"].reason, "none", proofs)
     best = next(name for name, proof in proofs.items() if proof.everywhere and proof.value == value)
-    return Certificate(problem.chain, value, None, best, proofs)
+    return Certificate(problem.chain, (low, high), value, None, best, proofs)
 
 
 def prove_quickly(problem: Problem) -> Certificate:

@@ -51,6 +51,11 @@ class Hidden(NamedTuple):
     groups: Tensor | None  # (groups, size)
 
     @property
+    def steepest(self) -> float:
+        """The largest slope in size, at least 1."""
+        return max(1.0, *map(abs, self.slopes or (1.0,)))
+
+    @property
     def is_free(self) -> bool:
         """Whether any choice of sides is a linear region: not where three or more features are sorted together."""
         return self.groups is None or self.groups.shape[1] <= 2
@@ -228,14 +233,15 @@ def _gradients(network: Network, states: Sequence[Tensor]) -> Jacobian:
     """The gradients where all breakpoints have the given states, none of them open; (P, 1, D).
 
     Backwards, a row at a time, and with one bound on all rounding errors: entries of w W_n ... W_1 are at most
-    ||w||_1 ||W_n||_inf ... ||W_1||_inf, each of the n products being off by gamma times that.
+    ||w||_1 ||W_n||_inf ... ||W_1||_inf times the steepest slopes, each of the n products being off by gamma times
+    that.
     """
     *weights, last = network.weights
     row = last.expand(len(states[0]), -1)
     largest_row, n = float(last.abs().sum()), len(network.weights)
     for weight, hidden, state in zip(reversed(weights), reversed(network.hidden), reversed(states), strict=True):
         row = _pulled_back(hidden, state, row) @ weight
-        largest_row *= float(weight.abs().sum(dim=1).max())
+        largest_row *= hidden.steepest * float(weight.abs().sum(dim=1).max())
     widest = max(max(weight.shape) for weight in network.weights)
     error = 4 * n * (widest + 4) * UNIT_ROUNDOFF * largest_row * _UP + 2.0**-1000
     return Jacobian(row.unsqueeze(1), torch.full_like(row, error).unsqueeze(1))
@@ -349,8 +355,7 @@ def _applied(act: Activation, hidden: Hidden, z: Tensor, error: Tensor) -> tuple
         spread = torch.empty_like(error)
         spread[:, groups] = error[:, groups].amax(dim=2, keepdim=True).expand(-1, -1, groups.shape[1])
         return x, spread
-    steepest = max(1.0, *map(abs, hidden.slopes or (1.0,)))
-    return x, steepest * error * _UP + 2 * UNIT_ROUNDOFF * x.abs()
+    return x, hidden.steepest * error * _UP + 2 * UNIT_ROUNDOFF * x.abs()
 
 
 def _norm_above(gradient: Jacobian, q: float) -> Tensor:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from lipexp import record
+from lipexp.activations import ALL_NORMS
 from lipexp.networks import Affine, BakedNetwork
-from lipexp.norms import UNIT_ROUNDOFF, norm_name
+from lipexp.norms import UNIT_ROUNDOFF, norm_name, row_norm_bound
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -101,7 +102,8 @@ def float32_error(network: BakedNetwork, x: Tensor, radius: FloatArray) -> Float
     """A bound (N,) on |float32's f(x') - the real f(x')| over all float32 vectors x' with ||x' - x||_p <= radius.
 
     A coordinate of x' differs by at most `radius` from that of x, whatever p is, and the features behind a layer
-    by at most radius times the norms of the layers so far. The arithmetic is IEEE's float32, as on a CPU; TF32 and
+    by at most radius times the norms of the layers so far; in the inf-norm, times the first layer's norm and the
+    row sums of later ones. The arithmetic is IEEE's float32, as on a CPU; TF32 and
     bfloat16 round more.
     """
     *inputs, _ = _inputs(network, x)
@@ -112,9 +114,12 @@ def _float32_error(
     network: BakedNetwork, inputs: Sequence[tuple[Tensor, Tensor]], radius: FloatArray
 ) -> FloatArray:
     """`float32_error` from the inputs of the layers at x."""
+    proven = [norm for (norm,) in network.norms]
+    if not set(network.act.norms) >= ALL_NORMS:  # the norm of the hidden spaces may be one of those that it lacks
+        proven = [proven[0], *(row_norm_bound(layer.weight[0].numpy(), 1) for layer in network.layers[1:])]
     moved = torch.from_numpy(radius)
     error = torch.zeros_like(moved)
-    for layer, (norm,), (h, unsure) in zip(network.layers, network.norms, inputs, strict=True):
+    for layer, norm, (h, unsure) in zip(network.layers, proven, inputs, strict=True):
         error = _layer_error(FLOAT32, layer, h.abs() + (unsure + moved).unsqueeze(1), error)
         moved = moved * norm * (1 + 4 * UNIT_ROUNDOFF)
     return error.nan_to_num(nan=math.inf, posinf=math.inf).numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 from collections import deque
@@ -43,11 +44,13 @@ def start_server() -> None:
     """
     CONTEXT.set_forkserver_preload([__name__, "lipexp.sweep.work"])
     resource_tracker.ensure_running()  # the server would start it otherwise, and unblock Ctrl-C with that
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        with holding_interrupts():
-            forkserver.ensure_running()
+        forkserver.ensure_running()
     except OSError as error:  # such as a temporary folder whose name is too long for a socket
         raise ConfigError("hydra.launcher.executor", "process", f"cannot start a process here: {error}") from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def in_processes(stacks: Sequence[Sequence[Job]], processes: int, display: SweepDisplay) -> None:

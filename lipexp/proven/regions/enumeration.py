@@ -20,8 +20,8 @@ import bisect
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from lipexp.activations import ActiveMap
 from lipexp.exact import Exact, break_ties, integers
 from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF
@@ -108,12 +108,11 @@ class Enumeration:
         self.cells, self.inside = self.domain.cells, self.domain.inside
         # For each hidden layer: the region of the layer before that a region is part of, and the active map there.
         self.parents: list[Integers] = []
-        self.active: list[tuple[Integers, npt.NDArray[np.int64]]] = []
+        self.active: list[ActiveMap] = []
         # Regions are numbered through all layers; this is the number of the first region of each layer.
         self._first_region = [0]
         self._exact_maps: dict[tuple[int, int], Exact] = {}
         self._exact_layers: dict[int, tuple[Exact, Exact]] = {}
-        self.exponent = 0  # of the activation's factors
         self.maps = Maps.identity(len(self.cells), self.dims)
         for layer in range(len(self.weights) - 1):
             self._cut(layer, max_regions)
@@ -133,13 +132,13 @@ class Enumeration:
         if parts is None:
             raise TooManyRegions
         self.inside = self.inside[parts.parent]
-        index, factor = self._active_maps(parts, maps, layer, pairs)
+        active = self._active_maps(parts, maps, layer, pairs)
         self.parents.append(parts.parent)
-        self.active.append((index, factor))
+        self.active.append(active)
         self.cells = parts
         # The maps behind the last hidden layer are needed once, a few at a time.
         if layer < len(self.weights) - 2:
-            self.maps = maps.activated(parts.parent, index, factor, self.exponent)
+            self.maps = maps.activated(parts.parent, active)
 
     def _pairs(self) -> Integers:
         pairs = self.act.breakpoints(self.maps.value.shape[2])
@@ -189,13 +188,12 @@ class Enumeration:
         value = first - second
         return value, SAFETY * (2 * maps.error[where] + UNIT_ROUNDOFF * np.abs(value))
 
-    def _active_maps(
-        self, parts: Polygons, maps: Maps, layer: int, pairs: Integers
-    ) -> tuple[Integers, npt.NDArray[np.int64]]:
-        """The active map of the activation on each part, (P, H) `index` and `factor`."""
+    def _active_maps(self, parts: Polygons, maps: Maps, layer: int, pairs: Integers) -> ActiveMap:
+        """The active map of the activation on each part, with `index` and `factor` (P, H)."""
         value, error = self.plane.corners["value"], self.plane.corners["error"]
         index = np.empty((len(parts), maps.value.shape[2]), dtype=np.int64)
         factor = np.empty_like(index)
+        exponents = set()
         counts = np.diff(parts.start)
         middle = np.add.reduceat(value[parts.corner], parts.start[:-1]) / counts[:, None]
         middle_error = np.add.reduceat(error[parts.corner], parts.start[:-1]) / counts[:, None]
@@ -209,8 +207,11 @@ class Enumeration:
                 z[row] = self._untied(parts, int(block[row]), layer)
             active = self.act.active_map(z)
             assert active is not None
-            index[block], factor[block], self.exponent = active.index, active.factor, active.exponent
-        return index, factor
+            index[block], factor[block] = active.index, active.factor
+            exponents.add(active.exponent)
+        if len(exponents) > 1:
+            raise ArithmeticError(f"{self.act.label}.active_map has another exponent from point to point")
+        return ActiveMap(index, factor, exponents.pop())
 
     def _untied(self, parts: Polygons, part: int, layer: int) -> Floats:
         """The exact z at the middle of a part, without ties: what is equal there, or zero, is so on all of it."""
@@ -247,9 +248,10 @@ class Enumeration:
         if layer == 0:
             before, exponent = np.array([[1, 0, 0], [0, 1, 0]], dtype=object), 0
         else:
-            index, factor = (part[region] for part in self.active[layer - 1])
+            active = self.active[layer - 1]
             rows, exponent = self._exact_map(layer - 1, int(self.parents[layer - 1][region]))
-            before, exponent = factor[:, None].astype(object) * rows[index], exponent + self.exponent
+            before = active.factor[region][:, None].astype(object) * rows[active.index[region]]
+            exponent += active.exponent
         if layer not in self._exact_layers:  # most layers never need them
             self._exact_layers[layer] = integers(self.weights[layer]), integers(self.biases[layer])
         (weight, weight_exponent), (bias, bias_exponent) = self._exact_layers[layer]
@@ -283,8 +285,9 @@ class Enumeration:
         if not self.active:
             before = self.maps.take(block)
         else:
-            index, factor = self.active[-1]
-            before = self.maps.activated(self.cells.parent[block], index[block], factor[block], self.exponent)
+            last = self.active[-1]
+            active = ActiveMap(last.index[block], last.factor[block], last.exponent)
+            before = self.maps.activated(self.cells.parent[block], active)
         return before.affine(self.weights[-1], self.biases[-1])
 
     def _steepest(self, norm: Floats, among: Integers) -> Steepest:

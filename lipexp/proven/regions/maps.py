@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from lipexp.activations import ActiveMap
 from lipexp.norms import UNIT_ROUNDOFF, spectral_norm_bound
 from lipexp.proven.regions.polygons import SAFETY, TINY, Floats, Integers
 
@@ -82,15 +83,16 @@ class Maps:
         underflow = TINY * n_in * (self.size + self.error > 0)
         return _checked(value, SAFETY * error + underflow, SAFETY * error_2 + n_out * underflow)
 
-    def activated(self, parent: Integers, index: Integers, factor: Integers, exponent: int) -> Maps:
-        """The maps behind an activation, out[j] = factor[j] 2^exponent z[index[j]], for parts of the regions.
+    def activated(self, parent: Integers, active: ActiveMap) -> Maps:
+        """The maps behind an activation, for parts of the regions.
 
         Args:
             parent: (P',) the region of this object that each part lies in.
-            index, factor: (P', H).
+            active: the activation's linear map on each part, with `index` and `factor` (P', H).
         """
+        index, factor = active.index, active.factor
         width = index.shape[1]
-        scale = factor * 2.0**exponent
+        scale = factor * 2.0**active.exponent
         rows = 3 * parent[:, None] + np.arange(3)  # (P', 3) of `value` as a matrix of H columns
         places_before = self.value.shape[2] * rows[:, :, None] + index[:, None, :]
         value = self.value.reshape(-1).take(places_before)

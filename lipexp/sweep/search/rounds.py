@@ -21,10 +21,11 @@ from lipexp.config import ConfigError
 try:
     import optuna
     import sqlalchemy
+    from optuna.trial import FrozenTrial
 except ImportError:
     raise ConfigError("hydra/sweeper", "search", "needs optuna: pip install 'lipexp[search]'") from None
 
-from lipexp.process import begin_work
+from lipexp.process import begin_work, holding_interrupts
 from lipexp.record import Outcome
 from lipexp.runs import RunFolder, SweepFailed, write_csv
 from lipexp.sweep import executors
@@ -34,6 +35,7 @@ from lipexp.sweep.options import LauncherOptions
 from lipexp.sweep.search.options import SearchOptions
 from lipexp.sweep.search.outcome import ranked, show, write_best, write_picture
 from lipexp.sweep.search.space import Space
+from lipexp.wording import count
 
 
 def search(context: HydraContext, master: DictConfig, arguments: Sequence[str]) -> None:
@@ -86,6 +88,7 @@ def _launcher(master: DictConfig) -> LauncherOptions:
     return replace(options, table=False)
 
 
+@holding_interrupts()  # a library would turn a KeyboardInterrupt into an error of its own
 def _study(folder: Path, definition: Mapping[str, Any]) -> optuna.Study:
     """The study in the folder's database, made or found there; raises ConfigError for another one, or for none."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -117,20 +120,35 @@ class Search:
     metric: str
     folder: Path
     study: optuna.Study
-    rows: list[dict[str, Any]] = field(default_factory=list)  # of sweep.csv
+    rows: list[Mapping[str, Any]] = field(default_factory=list)  # of sweep.csv
 
     def run(self) -> None:
         """Train what is missing; writes sweep.csv after each round, and the outcome at the end."""
-        ends = [*self.study.user_attrs.get("ends", [0])]  # of the rounds; those of an earlier call stay
+        ends = self._rounds()
+        for number, (first, end) in enumerate(pairwise(ends)):
+            trials = self._ask(first, end)
+            self._tell(trials, self._train(number, trials))
+            print(f"round {number + 1} of {len(ends) - 1}: {count(end, 'trial')}, {self._best()}")
+        self._finish()
+
+    @holding_interrupts()
+    def _rounds(self) -> list[int]:
+        """The number of trials after each round, from 0 on; the rounds of an earlier call stay."""
+        ends = [*self.study.user_attrs.get("ends", [0])]
         starts = range(ends[-1], self.options.trials, self.options.round)
         ends += [min(start + self.options.round, self.options.trials) for start in starts]
         self.study.set_user_attr("ends", ends)
-        for number, (first, end) in enumerate(pairwise(ends)):
-            self._ask(first, end)
-            self._train(number, self.study.trials[first:end])
-            best = [f"best {self.metric} {trial.value:.6g} (trial {trial.number})" for trial in ranked(self.study)]
-            print(f"round {number + 1} of {len(ends) - 1}: {end} trials, {[*best, 'none has a value'][0]}")
-        if not best:
+        return ends
+
+    @holding_interrupts()
+    def _best(self) -> str:
+        best = ranked(self.study)[:1]
+        return "".join(f"best {self.metric} {t.value:.6g} (trial {t.number})" for t in best) or "none has a value"
+
+    @holding_interrupts()
+    def _finish(self) -> None:
+        """Write and show the outcome; raises SweepFailed if no trial has a value."""
+        if not ranked(self.study):
             reasons = sorted({run["reason"] for run in self.rows} - {""})
             raise SweepFailed([f"no trial has a value: {'; '.join(reasons[:3])}"])
         result = (self.folder, self.study, self.space, self.metric)
@@ -138,8 +156,9 @@ class Search:
         write_picture(*result)
         show(*result)
 
-    def _ask(self, first: int, end: int) -> None:
-        """Ask for the trials of a round that an earlier call has not asked for.
+    @holding_interrupts()
+    def _ask(self, first: int, end: int) -> list[FrozenTrial]:
+        """The trials of a round; those that an earlier call has not asked for are asked for now.
 
         Each has a random stream of its own, so that a search that is resumed asks for the same trials. After the
         first round, which knows nothing yet, `stack` trials at a time differ in real numbers alone.
@@ -159,9 +178,10 @@ class Search:
             study.sampler = tpe if self.options.sampler == "tpe" else optuna.samplers.RandomSampler(seed=seed)
             study.ask(self.space.axes)
             self.study.add_trial(study.trials[number])
+        return self.study.trials[first:end]
 
-    def _train(self, number: int, trials: Sequence[optuna.trial.FrozenTrial]) -> None:
-        """Train what is missing of a round as one sweep, and tell the study the mean over each trial's seeds."""
+    def _train(self, number: int, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
+        """The rows of a round's runs in sweep.csv, with the number of their trial; what is missing is trained."""
         folder = self.folder / f"round-{number}"
         where = f"hydra.sweep.dir={QuotedString(str(folder), Quote.single).with_quotes()}"
         runs = [(trial.number, lines) for trial in trials for lines in self.space.jobs(trial.params)]
@@ -172,14 +192,21 @@ class Search:
             outcomes = [Outcome.of(RunFolder(job.folder)) for job in jobs]
             if any(outcome.status == "missing" for outcome in outcomes):
                 raise
+        rows = []
         for (trial, _), job, outcome in zip(runs, jobs, outcomes, strict=True):
             run = {"trial": trial, "round": number, **row(job, outcome)}
             if run.get(self.metric) is None:
                 run["reason"] = run["reason"] or f"{self.metric} is null"
-            self.rows.append(run)
+            rows.append(run)
+        return rows
+
+    @holding_interrupts()
+    def _tell(self, trials: Sequence[FrozenTrial], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write down the runs of a round, and tell the study the mean over each trial's seeds."""
+        self.rows += rows
         write_csv(self.folder / "sweep.csv", self.rows)
         for told in trials:
-            own = [run for run in self.rows if run["trial"] == told.number]
+            own = [run for run in rows if run["trial"] == told.number]
             value = None if any(run["reason"] for run in own) else fmean(run[self.metric] for run in own)
             # The sampler ranks "pruned" trials below all others; "failed" ones it would ignore, and repeat.
             state = optuna.trial.TrialState.PRUNED if value is None else None
