@@ -155,6 +155,9 @@ def as_activation(thing: Any) -> Activation:
         raise ConfigError("act", act.label, f"declares norms = {act.norms}; a p-norm is 1, 2 or inf")
     if set(act.norms) != norms:
         act.norms = norms  # with numbers for words such as "inf"
+    if act.state_dict():
+        names = ", ".join(act.state_dict())
+        raise ConfigError("act", act.label, f"has parameters or buffers ({names}), which are not supported so far")
     if act.slopes is not None:
         try:
             low, high = (float(slope) for slope in act.slopes)

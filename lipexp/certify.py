@@ -30,6 +30,7 @@ from lipexp.loop import Streams, generator
 from lipexp.measured import overall, sources, steepest
 from lipexp.measured.attack import RECORDED, Attack, attack
 from lipexp.measured.gradients import Maximum, scan
+from lipexp.members import drawn
 from lipexp.networks import BakedNetwork
 from lipexp.process import cpu_threads
 from lipexp.proven import METHODS, Certificate, Chain, Problem, Proof, prove
@@ -96,7 +97,7 @@ def examine(run: LoadedRun, options: argparse.Namespace) -> Finding:
     _check_network(run, dataset.n_inputs)
     network = constraint.prove(run.baked)
     streams = Streams.of(whole("seed", run.config.get("seed"), least=0))
-    data = dataset.draw(streams.data)
+    data = drawn(dataset, streams.data, type(dataset).__name__)
     x = torch.from_numpy(np.concatenate([data.train_x, data.test_x])).double().unsqueeze(0)  # (1, N, D)
     chain = Chain.of(constraint, len(network.layers))
     scanned = scan(network, x)

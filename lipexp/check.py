@@ -77,7 +77,12 @@ def check(content: dict[str, Any], choices: dict[str, Any], groups: Sequence[str
     """Call the laws of these groups and of whole runs; print one line each, and return 1 if one is broken."""
     from lipexp.laws import LAWS, Broken, Subject, statement
 
-    subject = Subject(content, choices)
+    try:
+        subject = Subject(content, choices)
+    except ConfigError:
+        raise
+    except Exception as error:  # a user's class may raise anything
+        raise ConfigError(", ".join(groups), None, f"cannot be built: {one_line(error)}") from None
     broken = 0
     for group in (*groups, "run"):
         print(f"{group}={choices[group]}" if group in choices else "the whole run")

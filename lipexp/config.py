@@ -114,7 +114,7 @@ def norm_order(option: str, value: Any) -> float:
         ConfigError: it is not 1, 2 or inf.
     """
     with suppress(TypeError, ValueError):
-        if float(value) in (1.0, 2.0, math.inf):
+        if not isinstance(value, bool) and float(value) in (1.0, 2.0, math.inf):
             return float(value)
     raise ConfigError(option, value, "must be 1, 2 or inf")
 

@@ -94,7 +94,9 @@ class Trainer:
     ) -> None:
         self.stack = stack
         self.steps_done = 0
-        self.act = stack.act.to(device, dtype)
+        # Copies: evaluation works with the originals, on the CPU and in float64.
+        self.act = copy.deepcopy(stack.act).to(device, dtype)
+        self.loss = copy.deepcopy(stack.loss).to(device, dtype)
         self.x = torch.stack([torch.from_numpy(data.train_x) for data in stack.data]).to(
             device, dtype
         )  # (K, N, D)
@@ -124,7 +126,7 @@ class Trainer:
         x, y = (part.flatten(0, 1).index_select(0, index.flatten()) for part in (self.x, self.y))
         weights = stack.constraint.apply(self.layers)
         f = inputs_and_output(weights, self.act, x.unflatten(0, index.shape))[1]
-        loss = stack.loss(f.squeeze(-1), y.unflatten(0, index.shape)).mean(dim=1)  # (K,)
+        loss = self.loss(f.squeeze(-1), y.unflatten(0, index.shape)).mean(dim=1)  # (K,)
         leaves = [part for layer in self.layers for part in layer]
         # Parameters that a user's class cuts off from the loss get a zero gradient, instead of an error.
         gradients = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
@@ -148,7 +150,6 @@ def fit(
         evaluate: called with the baked networks before the first step, every `eval_every` steps and at the end.
         tick: called with the number of finished steps every few steps, for a progress display.
     """
-    act = copy.deepcopy(stack.act).to("cpu", torch.float64)  # the trainer moves its own to the device
     trainer = Trainer(stack, device, dtype)
     parameters = trainer.parameters
     failures: dict[int, Failure] = {}
@@ -159,7 +160,7 @@ def fit(
             failures.setdefault(run, Failure("the parameters are no longer finite", step))
         lost = torch.zeros(len(parameters), 1, dtype=torch.bool, device=parameters.device)
         lost[list(failures)] = True
-        network = stack.constraint.bake(unflatten(parameters.masked_fill(lost, 0), stack.shapes), act)
+        network = stack.constraint.bake(unflatten(parameters.masked_fill(lost, 0), stack.shapes), stack.act)
         for run in range(len(parameters)):
             if not network.is_finite(run):
                 failures.setdefault(run, Failure("the network does not fit into float32", step))

@@ -50,6 +50,10 @@ class Member:
         dataset: Dataset = self.parts["dataset"]
         return self.parts["model"].shapes(dataset.n_inputs, dataset.n_outputs)
 
+    def drawn(self, streams: Streams) -> Data:
+        """The data of this run."""
+        return drawn(self.parts["dataset"], streams.data, self.names["dataset"])
+
 
 def build(
     content: DictConfig | Mapping[str, Any],
@@ -114,8 +118,8 @@ def part(node: Any, group: str, name: str, trust: bool = True) -> Any:
     if group == "act":
         return as_activation(found)
     for argument in _per_run(found):
-        if not hasattr(found, argument):
-            raise ConfigError(group, name, f"names {argument} in per_run, but has no attribute of that name")
+        if not isinstance(getattr(found, argument, None), int | float):
+            raise ConfigError(group, name, f"names {argument} in per_run, but has no number of that name")
     if group == "loss":
         return as_loss(found, name)
     base = BASES[group]
@@ -207,7 +211,7 @@ def stack(members: Sequence[Member]) -> Stack:
         **{group: _stacked(group, members) for group in ("model", "act", "constraint", "loss", "optim")},
         shapes=members[0].shapes,
         task=TASKS[members[0].parts["dataset"].task],
-        data=[_drawn(member, own) for member, own in zip(members, streams, strict=True)],
+        data=[member.drawn(own) for member, own in zip(members, streams, strict=True)],
         streams=streams,
         steps=config.steps,
         batch_size=config.batch_size,
@@ -225,22 +229,26 @@ def _stacked(group: str, members: Sequence[Member]) -> Any:
     return one
 
 
-def _drawn(member: Member, streams: Streams) -> Data:
-    """The data of one run, checked against what its dataset declares."""
-    dataset: Dataset = member.parts["dataset"]
-    data = Data(*(np.asarray(array, dtype=np.float32) for array in dataset.draw(streams.data)))
+def drawn(dataset: Dataset, stream: np.random.SeedSequence, name: str) -> Data:
+    """The data that `dataset`, called `name` in the configuration, draws from `stream`, in float32.
+
+    Raises:
+        ConfigError: they contradict what it declares.
+    """
+    arrays: Any = dataset.draw(stream)
+    if not isinstance(arrays, tuple) or len(arrays) != len(Data._fields):
+        raise ConfigError("dataset", name, f"must draw lipexp.datasets.Data, not {type(arrays).__name__}")
+    data = Data(*(np.asarray(array, dtype=np.float32) for array in arrays))
     for split, n in (("train", dataset.n_train), ("test", dataset.n_test)):
         for what, shape in ((f"{split}_x", (n, dataset.n_inputs)), (f"{split}_y", (n,))):
             array = getattr(data, what)
             if array.shape != shape:
                 allowed = f"draws {what} of shape {array.shape}, but declares {shape}"
-                raise ConfigError("dataset", member.names["dataset"], allowed)
+                raise ConfigError("dataset", name, allowed)
             if not np.isfinite(array).all():
-                raise ConfigError(
-                    "dataset", member.names["dataset"], f"draws {what} with numbers that are not finite"
-                )
+                raise ConfigError("dataset", name, f"draws {what} with numbers that are not finite")
         targets = getattr(data, f"{split}_y")
         if TASKS[dataset.task].has_classes and not np.isin(targets, (0, 1)).all():
             allowed = f"draws targets that are not {TASKS[dataset.task].targets}, as {dataset.task} needs"
-            raise ConfigError("dataset", member.names["dataset"], allowed)
+            raise ConfigError("dataset", name, allowed)
     return data

@@ -31,6 +31,7 @@ MEASURED, CERTIFIED, TARGET = "lipschitz.measured", "lipschitz.certified", "lips
 Q, VERDICT = "lipschitz.q", "lipschitz.verdict"
 TESTED = {f"test.{metric}": larger for metric, larger in METRICS.items()}  # -> larger is better
 BEST_HIGH = (*(metric for metric, larger in METRICS.items() if larger), "radius")  # parts of keys end in them
+UPPER = (".certified", ".product", ".exact", ".exact_box.value", "robustness.lipschitz")  # upper bounds end so
 CHOICES = ["dataset", "act", "constraint", "loss"]  # the groups that are columns of every table
 PLAIN = [*TESTED, MEASURED, CERTIFIED, Q, VERDICT, "status"]
 FOLDED = [*TESTED, "n", "worst", MEASURED, CERTIFIED, Q, VERDICT, "failed"]
@@ -210,8 +211,10 @@ def cell(row: dict[Any, Any], key: str, root: str) -> str:
         return f"{value}: {' '.join(row['reason'].split())}"
     if not isinstance(value, float):
         return str(value)
-    if key in (MEASURED, CERTIFIED):
-        return below(value) if key == MEASURED else above(value, row[TARGET])
+    if key == MEASURED:
+        return below(value)
+    if key.endswith(UPPER) or key.startswith("certify.bounds."):
+        return above(value, row[TARGET])
     rounded = f"{value:#.4g}" if key in (*TESTED, "worst") else f"{value:.4g}"
     return f"{rounded} ± {row['sd']:.2g}" if key in TESTED and row.get("sd") is not None else rounded
 

@@ -31,11 +31,14 @@ def pairs(subject: Subject) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def keeps_shape_and_type(subject: Subject) -> str | None:
-    """It returns features of the same shape and number type."""
+    """It returns features of the same shape and number type, and leaves its input as it is."""
     act = act_of(subject)
     for dtype in (torch.float32, torch.float64):
         z = subject.normal(2, 5, subject.width).to(dtype)
+        before = z.clone()
         out = act.to(dtype)(z)
+        if not torch.equal(before, z):
+            raise Broken(f"it writes into its input: {shown(before[0, 0])} becomes {shown(z[0, 0])}")
         if out.shape != z.shape or out.dtype != dtype:
             raise Broken(f"{tuple(z.shape)} {dtype} becomes {tuple(out.shape)} {out.dtype}")
     return None
@@ -92,7 +95,9 @@ def equals_its_active_map(subject: Subject) -> str | None:
     act = act_of(subject)
     if not act.is_piecewise_linear:
         return "it declares no active linear map"
-    for point in subject.normal(50, subject.width):
+    points = subject.normal(50, subject.width)
+    together = act.active_map(points.numpy())  # of several points at once, as proofs ask for it
+    for i, point in enumerate(points):
         active = act.active_map(point.numpy())
         if active is None:
             raise Broken(f"no active map at {shown(point)}")
@@ -107,6 +112,13 @@ def equals_its_active_map(subject: Subject) -> str | None:
         exact = act.active_map(np.array([int(value * 2**40) << 100 for value in point.tolist()], dtype=object))
         if exact is None or (exact.index != active.index).any() or (exact.factor != active.factor).any():
             raise Broken(f"the active map at {shown(point)} is another one for integers in its proportions")
+        if (
+            together is None
+            or (together.index[i] != active.index).any()
+            or (together.factor[i] != active.factor).any()
+            or together.exponent != active.exponent
+        ):
+            raise Broken(f"the active map at {shown(point)} is another one when several points are given")
     return None
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lipexp.config import ConfigError
 from lipexp.laws.subject import Broken, Law, Subject, shown
 from lipexp.loop import Streams, generator
 from lipexp.losses import Loss
 from lipexp.members import stack
-from lipexp.models import unflatten
 from lipexp.tasks import TASKS
 
 # Losses ----------------------------------------------------------------------------------------------------------
@@ -51,10 +51,10 @@ def is_a_mean_over_samples(subject: Subject) -> str | None:
 
 
 def loss_has_true_finite_gradients(subject: Subject) -> str | None:
-    """Its derivatives are finite and agree with finite differences."""
+    """Its derivatives are finite, for outputs up to some 30, and agree with finite differences."""
     loss, f, y = loss_and_batch(subject)
-    for outputs in (1e4 * f, 0 * f, f):
-        (gradient,) = torch.autograd.grad(loss(outputs.requires_grad_(), y).sum(), outputs)
+    for outputs in ((10 * f).float(), 10 * f, 0 * f, f):
+        (gradient,) = torch.autograd.grad(loss(outputs.requires_grad_(), y.to(outputs.dtype)).sum(), outputs)
         if not torch.isfinite(gradient).all():
             raise Broken(f"outputs {shown(outputs[0])} give the derivatives {shown(gradient[0])}")
     step = 1e-6
@@ -80,29 +80,30 @@ LOSS_LAWS: tuple[Law, ...] = (
 
 def draws_what_it_declares(subject: Subject) -> str | None:
     """It draws the points and targets that it declares, all finite."""
-    stack(subject.variants(2))  # which checks exactly that, and says so in one line
+    try:
+        stack(subject.variants(2))  # which checks exactly that
+    except ConfigError as error:
+        raise Broken(str(error)) from None
     return None
 
 
 def draws_the_same_from_the_same_stream(subject: Subject) -> str | None:
-    """The same seed draws the same data, another seed other data."""
-    dataset = subject.member.parts["dataset"]
-    stream = Streams.of(3).data
-    first, again, other = dataset.draw(stream), dataset.draw(stream), dataset.draw(Streams.of(4).data)
+    """It draws the same data from the same stream."""
+    streams = Streams.of(3)
+    first, again = (subject.member.drawn(streams) for _ in range(2))
     for name in first._fields:
         if not np.array_equal(getattr(first, name), getattr(again, name)):
             raise Broken(f"{name} differs between two draws from one stream")
-    if np.array_equal(first.train_x, other.train_x):
-        raise Broken("two seeds draw the same training points")
     return None
 
 
 def keeps_training_and_test_apart(subject: Subject) -> str | None:
-    """At most a quarter of the test points are training points, but for point masses."""
-    data = subject.member.parts["dataset"].draw(Streams.of(3).data)
+    """Test points are training points hardly more often than training points coincide."""
+    data = subject.member.drawn(Streams.of(3))
     times = Counter(tuple(point) for point in data.train_x.tolist())
-    shared = [point for point in data.test_x.tolist() if times[tuple(point)] == 1]  # in a point mass many coincide
-    if len(shared) > len(data.test_x) / 4:
+    coinciding = sum(count for count in times.values() if count > 1) / len(data.train_x)
+    shared = [point for point in data.test_x.tolist() if tuple(point) in times]
+    if len(shared) / len(data.test_x) > coinciding + 0.25:
         where = shown(np.array(shared[0]))
         raise Broken(f"{len(shared)} of {len(data.test_x)} test points are training points, such as {where}")
     return None
@@ -118,29 +119,29 @@ DATASET_LAWS: tuple[Law, ...] = (
 
 
 def starts_the_same_from_the_same_stream(subject: Subject) -> str | None:
-    """The same seed gives the same parameters, as many as its shapes need."""
+    """The same seed gives the same finite parameters, as many as its shapes need."""
     member = subject.member
     model, shapes = member.parts["model"], member.shapes
-    first, again, other = (model.initial(shapes, generator(Streams.of(seed).weights)) for seed in (3, 3, 4))
+    first, again = (model.initial(shapes, generator(Streams.of(3).weights)) for _ in range(2))
     needed = sum(n_out * (n_in + 1) for n_out, n_in in shapes)
     if first.shape != (needed,):
         raise Broken(f"it makes {tuple(first.shape)} parameters for the shapes {shapes}, which need {needed}")
-    if not torch.isfinite(first).all() or not torch.equal(first, again) or torch.equal(first, other):
-        raise Broken("parameters are not finite, not repeated by the same seed, or repeated by another one")
+    if not torch.isfinite(first).all() or not torch.equal(first, again):
+        raise Broken("the parameters are not finite, or not repeated by the same seed")
     return None
 
 
 def leads_from_inputs_to_outputs(subject: Subject) -> str | None:
-    """Its layers lead from any number of inputs to any number of outputs."""
-    model = subject.member.parts["model"]
-    for n_inputs, n_outputs in ((1, 1), (2, 1), (64, 3)):
-        shapes = model.shapes(n_inputs, n_outputs)
+    """Its layers lead from the inputs to the output, for any numbers of them that it does not refuse."""
+    model, dataset = (subject.member.parts[group] for group in ("model", "dataset"))
+    for n_inputs, n_outputs in ((dataset.n_inputs, dataset.n_outputs), (1, 1), (2, 1), (64, 3)):
+        try:
+            shapes = model.shapes(n_inputs, n_outputs)
+        except ConfigError:
+            continue
         sizes = [n_inputs, *(n_out for n_out, _ in shapes)]
         if [n_in for _, n_in in shapes] != sizes[:-1] or sizes[-1] != n_outputs:
             raise Broken(f"{n_inputs} inputs and {n_outputs} outputs give the shapes {shapes}")
-        layers = unflatten(model.initial(shapes, torch.Generator().manual_seed(0)).unsqueeze(0), shapes)
-        if any(not layer.weight.any() for layer in layers):
-            raise Broken(f"a weight matrix starts at zero, for the shapes {shapes}")
     return None
 
 

@@ -15,16 +15,17 @@ from lipexp.config import GROUPS, ConfigError
 from lipexp.loop import Checkpoint, Streams, Trainer, fit
 from lipexp.members import Member, build, stack
 from lipexp.networks import BakedNetwork
+from lipexp.runs import flat
 
 # Small enough for a law to take a moment; what a class does not know is left out.
-SMALL = {
+SMALL: dict[str, Any] = {
     "dataset.n_train": 64,
     "dataset.n_test": 32,
     "batch_size": 32,
     "steps": 30,
     "eval_every": 0,
     "device": "cpu",
-}
+}  # numbers are upper limits
 
 
 class Broken(Exception):
@@ -53,9 +54,12 @@ class Subject:
         self.generator = torch.Generator().manual_seed(0)
         self.content = copy.deepcopy(dict(content))
         for key, value in SMALL.items():
-            self._set(self.content, key, value)
+            known = flat(self.content).get(key)
+            if known is not None:
+                self._set(self.content, key, min(value, known) if isinstance(known, int) else value)
         own = copy.deepcopy(self.content)
-        self._set(self.content, "model.width", width)
+        if "model.width" in flat(self.content):
+            self._set(self.content, "model.width", width)
         try:
             self.member = self.build()
         except ConfigError:  # such as an activation whose groups need the width that was asked for
@@ -67,8 +71,7 @@ class Subject:
         *path, name = key.split(".")
         for step in path:
             content = content[step]
-        if name in content:
-            content[name] = value
+        content[name] = value
 
     def build(self, changes: Mapping[str, Any] = {}) -> Member:
         """One run, with some settings changed, by their dotted keys."""
@@ -116,7 +119,7 @@ class Subject:
     @cached_property
     def points(self) -> Tensor:
         """(N, D) float64, the data of the first run."""
-        data = self.member.parts["dataset"].draw(Streams.of(0).data)
+        data = self.member.drawn(Streams.of(0))
         return torch.from_numpy(np.concatenate([data.train_x, data.test_x])).double()
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
