@@ -49,7 +49,9 @@ class Activation(nn.Module):
     |                      |                                                          | sorts or has two slopes  |
     | `check_width(width)` | which numbers of features suit it                        | one clear line otherwise |
 
-    Nothing else is asked of it. A class that declares nothing trains with constraint=none, and is measured in
+    Of `forward` is asked: it treats every run and point alone, works in float32 and float64, leaves its input as
+    it is, and has neither parameters nor buffers. Certified radii rely on `forward(0) = 0` and on no more than one
+    rounding error in each feature. A class that declares nothing trains with constraint=none, and is measured in
     float64. What a class inherits describes the map of its base: a class that overrides `forward` therefore starts
     without declarations, and repeats those that are still true.
     """

@@ -224,15 +224,20 @@ class Constraint(ABC):
 
     | member              | what it is                                                                      |
     |---------------------|---------------------------------------------------------------------------------|
-    | `p`                 | the norm in which inputs move: 1, 2 or inf                                      |
+    | `p`                 | the norm in which inputs move: 1, 2 or inf; `q`, its dual, measures gradients   |
     | `hidden_p`          | the norm of the hidden spaces, in which activations must be 1-Lipschitz         |
     | `lipschitz`         | L; None: there is no bound                                                      |
-    | `norms(n_layers)`   | the operator norm of each layer, first layer first                              |
+    | `norms(n_layers)`   | the operator norm of each layer, first layer first; from p to hidden_p, then    |
+    |                     | from hidden_p to hidden_p. Their product bounds the network                     |
     | `per_run`           | the arguments that may differ between the runs of a stack: each is an attribute |
-    |                     | of the same name, which may be a (K,) tensor whenever it is read later          |
+    |                     | of the same name, a number that may become a (K,) tensor                        |
+    | `check(act, name)`  | refuses an activation that breaks the bound                                     |
+    | `target(run)`       | L of one run                                                                    |
+    | `bound(n_layers)`   | b, the norm that each layer may have                                            |
     | `start(layers)`     | begins training from these free parameters                                      |
     | `apply(layers)`     | the weights for free parameters, differentiable, once per step                  |
     | `bake(layers, act)` | the network to report, float32 on the CPU, with its proven norms                |
+    | `prove(network)`    | a stored network with its proven norms, as `bake` found them                    |
 
     Only `norms` has to be written; the others follow from it unless the constraint is of another kind.
     """

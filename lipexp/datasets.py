@@ -39,7 +39,8 @@ class Dataset(ABC):
     | `n_outputs`    | C; only 1 is supported so far                                                         |
     | `n_train`      | the number of training points that `draw` returns                                     |
     | `n_test`       | the number of test points                                                             |
-    | `draw(stream)` | the data of one run; the same for the same stream                                     |
+    | `draw(stream)` | the data of one run, finite; the same for the same stream. Every place of use gets    |
+    |                | them checked and in float32 (members.py)                                              |
     | `p`            | the norm in which its points are meant to move, if that is part of the problem; the   |
     |                | constraint must bound the network in the same one. None: any                          |
     | `per_run`      | the arguments that may differ between the runs of a stack                             |
@@ -155,7 +156,8 @@ class Cones(Generated):
     def sample(self, n: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         y = np.arange(n) % 2
         x = np.zeros((n, self.n_inputs))
-        # Four rows per centre in turn: the centre, a point around it, the centre again, and the opposite point.
+        # The rows come in fours, one centre after the other: the centre, a point of its sphere, the centre again,
+        # and the opposite point of the sphere.
         x[:, 0] = self.spacing * (np.arange(n) // 4 % self.n_cones - (self.n_cones - 1) / 2)
         x[y == 0] += _with_opposites(on_sphere((n + 3) // 4, self.n_inputs, self.p, rng))[: n - n // 2]
         return x, y

@@ -76,7 +76,7 @@ class Failure(NamedTuple):
 
 @dataclass
 class Checkpoint:
-    """The baked networks after `step` steps, as handed to `evaluate`."""
+    """The baked networks after `step` steps, which `fit` hands to its argument `evaluate`."""
 
     step: int
     network: BakedNetwork

@@ -28,6 +28,8 @@ class Loss(nn.Module):
     | `task`      | the kind of target that it fits, see tasks.py; "" fits all                               |
     | `per_run`   | the arguments that may differ between the runs of a stack: each is an attribute of the   |
     |             | same name, read in `forward` and nowhere else, where it may be a (K,) tensor (`column`)  |
+
+    It trains in float32 on the device, and is evaluated in float64 on the CPU.
     """
 
     task = ""
@@ -122,9 +124,8 @@ class Kantorovich(Loss):
     """-(mean of f where y = 1 - mean of f where y = 0) / L: the dual of the Wasserstein-1 distance of the classes.
 
     Over all L-Lipschitz f the largest difference of means is L times that distance (Kantorovich and Rubinstein).
-    A batch holds any number of points of each class, so a sample counts as one part of its own class: the mean
-    over the batch is the loss above exactly, and a constant added to f changes nothing. The mean of a class
-    without a point is 0.
+    Each sample is weighted by the number of samples of its class in the batch, so the mean over the batch is the
+    loss above exactly, and a constant added to f changes nothing. The mean of a class without a sample is 0.
 
     Reference: Anil, Lucas and Grosse 2019, "Sorting out Lipschitz function approximation", section 2.3.
     """

@@ -31,7 +31,7 @@ class Optimiser(ABC):
     |---------------------------------------|--------------------------------------------------------------------|
     | `start(parameters)`                   | begins new runs at step 0, for parameters (K, P)                   |
     | `step(parameters, gradient, progress)`| one step, in place; `progress` in [0, 1) is the fraction of the    |
-    |                                       | run that is done, for schedules                                    |
+    |                                       | run that is done, for schedules; called without gradients          |
     | `per_run`                             | the arguments that may differ between the runs of a stack: each is |
     |                                       | an attribute of the same name, read in `start` and nowhere else,   |
     |                                       | where it may be a (K,) tensor                                      |

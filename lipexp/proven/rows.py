@@ -15,7 +15,7 @@ Floats = npt.NDArray[np.float64]
 def why_not_applicable(network: BakedNetwork) -> str | None:
     """Why the bound does not hold for this network; None if it does."""
     act = network.act
-    if act.slopes is None and act.groups(network.layers[0].weight.shape[1]) is None:
+    if act.slopes is None and any(act.groups(width) is None for width in network.hidden_widths):
         return f"{act.label} neither declares slopes nor sorts"
     return None if network.n_outputs == 1 else "is for one output"
 

@@ -12,8 +12,7 @@ class Domain:
     """The box low..high and the parts of the plane around it, cut out by the lines through its sides.
 
     One dimension is treated as the half-plane y >= 0, on which nothing depends on y. A box without interior is
-    left
-    out: the plane is then cut by lines through one of its points only.
+    left out: the plane is then cut by lines through one of its points only.
 
     Args:
         plane: takes the lines and corners.
