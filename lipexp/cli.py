@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import os
+import signal
 import sys
+from itertools import pairwise
 
-from lipexp.process import INTERRUPTED, begin_work, starting
+from lipexp.process import ENDED, Terminated, begin_work, starting
 
 # verb -> (module, what it does); each module has main(arguments) -> exit status
 VERBS = {
@@ -20,14 +24,15 @@ VERBS = {
 
 
 def main() -> int:
-    """Run one verb; returns the exit status: 0, 1 a run failed, 2 bad input, 130 interrupted."""
+    """Run one verb; returns the exit status: 0, 1 a run failed, 2 bad input, 130 interrupted, 143 terminated."""
     try:
         status = _main(sys.argv[1:])
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        print("lipexp: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        print(f"lipexp: {ENDED[number]}", file=sys.stderr)
+        return 128 + number
     except BrokenPipeError:  # the reader of our output has gone, as in `lipexp report | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -83,11 +88,19 @@ def _complete(arguments: list[str]) -> int:
     """Completion: Hydra's shell scripts call `lipexp -sc query=SHELL` with the line so far in COMP_LINE."""
     line = os.environ.get("COMP_LINE", "")
     words = line.split()
-    if any(argument.startswith("query=") for argument in arguments):
-        if len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
-            print(" ".join(VERBS))
-            return 0
-        if words[1] != "train":
-            return 0
-        os.environ["COMP_LINE"] = line.replace(" train", "", 1)  # Hydra knows no verbs
-    return _run("train", arguments)
+    if not any(argument.startswith("query=") for argument in arguments):
+        return _run("train", arguments)
+    typed = "" if line.endswith(" ") else words.pop()
+    if len(words) < 2:
+        print(" ".join(VERBS))
+        return 0
+    if words[1] != "train" or typed.startswith("-"):
+        return 0
+    # Hydra knows no verbs, and reads only overrides that are plain words and no flags between them.
+    overrides = [word for word in words[2:] if "=" in word and word[0] not in "-'\""]
+    sweep = ["-m"] if {"-m", "--multirun"} & set(words) else []
+    os.environ["COMP_LINE"] = " ".join(["lipexp", *sweep, *overrides, typed])
+    folders = [pair for pair in pairwise(words) if pair[0] in ("-cd", "--config-dir")]
+    with contextlib.redirect_stderr(io.StringIO()):  # nothing but words may appear in the line that is typed
+        _run("train", [*(folders[-1] if folders else ()), *arguments])
+    return 0

@@ -6,8 +6,11 @@ rule about which targets may be trusted stands in one place.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib
 import math
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,6 +45,9 @@ class Settings:
     optim: Any = MISSING
 
 
+SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
+
+
 class ConfigError(ValueError):
     """Bad input. Its text is the one line that the user reads: `option=value: what is allowed`.
 
@@ -57,8 +63,10 @@ class ConfigError(ValueError):
         return ConfigError(f"{group}.{self.option}", self.value, self.allowed)
 
 
-def number(option: str, value: Any, *, above: float | None = None, least: float | None = None) -> float:
-    """`value` as a finite float with value > above or value >= least.
+def number(
+    option: str, value: Any, *, above: float | None = None, least: float | None = None, most: float | None = None
+) -> float:
+    """`value` as a finite float with value > above, value >= least, and value <= most.
 
     Raises:
         ConfigError: not a number, not finite, or out of range.
@@ -68,6 +76,8 @@ def number(option: str, value: Any, *, above: float | None = None, least: float 
         allowed += f" above {above:g}"
     if least is not None:
         allowed += f", at least {least:g}"
+    if most is not None:
+        allowed += f", at most {most:g}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(option, value, f"must be {allowed}")
     try:
@@ -75,6 +85,7 @@ def number(option: str, value: Any, *, above: float | None = None, least: float 
     except OverflowError:  # an integer of more than 308 digits
         result = math.inf
     inside = (above is None or result > above) and (least is None or result >= least)
+    inside = inside and (most is None or result <= most)
     if not (math.isfinite(result) and inside):
         raise ConfigError(option, value, f"must be {allowed}")
     return result
@@ -180,7 +191,8 @@ def instantiate(node: Any, group: str, *, trust: bool = True) -> Any:
         raise ConfigError(option, target, f"cannot be used: {missing}")
     try:
         if not own:
-            return hydra_instantiate(arguments, _convert_="all")
+            with contextlib.chdir(os.getcwd()):  # which a user's class may change
+                return hydra_instantiate(arguments, _convert_="all")
         # Not by Hydra, which would instantiate nested targets and resolve interpolations in the arguments.
         del arguments["_target_"]
         return _find(target)(**arguments)

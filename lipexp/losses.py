@@ -76,24 +76,27 @@ def column(value: Any, like: Tensor) -> Any:
 
 
 class BCE(Loss):
-    """Binary cross-entropy of logits with a temperature: BCE(T f, y) / T with y in {0, 1}.
+    """Binary cross-entropy of logits with a temperature: BCE(T f, y) / (T L) with y in {0, 1}.
 
     It falls for ever as margins grow, so under a gradient bound it trades errors for margins. A large T makes it
-    attend to small margins: at T -> infinity it is the hinge loss with margin 0.
+    attend to small margins: at T -> infinity it is the hinge loss with margin 0. Dividing by L keeps gradients at
+    a size that Adam can use, for every L.
 
     Reference: Bethune et al. 2022, "Pay attention to your loss" (arXiv 2104.05097).
     """
 
     task = "classification"
-    per_run = ("temperature",)
+    per_run = ("temperature", "lipschitz")
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    def __init__(self, temperature: float = 1.0, lipschitz: float = 1.0) -> None:
         super().__init__()
         self.temperature = number("temperature", temperature, above=0)
+        self.lipschitz = lipschitz_constant("lipschitz", lipschitz)
 
     def forward(self, f: Tensor, y: Tensor) -> Tensor:
         temperature = column(self.temperature, f)
-        return functional.binary_cross_entropy_with_logits(temperature * f, y, reduction="none") / temperature
+        entropy = functional.binary_cross_entropy_with_logits(temperature * f, y, reduction="none")
+        return entropy / temperature / column(self.lipschitz, f)
 
 
 class Hinge(Loss):
@@ -142,9 +145,19 @@ class Kantorovich(Loss):
 
 
 class MSE(Loss):
-    """(f - y)^2."""
+    """(f - y)^2 / (L max(1, L)); the metric `mse` is not divided.
+
+    For targets of a size of about 1, gradients then have a size that Adam can use, for every L.
+    """
 
     task = "regression"
+    per_run = ("lipschitz",)
+
+    def __init__(self, lipschitz: float = 1.0) -> None:
+        super().__init__()
+        self.lipschitz = lipschitz_constant("lipschitz", lipschitz)
 
     def forward(self, f: Tensor, y: Tensor) -> Tensor:
-        return (f - y).square()
+        lipschitz = torch.as_tensor(column(self.lipschitz, f), dtype=f.dtype, device=f.device)
+        # The square of f alone may overflow.
+        return ((f - y) / (lipschitz.sqrt() * lipschitz.clamp_min(1).sqrt())).square()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from omegaconf import MISSING, DictConfig
 from lipexp.activations import as_activation
 from lipexp.config import (
     GROUPS,
+    SETTINGS,
     ConfigError,
     Settings,
     instantiate,
@@ -32,7 +32,6 @@ from lipexp.models import Model
 from lipexp.optim import Optimiser
 from lipexp.tasks import TASKS
 
-SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
 BASES = {"dataset": Dataset, "constraint": Constraint, "model": Model, "optim": Optimiser}
 
 

@@ -1,4 +1,4 @@
-"""What concerns the whole process: its start, what Ctrl-C does, and how many CPU threads it takes."""
+"""What concerns the whole process: its start, what Ctrl-C and SIGTERM do, and how many CPU threads it takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-INTERRUPTED = 130  # the exit status
+# The signals that end a command, and what Python does by itself.
+SIGNALS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+ENDED: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 @contextmanager
@@ -32,54 +34,72 @@ def cpu_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
 @contextmanager
 def starting() -> Iterator[None]:
     """The body is the start of a command until `begin_work` is called: imports, and composing configurations.
 
-    Ctrl-C then ends the process, with one line and status 130, as nothing is written yet: a KeyboardInterrupt that
-    is raised in an import or in Hydra can be swallowed, or leave half-imported modules behind. And the garbage
-    collector rests, since imports make very many objects, which all stay.
+    Ctrl-C and SIGTERM then end the process, with one line and status 130 or 143, as nothing is written yet: a
+    KeyboardInterrupt that is raised in an import or in Hydra can be swallowed, or leave half-imported modules
+    behind. And the garbage collector rests, since imports make very many objects, which all stay.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # else Ctrl-C is ignored, or belongs to somebody else
-        signal.signal(signal.SIGINT, _end)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, usual in SIGNALS.items():
+        if before[number] is usual:  # else it is ignored, or belongs to somebody else
+            signal.signal(number, _end)
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def begin_work() -> None:
-    """From here on results are written: Ctrl-C raises KeyboardInterrupt, so that they are left in order."""
+    """From here on results are written: Ctrl-C and SIGTERM raise KeyboardInterrupt, and all is left in order."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGTERM) is _end:
+        signal.signal(signal.SIGTERM, _terminate)
     if not gc.isenabled():
         gc.freeze()  # what is imported is never looked through again
         gc.enable()
 
 
+def has_begun() -> bool:
+    """Whether results may have been written."""
+    return gc.isenabled()
+
+
 @contextmanager
 def holding_interrupts() -> Iterator[None]:
-    """Ctrl-C waits until the body is done, such as an import.
+    """Ctrl-C and SIGTERM wait until the body is done, such as an import.
 
-    By a handler and not by blocking the signal, which any thread that does not block it would still receive. In
-    another thread than the main one, which Ctrl-C never reaches, there is nothing to do.
+    By a handler and not by blocking the signals, which any thread that does not block them would still receive. In
+    another thread than the main one, which they never reach, there is nothing to do.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     held: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    before = {number: signal.signal(number, lambda number, _: held.append(number)) for number in SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        for number in held[:1]:
-            signal.raise_signal(number)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for received in held[:1]:
+            signal.raise_signal(received)
 
 
-def _end(*received: Any) -> None:
-    os.write(2, b"lipexp: interrupted\n")
-    os._exit(INTERRUPTED)
+def _terminate(*received: Any) -> None:
+    raise Terminated
+
+
+def _end(number: int, *received: Any) -> None:
+    os.write(2, f"lipexp: {ENDED[number]}\n".encode())
+    os._exit(128 + number)

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import pandas as pd
 
-HYDRA_FILES = {".hydra", "train.log", "multirun.yaml"}  # what Hydra puts into a folder before the run starts
+# What is in a folder before a run or a sweep has left anything there: Hydra's own files, and the lock.
+BEGUN = {".hydra", "train.log", "multirun.yaml", ".lock"}
 
 
 class SweepFailed(Exception):
@@ -109,8 +110,8 @@ class RunFolder:
         return (self.path / "model.pt").read_bytes()
 
     def discard_if_empty(self) -> None:
-        """Remove a folder that holds nothing but what Hydra put there, and its parent if that is empty then."""
-        if not self.path.is_dir() or {entry.name for entry in self.path.iterdir()} - HYDRA_FILES:
+        """Remove a folder in which nothing has been left yet, and its parent if that is empty then."""
+        if not self.path.is_dir() or {entry.name for entry in self.path.iterdir()} - BEGUN:
             return
         shutil.rmtree(self.path)
         with suppress(OSError):  # not empty, or the folder that the command runs in

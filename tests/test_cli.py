@@ -146,10 +146,22 @@ def test_help_lists_groups_and_settings_and_hydras_own_flags_pass_through(lipexp
 def test_completion(lipexp, monkeypatch):
     acts = {f"act={name}" for name in ACTS}
     # The shell filters the verbs by what is typed.
-    for line, expected in {"tr": set(cli.VERBS), "train act=": acts, "train ste": {"steps="}}.items():
+    lines = {
+        "tr": set(cli.VERBS),
+        "train act=": acts,
+        "train ste": {"steps="},
+        "train loss=hinge -m act=re": {"act=relu"},
+        "train -cd mine act=mi": {"act=mine"},
+        "train 'seed=range(4)' ste": {"steps="},
+        "train loss=nope ste": set(),
+        "train -": set(),
+    }
+    Path("mine/act").mkdir(parents=True)
+    Path("mine/act/mine.yaml").touch()
+    for line, expected in lines.items():
         monkeypatch.setenv("COMP_LINE", f"lipexp {line}")
         done = lipexp("-sc", "query=bash")
-        assert (done.code, set(done.out.split())) == (0, expected)
+        assert (done.code, set(done.out.split()), done.err) == (0, expected, "")
 
 
 def test_completion_in_a_real_shell():

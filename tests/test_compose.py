@@ -12,8 +12,9 @@ from commands import BASIC, INLINE
 from hydra.experimental.callback import Callback
 
 from lipexp import hydra_app
-from lipexp.sweep import executors
+from lipexp.sweep import executors, launch
 from lipexp.sweep.compose import Job
+from lipexp.sweep.plan import Plan
 
 
 @pytest.fixture
@@ -26,6 +27,11 @@ def jobs(monkeypatch) -> list[Job]:
             composed.append(job)
             job.write_hydra_files()
 
+    def plan(jobs: Sequence[Job], *others: Any) -> Plan:
+        """Of all jobs, also of those whose classes would refuse their arguments."""
+        return Plan([list(job.overrides) for job in jobs], "", [[job.index for job in jobs]], {}, 0, "inline")
+
+    monkeypatch.setattr(launch, "make_plan", plan)
     monkeypatch.setattr(executors, "inline", write_only)
     monkeypatch.setattr(hydra_app, "run_one", lambda config: None)  # by Hydra's own launcher
     return composed
@@ -77,7 +83,7 @@ SWEEPS = {
     ],
     "hydra's own": [
         *("seed=1,2", "hydra.job.name=mine", "hydra.sweep.subdir=${hydra.job.override_dirname}"),
-        *("hydra.output_subdir=record", "hydra.searchpath=[file://mine]", "act=quiet"),
+        *("hydra.searchpath=[file://mine]", "act=quiet"),
     ],
     "one job": [],
 }

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lipexp.losses import BCE, MSE, Hinge, Kantorovich
+from lipexp.measured.gradients import scan
 from lipexp.tasks import difference_of_means
 
 # (K, B) outputs of both signs and of sizes from 1e-3 to 30, and classes; each run has both.
@@ -15,11 +16,12 @@ F = torch.from_numpy(10 ** RNG.uniform(-3, 1.5, (3, 40)) * RNG.choice([-1.0, 1.0
 Y = torch.from_numpy((RNG.random((3, 40)) < [[0.1], [0.5], [0.9]]).astype(np.float64))
 
 
-@pytest.mark.parametrize("temperature", [0.1, 1.0, 7.0, 1000.0])
-def test_bce_is_log_of_one_plus_exp_of_minus_the_margin_over_the_temperature(temperature):
-    expected = np.logaddexp(0, -temperature * ((2 * Y - 1) * F).numpy()) / temperature
+@pytest.mark.parametrize(("temperature", "lipschitz"), [(0.1, 1.0), (1.0, 4.0), (7.0, 1e-3), (1000.0, 1e3)])
+def test_bce_is_log_of_one_plus_exp_of_minus_the_margin_over_the_temperature_and_l(temperature, lipschitz):
+    expected = np.logaddexp(0, -temperature * ((2 * Y - 1) * F).numpy()) / temperature / lipschitz
     # torch subtracts T f y from T f where numpy does not: an error of some ulps of f, at most 30 here.
-    np.testing.assert_allclose(BCE(temperature)(F, Y).numpy(), expected, rtol=1e-12, atol=1e-14)
+    found = BCE(temperature, lipschitz)(F, Y).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14 / lipschitz)
 
 
 @pytest.mark.parametrize(
@@ -32,8 +34,23 @@ def test_hinge_is_what_is_missing_from_the_margin_in_units_of_the_lipschitz_cons
         assert float(loss) == value
 
 
-def test_mse_is_the_square_of_the_error():
-    np.testing.assert_array_equal(MSE()(F, Y).numpy(), (F.numpy() - Y.numpy()) ** 2)
+@pytest.mark.parametrize(("lipschitz", "divisor"), [(1.0, 1), (4.0, 16), (0.25, 0.25)])
+def test_mse_is_the_square_of_the_error_over_l_and_above_1_over_its_square(lipschitz, divisor):
+    np.testing.assert_array_equal(MSE(lipschitz)(F, Y).numpy(), (F.numpy() - Y.numpy()) ** 2 / divisor)
+
+
+@pytest.mark.parametrize("lipschitz", [1e-30, 1e-10, 1e10, 1e30])
+def test_every_loss_trains_at_every_l(trained, loss_option, lipschitz):
+    """30 steps are enough to use more than half of L, or, where the target is flatter, to shrink the loss."""
+    dataset = {"mse": "absolute_value", "kantorovich": "cones"}.get(loss_option, "two_moons")
+    result = trained(f"dataset={dataset}", f"loss={loss_option}", runs=(f"seed=0 lipschitz={lipschitz}",))
+    data, losses = result.stack.data[0], []
+    for checkpoint in (result.seen[0], result.checkpoint):
+        scanned = scan(checkpoint.network, torch.from_numpy(data.train_x).unsqueeze(0))
+        losses.append(float(result.stack.loss(scanned.f, torch.from_numpy(data.train_y).double()[None]).mean()))
+    steepest = float(torch.linalg.vector_norm(scanned.gradient, dim=-1).max())
+    assert not result.checkpoint.failures
+    assert 0.5 * lipschitz < steepest <= lipschitz or losses[1] < 0.1 * losses[0]
 
 
 def test_kantorovich_is_the_difference_of_the_means_however_many_samples_each_class_has():

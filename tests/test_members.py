@@ -160,7 +160,8 @@ def test_objects_are_constructed_once(lipexp, monkeypatch):
     made = sys.modules["counts"].made
     assert sorted(made) == ["MLP", "ReLU", "TwoMoons"]
     made.clear()
-    assert lipexp("train", "-m", *TINY, *own, INLINE, "seed=1,2", "dataset.noise=0.1,0.2", "steps=1,2").code == 0
+    sweep = ("seed=1,2", "dataset.noise=0.1,0.2", "eval_every=1,2")
+    assert lipexp("train", "-m", *TINY, *own, INLINE, *sweep).code == 0
     assert sorted(made) == ["MLP", "ReLU", "TwoMoons", "TwoMoons"]  # one for each noise; both stacks share them
 
 

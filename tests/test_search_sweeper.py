@@ -196,7 +196,7 @@ REFUSED = {
     "a=interval(2,1)": "a=interval(2,1): `low <= high` must hold",
     "a=tag(log,range(1,9))": "a=tag(log,range(1,9)): a search takes tag(log, …) with an interval",
     "seed=interval(0,9)": "seed=interval(0,9): is averaged over",
-    "~loss": "~loss: cannot be part of a search",
+    "~loss.margin": "~loss.margin: cannot be part of a search",
 }
 
 

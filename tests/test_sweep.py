@@ -216,7 +216,7 @@ def test_a_worker_that_is_killed_leaves_its_jobs_to_be_resumed(sweep):
     done = sweep(*jobs, "hydra.sweep.dir=s")
     assert done.code == 1
     (line,) = done.err.splitlines()
-    assert line.startswith("lipexp: 2 jobs are missing: a worker process died, of too little memory perhaps; ")
+    assert line.startswith("lipexp: 2 jobs are missing: a worker process died, or found no room; ")
     assert line.endswith("; hydra.sweep.dir=s resume=true trains the rest")
     assert "stack 2 of 2, 2 runs: its worker process died" in done.out
     assert statuses(Path("s")) == ["ok", "ok", "missing", "missing"]

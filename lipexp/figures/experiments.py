@@ -26,11 +26,12 @@ def train(experiment: str, folder: Path, fresh: bool) -> int:
         fresh: train all of it anew; what was there is kept beside it.
     """
     from lipexp import hydra_app
+    from lipexp.sweep.compose import in_folder
 
     if fresh and folder.exists():
         made = time.strftime("%Y-%m-%d-%H-%M-%S", time.localtime(folder.stat().st_mtime))
         folder.rename(folder.with_name(f"{folder.name}-until-{made}"))
-    where = [f"hydra.sweep.dir={folder}", "resume=true"]
+    where = [in_folder(folder), "resume=true"]
     return hydra_app.main(["-m", f"experiment={experiment}", *where, "hydra.launcher.table=false"])
 
 

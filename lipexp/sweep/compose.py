@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf._utils import get_omega_conf_dumper
 
 from lipexp.config import ConfigError
+from lipexp.gate import check_experiment
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,7 @@ class Job:
     resolved: dict[str, Any]
     hydra: str  # .hydra/hydra.yaml
     choices: Mapping[str, str]
-    folder: Path
-    record: str | None = ".hydra"  # the folder of Hydra's own files; None: they are not wanted
+    folder: Path  # absolute
 
     @property
     def settings(self) -> list[tuple[str, str]]:
@@ -47,11 +48,8 @@ class Job:
 
     def write_hydra_files(self) -> None:
         """Hydra's own record of the run."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.record is None:
-            return
-        record = self.folder / self.record
-        record.mkdir(exist_ok=True)
+        record = self.folder / ".hydra"
+        record.mkdir(parents=True, exist_ok=True)
         (record / "config.yaml").write_text(dump(self.config))
         (record / "hydra.yaml").write_text(self.hydra)
         (record / "overrides.yaml").write_text(dump(list(self.overrides)))
@@ -77,6 +75,8 @@ class Composer:
         self._parser = OverridesParser.create(config_loader=loader)
         self._parsed: dict[str, Override] = {}
         self._bases: dict[tuple[str, ...], DictConfig] = {}
+        sweeper: Any = OmegaConf.to_container(master.hydra.sweeper, resolve=False)
+        self._grid = sweeper.get("params")
 
     def job(self, index: int, overrides: Sequence[str]) -> Job:
         """Compose job `index` of the sweep.
@@ -96,6 +96,7 @@ class Composer:
         content, resolved, folder = self._carry_out(config)
         record = content.pop("hydra")
         _check_job_settings(record["job"])
+        self._check_experiment(record)
         return Job(
             index=index,
             overrides=tuple(record["overrides"]["task"]),
@@ -104,8 +105,16 @@ class Composer:
             hydra=dump({"hydra": record}),
             choices={str(group): str(option) for group, option in record["runtime"]["choices"].items()},
             folder=folder,
-            record=record["output_subdir"],
         )
+
+    def _check_experiment(self, record: Mapping[str, Any]) -> None:
+        """Refuse an experiment that, swept over, brings a grid or a launcher of its own: a job has none."""
+        choices = record["runtime"]["choices"]
+        if choices.get("experiment") == self.master.hydra.runtime.choices.get("experiment"):
+            return
+        check_experiment(choices, self.loader)
+        if record["sweeper"].get("params") != self._grid:
+            raise ConfigError("experiment", choices["experiment"], "is a sweep of its own; name it alone, with -m")
 
     def is_group(self, key: str) -> bool:
         """Whether `key` chooses a file."""
@@ -136,9 +145,10 @@ class Composer:
         before = running.cfg
         running.cfg = config  # for the `hydra:` resolver; HydraConfig.set_config would copy it, which takes 5 ms
         try:
-            folder = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
+            # Absolute, as a user's class may change the current folder.
+            folder = Path(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir)).absolute()
             with flag_override(config.hydra.runtime, ["readonly", "struct"], [False, False]):
-                config.hydra.runtime.output_dir = os.path.abspath(folder)
+                config.hydra.runtime.output_dir = os.path.normpath(folder)
             content: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
             task = OmegaConf.create({key: value for key, value in content.items() if key != "hydra"})
             OmegaConf.copy_cache(from_config=config, to_config=task)
@@ -146,6 +156,13 @@ class Composer:
         finally:
             running.cfg = before
         return content, resolved, folder
+
+
+def in_folder(folder: Path) -> str:
+    """The override that puts a sweep into `folder`."""
+    text = str(folder)
+    plain = re.fullmatch(r"[\w./-]+", text)
+    return f"hydra.sweep.dir={text if plain else QuotedString(text, Quote.single).with_quotes()}"
 
 
 def _check_job_settings(job: Mapping[str, Any]) -> None:

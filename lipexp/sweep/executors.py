@@ -30,8 +30,11 @@ def inline(stacks: Sequence[Sequence[Job]], display: SweepDisplay, made: dict[st
 
     for number, jobs in enumerate(stacks):
         part = StackDisplay(display.update, number)
-        train_stack(jobs, part, made)
-        part.done()
+        try:
+            train_stack(jobs, part, made)
+            part.done()
+        except OSError as error:
+            display.died(number, one_line(error))
 
 
 def start_server() -> None:

@@ -7,51 +7,36 @@ resumed sweep reuses it, so that it ends as it would have without the interrupti
 
 from __future__ import annotations
 
-import fcntl
+import shlex
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
 from lipexp.config import ConfigError
 from lipexp.display import SweepDisplay, composing
+from lipexp.gate import LOCK, exclusive
 from lipexp.process import begin_work
 from lipexp.record import Outcome
 from lipexp.runs import RunFolder, SweepFailed, write_csv
 from lipexp.sweep import executors
-from lipexp.sweep.compose import Composer, Job
+from lipexp.sweep.compose import Composer, Job, in_folder
 from lipexp.sweep.options import LauncherOptions
 from lipexp.sweep.plan import RECORD, Plan, digest, make_plan
-from lipexp.wording import broken_bound, count
+from lipexp.wording import broken_bound, count, shown_path
 
 if TYPE_CHECKING:
     from lipexp.sweep.slurm import Cluster
 
-LOCK = ".lock"
 MANY = 16  # jobs that will surely make several stacks, so that worker processes may begin to import
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Holds `folder` for this process.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    with (folder / LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError("hydra.sweep.dir", folder, "is in use by another lipexp process") from None
-        yield
 
 
 class Sweep:
@@ -160,14 +145,14 @@ class Sweep:
         for job, outcome in zip(self.jobs.values(), outcomes, strict=True):
             if outcome.status == "failed":
                 log = RunFolder(job.folder).path / "train.log"
-                where = f"traceback in {log}" if log.is_file() else f"{job.folder}"
+                where = f"traceback in {shown_path(log)}" if log.is_file() else shown_path(job.folder)
                 reason = broken_bound(outcome.metrics.lipschitz) if outcome.metrics else outcome.reason
                 lines.append(f"{reason}{f' at step {outcome.step}' if outcome.step else ''} ({where})")
         missing = sum(outcome.status == "missing" for outcome in outcomes)
         if missing and self.cluster is None:
             lines.append(
                 f"{count(missing, 'job')} {'is' if missing == 1 else 'are'} missing: a worker process died, "
-                f"of too little memory perhaps; hydra.sweep.dir={self.resumed_in} resume=true trains the rest"
+                f"or found no room; {shlex.quote(in_folder(self.resumed_in))} resume=true trains the rest"
             )
         return lines
 
@@ -209,6 +194,10 @@ class Sweep:
     def _new_plan(self) -> Plan:
         """A plan, written down before anything is trained."""
         plan = make_plan(list(self.jobs.values()), self.options, self.made)
+        if not plan.stacks:  # bad input, and nothing else
+            (self.folder / LOCK).unlink()
+            RunFolder(self.folder).discard_if_empty()
+            raise HydraException(next(iter(plan.refused.values())))
         plan.write(self.folder)
         return plan
 
@@ -232,7 +221,7 @@ def launch(
         first: the number of the first job.
 
     Raises:
-        HydraException: a job that composition refuses; nothing is written then.
+        HydraException: a job that composition refuses, or all that cannot be trained; nothing is written then.
         ConfigError: options or a folder that cannot be used.
         SweepFailed: at the end, if some jobs failed.
     """
@@ -298,5 +287,5 @@ def _check_folders(jobs: Sequence[Job]) -> None:
     for job in jobs:
         other = first.setdefault(job.folder, job.index)
         if other != job.index:
-            allowed = f"gives jobs {other} and {job.index} the same folder, {job.folder}"
+            allowed = f"gives jobs {other} and {job.index} the same folder, {shown_path(job.folder)}"
             raise ConfigError("hydra.sweep.subdir", None, allowed)

@@ -8,12 +8,22 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lipexp.config import ConfigError, number, one_of, whole
+from lipexp.config import ConfigError, no_such, number, one_of, whole
 
 EXECUTORS = ("auto", "inline", "process", "slurm")
 FRACTION_OF_FREE_MEMORY = 0.25  # for the stacks that train at the same time, unless a limit is given
 FRACTION_OF_SLURM_JOB = 0.5  # of its memory, for the stack; the rest is for Python and torch
 SLURM = "hydra.launcher.slurm"
+MOST_GIB = 1e9  # that can be asked for
+
+
+def typed(option: str, node: DictConfig, cls: type[Any]) -> Any:
+    """The node of Hydra's launcher or sweeper as its dataclass; ConfigError for a setting that is unknown."""
+    for key in map(str, node):
+        if key not in cls.__dataclass_fields__:
+            names = [name for name in cls.__dataclass_fields__ if name != "_target_"]
+            raise ConfigError(f"{option}.{key}", None, no_such("setting", key, names))
+    return OmegaConf.to_object(node)
 
 
 @dataclass
@@ -38,7 +48,7 @@ class SlurmOptions:
             whole(f"{SLURM}.{name}", getattr(self, name), least=least)
         if self.gpus_per_node is not None:
             whole(f"{SLURM}.gpus_per_node", self.gpus_per_node, least=1)
-        number(f"{SLURM}.mem_gb", self.mem_gb, above=0)
+        number(f"{SLURM}.mem_gb", self.mem_gb, above=0, most=MOST_GIB)
         if not isinstance(self.additional_parameters, dict | None):
             allowed = "must be options of sbatch, {nodelist: n1}"
             raise ConfigError(f"{SLURM}.additional_parameters", self.additional_parameters, allowed)
@@ -70,13 +80,12 @@ class LauncherOptions:
         Raises:
             ConfigError: a value out of range.
         """
-        options = OmegaConf.to_object(node)
-        assert isinstance(options, cls)
+        options = typed("hydra.launcher", node, cls)
         one_of("hydra.launcher.executor", options.executor, EXECUTORS)
         if options.workers is not None:
             whole("hydra.launcher.workers", options.workers, least=1)
         if options.memory_gib is not None:
-            number("hydra.launcher.memory_gib", options.memory_gib, above=0)
+            number("hydra.launcher.memory_gib", options.memory_gib, above=0, most=MOST_GIB)
         options.slurm.check()
         return options
 
@@ -85,7 +94,7 @@ class LauncherOptions:
         """How many stacks train at the same time; in SLURM, at least how many."""
         if self.executor == "inline":
             return 1
-        return self.workers or (1 if self.executor == "slurm" else os.cpu_count() or 1)
+        return self.workers or (1 if self.executor == "slurm" else len(os.sched_getaffinity(0)))
 
     def memory(self, free: int) -> int:
         """Bytes for one stack, of those that are free here."""

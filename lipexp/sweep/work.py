@@ -5,7 +5,9 @@ Worker processes are forked from a server that has imported this module, so that
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -30,18 +32,30 @@ def train_stack(jobs: Sequence[Job], display: StackDisplay, made: dict[str, Any]
 
     Args:
         made: see `members.build`.
+
+    Raises:
+        OSError: for want of room, or of a file, some jobs have neither result nor failure, and can be tried again.
     """
     folders = [RunFolder(job.folder) for job in jobs]
     for job in jobs:
         job.write_hydra_files()
     try:
         members = [build(job.resolved, job.choices, made=made) for job in jobs]
-        train_many(members, folders, display, figures=False)
+        with contextlib.chdir(os.getcwd()):  # which a user's class may change
+            train_many(members, folders, display, figures=False)
     except Exception as error:
         if len(jobs) == 1:
+            if isinstance(error, OSError):
+                raise
             (folders[0].path / "train.log").write_text(traceback.format_exc())
             folders[0].write_failure(one_line(error), display.step)
             return
+        lacking: OSError | None = None
         for job, folder in zip(jobs, folders, strict=True):
             if not folder.ended:
-                train_stack([job], display, made)
+                try:
+                    train_stack([job], display, made)
+                except OSError as one:
+                    lacking = one
+        if lacking is not None:
+            raise lacking from None

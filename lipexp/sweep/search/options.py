@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lipexp.config import ConfigError, no_such, one_of, whole
 from lipexp.record import numeric_keys
+from lipexp.sweep.options import typed
 from lipexp.tasks import METRICS, TASKS
 
 LARGER_IS_BETTER = METRICS | {"certified_accuracy": True, "median_radius": True, "loss": False}
@@ -30,8 +31,7 @@ class SearchOptions:
     @classmethod
     def of(cls, node: DictConfig) -> SearchOptions:
         """The options in the node hydra.sweeper; raises ConfigError for a value that is not allowed."""
-        options = OmegaConf.to_object(node)
-        assert isinstance(options, cls)
+        options: SearchOptions = typed("hydra.sweeper", node, cls)
         one_of("hydra.sweeper.direction", options.direction or "maximize", ("maximize", "minimize"))
         one_of("hydra.sweeper.sampler", options.sampler, ("tpe", "random"))
         for name, least in (("trials", 1), ("round", 1), ("stack", 1), ("seed", 0)):

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,12 +24,13 @@ try:
 except ImportError:
     raise ConfigError("hydra/sweeper", "search", "needs optuna: pip install 'lipexp[search]'") from None
 
+from lipexp.gate import LOCK, exclusive
 from lipexp.process import begin_work, holding_interrupts
 from lipexp.record import Outcome
 from lipexp.runs import RunFolder, SweepFailed, write_csv
 from lipexp.sweep import executors
-from lipexp.sweep.compose import Composer
-from lipexp.sweep.launch import LOCK, MANY, Sweep, exclusive, refuse_callbacks, row
+from lipexp.sweep.compose import Composer, in_folder
+from lipexp.sweep.launch import MANY, Sweep, refuse_callbacks, row
 from lipexp.sweep.options import LauncherOptions
 from lipexp.sweep.search.options import SearchOptions
 from lipexp.sweep.search.outcome import ranked, show, write_best, write_picture
@@ -183,9 +183,8 @@ class Search:
     def _train(self, number: int, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
         """The rows of a round's runs in sweep.csv, with the number of their trial; what is missing is trained."""
         folder = self.folder / f"round-{number}"
-        where = f"hydra.sweep.dir={QuotedString(str(folder), Quote.single).with_quotes()}"
         runs = [(trial.number, lines) for trial in trials for lines in self.space.jobs(trial.params)]
-        jobs = [self.composer.job(index, [*lines, where]) for index, (_, lines) in enumerate(runs)]
+        jobs = [self.composer.job(index, [*lines, in_folder(folder)]) for index, (_, lines) in enumerate(runs)]
         try:
             outcomes = Sweep(jobs, folder, self.launcher, resume=True, resumed_in=self.folder).run()
         except SweepFailed:  # trials that fail are ordinary, runs that are missing are not

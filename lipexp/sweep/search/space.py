@@ -39,6 +39,8 @@ class Space:
                 raise ConfigError(line, None, "cannot be part of a search, whose best is saved as an experiment")
             if not override.is_sweep_override():
                 space.settings.append(line)
+            elif _is_single(override):
+                space.settings.append(f"{key}={next(iter(override.sweep_string_iterator()))}")
             elif key != "seed":
                 try:
                     space.axes[key] = _axis(override)
@@ -63,6 +65,11 @@ class Space:
         among = {k: getattr(a, "choices", None) or [a.low] for k, a in self.axes.items()}
         first = {key: values[0] for key, values in among.items()}
         return [first, *(first | {key: value} for key, values in among.items() for value in values[1:])]
+
+
+def _is_single(override: Override) -> bool:
+    """Whether it is a choice of one value, which is a setting."""
+    return override.is_choice_sweep() and len(getattr(override.value(), "list", ())) == 1
 
 
 def _axis(override: Override) -> BaseDistribution:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import shlex
 import shutil
 import signal
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from lipexp.config import ConfigError
 from lipexp.display import StackDisplay, SweepDisplay
-from lipexp.sweep.compose import Job
+from lipexp.sweep.compose import Job, in_folder
 from lipexp.sweep.options import SlurmOptions
 from lipexp.sweep.progress import REPORT_SECONDS, Progress, Reporter, missing
 from lipexp.sweep.slurm.submitted import ENDED, EXECUTOR, FORGOTTEN, KILLED, complaint, read, states, write
@@ -153,7 +154,7 @@ class Cluster:
                 self.queued = {job.index: f"SLURM job {one}" for one in numbers for job in self._submitted[one]}
                 display.say(
                     f"{count(len(numbers), 'stack')} left to SLURM (scancel {_array_numbers(numbers)} ends it); "
-                    f"hydra.sweep.dir={self.resumed_in} resume=true collects the results"
+                    f"{shlex.quote(in_folder(self.resumed_in))} resume=true collects the results"
                 )
 
     def _show(self, display: SweepDisplay) -> bool:
@@ -190,10 +191,9 @@ class Cluster:
                     display.say(f"SLURM job {number} died ({state}), submitted again as {again}", stack)
                     continue
             display.died(stack, f"SLURM job {number} {reason}")
-            self.lost.append(
-                f"{count(len(rest), 'job')} missing: SLURM job {number} {reason}; "
-                f"hydra.sweep.dir={self.resumed_in} resume=true submits them again{self._end_of_log(number)}"
-            )
+            again = f"{shlex.quote(in_folder(self.resumed_in))} resume=true submits them again"
+            lost = f"{count(len(rest), 'job')} missing: SLURM job {number} {reason}"
+            self.lost.append(f"{lost}; {again}{self._end_of_log(number)}")
 
     def _reason_not_to_retry(self, stack: int, number: str) -> str | None:
         """Why a stack whose SLURM job has ended is not submitted again; None if it is."""
