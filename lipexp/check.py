@@ -10,13 +10,13 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from lipexp.arguments import Parser
 from lipexp.config import GROUPS, ConfigError, conf_dir, one_line, plain
 from lipexp.explain import explain
+from lipexp.gate import checked_overrides
 from lipexp.hydra_app import register_schemas
 from lipexp.process import cpu_threads
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         return stop.code if isinstance(stop.code, int) else 0
     except ConfigError as error:
         print(f"lipexp: {error}", file=sys.stderr)
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:  # Hydra may raise anything at bad input
         print(f"lipexp: {explain(error)}", file=sys.stderr)
     return 2
 
@@ -62,7 +62,10 @@ def composed(overrides: Sequence[str], folder: str | None = None) -> tuple[dict[
         own = [f"hydra.searchpath=['file://{quoted}']"]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        overrides = checked_overrides(overrides, sweep=False)
         config = compose("config", overrides=[*own, *overrides], return_hydra_config=True)
+    running: Any = HydraConfig.instance()
+    running.cfg = config  # for the resolver `hydra:`
     content = plain(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
     return content, dict(config.hydra.runtime.choices)
 

@@ -107,14 +107,15 @@ def lipschitz_constant(option: str, value: Any) -> float:
     return constant
 
 
-def whole(option: str, value: Any, *, least: int) -> int:
-    """`value` as an integer, at least `least`.
+def whole(option: str, value: Any, *, least: int, most: int | None = None) -> int:
+    """`value` as an integer, at least `least` and at most `most`.
 
     Raises:
-        ConfigError: not a whole number, or too small.
+        ConfigError: not a whole number, too small, or too large.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(option, value, f"must be a whole number, at least {least}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most and value > most):
+        limit = f", at most {most}" if most else ""
+        raise ConfigError(option, value, f"must be a whole number, at least {least}{limit}")
     return value
 
 
@@ -201,15 +202,17 @@ def instantiate(node: Any, group: str, *, trust: bool = True) -> Any:
         if isinstance(cause, ConfigError):
             raise cause.under(group) from None
         if isinstance(cause, TypeError):
-            raise ConfigError(
-                option, target, f"does not take these arguments: {str(cause).splitlines()[0]}"
-            ) from None
+            what = one_line(cause).removeprefix("TypeError: ")
+            raise ConfigError(option, target, f"does not take these arguments: {what}") from None
         raise ConfigError(option, target, f"cannot be used: {one_line(cause or error)}") from None
 
 
 def one_line(error: BaseException) -> str:
     """The first line of what an error says, with its type unless lipexp or the import system raised it."""
-    text = str(error).strip().split("\n")[0]
+    try:
+        text = str(error).strip().split("\n")[0]
+    except Exception:  # a user's class may raise anything
+        text = "its text cannot be printed"
     return text if isinstance(error, ConfigError | ImportError) else f"{type(error).__name__}: {text}"
 
 

@@ -7,17 +7,23 @@ import re
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from yaml import MarkedYAMLError
 
-from lipexp.config import no_such
+from lipexp.config import no_such, one_line
 
 
-def explain(error: HydraException | OmegaConfBaseException) -> str:
-    """`option=value: what is allowed`, as far as the error tells."""
+def explain(error: BaseException) -> str:
+    """`option=value: what is allowed`, as far as the error tells, which may be of any kind."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _missing_option(error.missing_cfg_file, list(error.options or []), str(error))
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read as option=value ({_first_line(error)})"
-    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name}, line {mark.line + 1}: {error.problem}"
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return one_line(error)
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if isinstance(cause, ValidationError):
         return _wrong_type(cause)
     if isinstance(cause, ConfigKeyError | AttributeError) and isinstance(error, HydraException):
@@ -38,6 +44,8 @@ def _missing_option(name: str, options: list[str], message: str) -> str:
 
 
 def _wrong_type(error: ValidationError) -> str:
+    if "is not Optional" in str(error):
+        return f"{error.full_key}=null: must be set"
     if "is not a ListConfig" in str(error):
         return f"{error.full_key}: must be a list in [brackets]"
     value = re.search(r"Value '(.*?)' of type '.*?' could not be converted to (\w+)", str(error))
@@ -50,6 +58,9 @@ def _wrong_type(error: ValidationError) -> str:
 def _unknown_key(error: HydraException, cause: BaseException) -> str:
     found = re.search(r"'([^']+)'", _first_line(error))
     key = found[1] if found else "this option"
+    where = ""
+    if _first_line(error).startswith("In "):  # a file, whose name is quoted there
+        where, key = f" (in {key})", str(getattr(cause, "full_key", None) or getattr(cause, "key", key))
     parent = getattr(cause, "parent_node", None)
     if not isinstance(parent, DictConfig):
         return f"{key}: {_first_line(error)}"
@@ -58,7 +69,7 @@ def _unknown_key(error: HydraException, cause: BaseException) -> str:
     depth = next((i for i, part in enumerate(parts) if part == str(getattr(cause, "key", ""))), len(parts) - 1)
     prefix, last = ".".join(parts[:depth]), parts[depth]
     allowed = [str(name) for name in parent if name not in ("hydra", "_target_")]
-    return f"{key}: {no_such('setting', last, allowed, f'{prefix}.' if prefix else '')}"
+    return f"{key}: {no_such('setting', last, allowed, f'{prefix}.' if prefix else '')}{where}"
 
 
 def _first_line(message: object) -> str:

@@ -21,12 +21,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, flag_override
-from omegaconf.errors import OmegaConfBaseException
 
-from lipexp.config import GROUPS, SETTINGS, ConfigError, no_such, one_line, one_of
+from lipexp.config import GROUPS, SETTINGS, ConfigError, no_such, one_of
 from lipexp.explain import explain
 from lipexp.process import begin_work
 from lipexp.runs import RunFolder
@@ -77,7 +75,7 @@ def checked(arguments: Sequence[str]) -> list[str]:
     for name in ("--package", "--resolve"):
         if name in flags and not {"--cfg", "--help", "-h"} & set(flags):
             raise ConfigError(name, None, "is for --cfg")
-    overrides = _checked_overrides(overrides, sweep="--multirun" in flags)
+    overrides = checked_overrides(overrides, sweep="--multirun" in flags)
     if "--cfg" not in flags:
         # Last, so that no other override takes it away.
         overrides.append("++hydra.callbacks.gate={_target_: lipexp.gate.Gate}")
@@ -102,7 +100,13 @@ def _flag(name: str, value: str | None, rest: deque[str]) -> list[str]:
     return [value]
 
 
-def _checked_overrides(lines: Sequence[str], sweep: bool) -> list[str]:
+def checked_overrides(lines: Sequence[str], sweep: bool) -> list[str]:
+    """The overrides of a run or a sweep as Hydra gets them right.
+
+    Raises:
+        ConfigError: what it would ignore, or get wrong.
+        HydraException: one that cannot be read.
+    """
     parsed = OverridesParser.create().parse_overrides(list(lines))
     files = any(
         o.is_sweep_override() and (o.key_or_group in GROUPS or "experiment" in o.key_or_group) for o in parsed
@@ -308,10 +312,8 @@ class Gate(Callback):
 def _or_exit(check: Callable[[], None]) -> None:
     try:
         check()
-    except (HydraException, OmegaConfBaseException) as error:
-        complain(explain(error))
     except Exception as error:  # a user's class may raise anything
-        complain(one_line(error))
+        complain(explain(error))
     else:
         return
     raise SystemExit(2)

@@ -60,13 +60,11 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except SweepFailed as error:
         failures.extend(RunFailed(line) for line in error.failures)
-    except (HydraException, OmegaConfBaseException) as error:
-        complain(explain(error))
-        return 2
-    except Exception as error:  # Hydra and its plugins may raise anything at bad input
-        if has_begun() and {"-m", "--multirun"} & set(arguments):  # then it is no bad input
+    except Exception as error:  # Hydra may raise anything at bad input
+        expected = isinstance(error, HydraException | OmegaConfBaseException)
+        if not expected and has_begun() and {"-m", "--multirun"} & set(arguments):
             raise
-        complain(one_line(error))
+        complain(explain(error))
         return 2
     finally:
         Gate.release()

@@ -141,8 +141,9 @@ def _settings(content: Mapping[str, Any]) -> Settings:
     config = Settings(**{key: content[key] for key in SETTINGS})
     whole("seed", config.seed, least=0)
     lipschitz_constant("lipschitz", config.lipschitz)
-    for key, least in (("steps", 0), ("batch_size", 1), ("eval_every", 0), ("threads", 1), ("max_regions", 0)):
+    for key, least in (("steps", 0), ("batch_size", 1), ("eval_every", 0), ("max_regions", 0)):
         whole(key, content[key], least=least)
+    whole("threads", config.threads, least=1, most=1024)
     for radius in config.radii:
         number("radii", radius, above=0)
     one_of("device", config.device, ["auto", "cpu", "cuda"])

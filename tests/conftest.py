@@ -203,6 +203,12 @@ def _call(patch: pytest.MonkeyPatch, *arguments: str) -> int:
         return int(stop.code or 0)
 
 
+def call_command(*arguments: str) -> int:
+    """The exit status of the command, called in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        return _call(patch, *arguments)
+
+
 @pytest.fixture
 def lipexp(tmp_path, monkeypatch, capfd):
     """Calls the command in this process, in an empty folder: lipexp("train", "loss=bce") -> Result."""

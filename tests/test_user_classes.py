@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import TINY, metrics
+from commands import INLINE, TINY, metrics, statuses
 
 USER_CODE = """
 from torch import nn, cat
@@ -71,3 +71,58 @@ def test_an_error_in_a_users_class_fails_the_run_and_names_its_traceback(train):
     (log,) = Path("outputs").glob("*/*/train.log")
     assert "Traceback" in log.read_text()
     assert "RuntimeError: no such luck" in (log.parent / "failed.json").read_text()
+
+
+UNUSUAL = """
+import torch
+from torch import nn
+
+class Silent(nn.Module):
+    norms = (2,)
+
+    def __init__(self):
+        raise TypeError
+
+class Unprintable(nn.Module):
+    norms = (2,)
+
+    def __init__(self):
+        super().__init__()
+
+        class Error(Exception):
+            def __str__(self):
+                raise RuntimeError
+
+        raise Error
+
+class NoNorms(nn.ReLU):
+    norms = None
+
+class OddSlopes(nn.ReLU):
+    norms, slopes = (2,), (float("nan"), 1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("act._target_=unusual.Silent", "act._target_=unusual.Silent: does not take these arguments:"),
+        ("act._target_=unusual.Unprintable", "cannot be used: Error: its text cannot be printed"),
+        ("act._target_=unusual.NoNorms", "act=NoNorms: declares norms = None; a p-norm is 1, 2 or inf"),
+        ("act._target_=unusual.OddSlopes", "act=OddSlopes: declares slopes = (nan, 1); they are the least"),
+        ("loss._target_=torch.nn.SoftMarginLoss", "must return one number per sample"),
+    ],
+)
+def test_what_is_wrong_with_a_users_class_is_one_line_and_others_of_the_sweep_go_on(lipexp, setting, message):
+    Path("unusual.py").write_text(UNUSUAL)
+    key = setting.partition("=")[0]
+    sound = {"act": "torch.nn.ReLU", "loss": "lipexp.losses.MSE"}[key.partition(".")[0]]
+    usual = ("act=relu", "constraint=none", "loss=mse", "dataset=absolute_value", "~loss.lipschitz")
+    done = lipexp("train", *TINY, *usual, setting)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert message in done.err
+    done = lipexp("train", "-m", INLINE, *TINY, *usual, f"{setting},{sound}", "hydra.sweep.dir=s")
+    sys.modules.pop("unusual", None)
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert message in done.err
+    assert statuses(Path("s")) == ["failed", "ok"]
