@@ -99,6 +99,8 @@ def run_one(config: DictConfig) -> None:
     folder = RunFolder(Path(running.runtime.output_dir))  # absolute, as a user's class may change the folder
     shown = shown_path(folder.path)
     display = Display(brief=sweeping)
+    if sweeping and folder.ended:  # Hydra's own launcher does not look
+        raise RunFailed(f"hydra.sweep.subdir: gives two jobs the same folder, {shown}")
     try:
         member = Gate.member or build(config, running.runtime.choices)
         display.header(member)

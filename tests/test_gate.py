@@ -67,6 +67,12 @@ def test_two_commands_that_start_together_do_not_share_a_folder(tmp_path, mode, 
     assert not list((tmp_path / "out").rglob("metrics.json"))
 
 
+def test_hydras_launcher_does_not_put_two_jobs_into_one_folder(lipexp):
+    done = lipexp("train", "-m", *BASIC, *TINY, "seed=0,1", "hydra.sweep.dir=s", "hydra.sweep.subdir=same")
+    assert (done.code, done.err) == (1, "lipexp: hydra.sweep.subdir: gives two jobs the same folder, s/same\n")
+    assert metrics(Path("s/same"))["seed"] == 0
+
+
 def test_a_file_system_without_locks_is_no_folder_in_use(lipexp, monkeypatch):
     def flock(*arguments):
         raise OSError(errno.ENOSYS, "Function not implemented")
