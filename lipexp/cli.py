@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 
-from lipexp.process import INTERRUPTED, begin_work, starting
+from lipexp.process import INTERRUPTED, begin_work, legible_output, silence, starting
 
 # verb -> (module, what it does); each module has main(arguments) -> exit status
 VERBS = {
@@ -21,6 +21,7 @@ VERBS = {
 
 def main() -> int:
     """Run one verb; returns the exit status: 0, 1 a run failed, 2 bad input, 130 interrupted."""
+    legible_output()
     try:
         status = _main(sys.argv[1:])
         sys.stdout.flush()
@@ -29,7 +30,7 @@ def main() -> int:
         print("lipexp: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as in `lipexp report | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         return 1
 
 
