@@ -29,8 +29,10 @@ def main() -> int:
     except KeyboardInterrupt:
         print("lipexp: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as in `lipexp report | head`
-        silence(sys.stdout)
+    except OSError as error:
+        silence(sys.stdout)  # it cannot be written; or its reader has gone, as in `lipexp report | head`
+        if not isinstance(error, BrokenPipeError):
+            print(f"lipexp: {error}", file=sys.stderr)
         return 1
 
 

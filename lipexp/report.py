@@ -239,7 +239,8 @@ def shown(rows: pd.DataFrame, columns: Sequence[str], by: Sequence[str], root: s
         elif any(texts):
             cells.append(map(Text, texts))
             words = pd.to_numeric(rows[key], errors="coerce").isna() & rows[key].notna()
-            table.add_column(Text("\n".join(heading.split())), justify="left" if words.any() else "right")
+            justify: Any = "left" if words.any() else "right"
+            table.add_column(Text("\n".join(heading.split())), justify=justify, no_wrap=key != "status")
     for row in zip(*cells, strict=True):
         table.add_row(*row)
     return "  ".join(same), table

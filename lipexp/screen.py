@@ -10,34 +10,39 @@ import copy
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
 from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from lipexp.process import LEGIBLE, silence
 
 PLAIN: Any = {"markup": False, "emoji": False, "highlight": False}
 ANY_WIDTH = 100_000
-GAP, LEAST_BAR, LARGEST_BAR = 2, 6, 30  # characters
+GAP = 2  # characters between two columns
+WORD, TEXT = 12, 36  # the least width of a column of text, and the one that it is given beside others
+LEAST_BAR, LARGEST_BAR = 6, 30
 PIECES = re.compile(r"(?<=, )|(?<=  )")  # between the parts of what is said beside a bar
+INNER_SPACE = re.compile(r"(?<=[^\s,;]) (?=[^\s≤<(])")  # a space within a part of a line
 # Characters that move the cursor or change the terminal; a line break stays one.
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(10), *range(11, 32), *range(127, 160))}
 
 
 class Screen(Console):
-    """Standard output, or what the tests put in its place."""
+    """Standard output, or standard error with `stderr`."""
 
     def __init__(self, **options: Any) -> None:
-        if sys.stdout is not None:
-            options.setdefault("file", _Forgiving(sys.stdout))
+        stream = sys.stderr if options.get("stderr") else sys.stdout
+        if stream is not None:
+            options.setdefault("file", _Forgiving(stream))
         super().__init__(**PLAIN, **options)
 
     def show(self, *parts: str | Table, bold: str = "") -> None:
@@ -52,11 +57,11 @@ class Screen(Console):
         A word that is longer than a line stays whole too, so that paths can be copied.
         """
         if isinstance(part, Table):
-            return [line for narrow in self._parts(part) for line in self._rendered(narrow)]
+            blocks = [[*self._rendered(narrow), Text()] for narrow in self._parts(part)]
+            return [line for block in blocks for line in block][:-1]
         lines = (bold + part).translate(CONTROL).split("\n")
         if self.is_terminal:
-            fill: Any = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": "  "}
-            lines = [short for line in lines for short in textwrap.wrap(self.spelled(line), self.width, **fill)]
+            lines = [short for line in lines for short in filled(self.spelled(line), self.width)]
         found = [Text(line) for line in lines]
         found[0].stylize("bold", 0, len(bold))
         return found
@@ -68,27 +73,20 @@ class Screen(Console):
     def _parts(self, table: Table) -> Iterator[Table]:
         """The table, or where a terminal is too narrow several, each with the first column and some others."""
         first, *rest = table.columns
-        while rest or first is table.columns[0]:
-            part = copy.copy(table)
-            part.columns = [first]
-            while rest and (len(part.columns) == 1 or not self.is_terminal or self._fits(part, rest[0])):
-                part.columns = [*part.columns, rest.pop(0)]
-            yield part
-            if not rest:
-                return
-
-    def _fits(self, table: Table, column: Any) -> bool:
-        wider = copy.copy(table)
-        wider.columns = [*table.columns, column]
-        return self._widths(wider).maximum <= self.width
-
-    def _widths(self, table: Table) -> Measurement:
-        """The width without a break inside a word, and without any break."""
-        return Measurement.get(self, self.options.update(max_width=ANY_WIDTH), table)
+        part = copy.copy(table)
+        part.columns = [first]
+        for column in rest:
+            if len(part.columns) > 1 and self.is_terminal and _least([*part.columns, column], TEXT) > self.width:
+                yield part
+                part = copy.copy(table)
+                part.columns = [first]
+            part.columns = [*part.columns, column]
+        yield part
 
     def _rendered(self, table: Table) -> Iterator[Text]:
-        least, most = self._widths(table)
-        width = min(most, max(least, self.width)) if self.is_terminal else most
+        width = Measurement.get(self, self.options.update(max_width=ANY_WIDTH), table).maximum
+        if self.is_terminal:
+            width = min(width, max(self.width, _least(table.columns, WORD)))
         # rich would crop a table to the width of this console.
         wide = Console(width=width, color_system="standard", force_terminal=self.is_terminal, **PLAIN)
         with wide.capture() as captured:
@@ -109,6 +107,24 @@ class Screen(Console):
     def progress(self) -> Progress:
         """A line for each task; its field `live` has what there is to say beside its steps."""
         return Progress(_Line(self), console=self, transient=True)
+
+
+def _least(columns: Sequence[Column], text: int) -> int:
+    """The width of a table of these columns, if those that may be broken get at most `text` characters."""
+    widths = [
+        max(cell_len(line) for cell in (column.header, *column.cells) for line in str(cell).split("\n"))
+        for column in columns
+    ]
+    least = [width if column.no_wrap else min(width, text) for column, width in zip(columns, widths, strict=True)]
+    return sum(least) + GAP * (len(least) - 1)
+
+
+def filled(line: str, width: int) -> list[str]:
+    """`line` broken between its parts where they all fit, else between words; longer words stay whole."""
+    parts = INNER_SPACE.sub("\0", line)
+    glued = parts if max(map(len, parts.split()), default=0) < width else line
+    fill: Any = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": "  "}
+    return [short.replace("\0", " ") for short in textwrap.wrap(glued, width, **fill)] or [""]
 
 
 class _Line(ProgressColumn):
@@ -133,7 +149,7 @@ class _Line(ProgressColumn):
         bar = min(LARGEST_BAR, room - len(live) - GAP)
         cells: list[RenderableType] = [*parts, Text(live.rstrip(" ,"))]
         if task.total and bar >= LEAST_BAR:
-            cells.insert(-2, ProgressBar(task.total, task.completed, bar))
+            cells.insert(bool(task.description), ProgressBar(task.total, task.completed, bar))
         line = Table.grid(padding=(0, GAP, 0, 0), pad_edge=False)
         line.add_row(*cells)
         return line

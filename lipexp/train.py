@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -21,6 +20,7 @@ from lipexp.members import Member, stack
 from lipexp.process import cpu_threads, holding_interrupts
 from lipexp.record import Metrics
 from lipexp.runs import RunFolder
+from lipexp.screen import Screen
 
 
 class Progress(Protocol):
@@ -59,9 +59,6 @@ def train_many(
         How each run ended, in order. A run whose numbers stop being finite does not disturb the others.
     """
     started = time.perf_counter()
-    runs = stack(
-        members
-    )  # before the threads are limited: drawing data may load libraries with threads of their own
     config = members[0].config
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
     device = "cpu" if device == "auto" else device
@@ -77,10 +74,14 @@ def train_many(
         display.checkpoint(checkpoint.step, rows)
         evaluating += time.perf_counter() - before
 
-    with cpu_threads(config.threads), ExitStack() as held:
-        for folder in folders:  # for whoever wants to know whether the run is still trained
+    with ExitStack() as held:
+        for folder in folders:  # so that others can tell a run that is trained from one that was killed
             with suppress(OSError):  # a file system without locks
                 held.enter_context(folder.locked())
+        runs = stack(members)
+        held.enter_context(
+            cpu_threads(config.threads)
+        )  # drawing data may load libraries with threads of their own
         evaluator = Evaluator(runs, display.stage)
         with display.training(runs.steps):
             last = fit(runs, evaluate, display.tick, device)
@@ -138,7 +139,8 @@ def _draw(member: Member, folder: RunFolder, found: Evaluation) -> None:
 
         folder.write_figure(run_figure(found, member.names))
     except Exception as error:
-        print(f"lipexp: {folder.path / 'figure.png'}: cannot be drawn: {one_line(error)}", file=sys.stderr)
+        line = f"lipexp: {folder.path / 'figure.png'}: cannot be drawn: {one_line(error)}"
+        Screen(stderr=True).show(line)
 
 
 def _environment(device: str, threads: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def show(folder: Path, study: optuna.Study, space: Space, metric: str) -> None:
     """Print the best trials, the share of each axis in the variance of the values (fANOVA), and the files."""
     table = Table(show_edge=False, box=None, pad_edge=False, header_style="bold")
     for name in ("trial", metric, *space.axes):
-        table.add_column(name.replace(".", ".\n", 1), justify="right", vertical="bottom")
+        table.add_column(name.replace(".", ".\n", 1), justify="right", vertical="bottom", no_wrap=True)
     best = ranked(study)
     for trial in best[:5]:
         settings = map(trial.params.get, space.axes)
