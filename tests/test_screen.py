@@ -105,6 +105,24 @@ def test_what_is_waited_for_is_seen_on_a_terminal_and_gone_at_the_end():
     assert console.file.getvalue() == ""
 
 
+def test_no_command_prints_more_than_80_columns_on_a_terminal(lipexp, monkeypatch):
+    for key, value in {"TTY_COMPATIBLE": "1", "COLUMNS": "80", "TERM": "xterm"}.items():
+        monkeypatch.setenv(key, value)
+    swept = ("act=relu,groupsort", "optim.lr=0.012345678901,0.1", "seed=0,1")
+    for command in (
+        ("train", "-m", *TINY, INLINE, "hydra.sweep.dir=s", *swept),
+        ("train", *TINY, "hydra.run.dir=one", "max_regions=9999"),
+        ("certify", "s/0", "one", "--attack"),
+        ("report", "s", "one"),
+        ("figures", "groupsort"),
+    ):
+        done = lipexp(*command)
+        assert (done.code, done.err) == (0, "")
+        lines = re.split(r"[\r\n]+", ESCAPE.sub("", done.out))
+        assert max(map(len, lines)) <= 80, max(lines, key=len)
+        assert len(lines) > 5
+
+
 # Outputs that cannot be written ----------------------------------------------------------------------------------
 
 
