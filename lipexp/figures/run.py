@@ -36,6 +36,7 @@ def run_figure(run: Evaluation, names: Mapping[str, str]) -> Figure:
         metric = next(key for key in run.test if key != "loss")
         subject = ", ".join(names[group] for group in ("dataset", "act", "constraint", "loss"))
         figure.suptitle(f"{subject}\ntest {metric} {run.test[metric]:.4g}, {_interval(run)}", fontsize=8.5)
+        figure.draw_without_rendering()  # axes of equal scale find their place in a second pass of the layout
     return figure
 
 
