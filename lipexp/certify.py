@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from lipexp.process import cpu_threads
 from lipexp.proven import METHODS, Certificate, Chain, Problem, Proof, prove
 from lipexp.proven.radii import Robustness, assess
 from lipexp.runs import RunFolder, find
+from lipexp.screen import Screen
 from lipexp.tasks import TASKS
 from lipexp.wording import above, broken_bound, interval_line, robustness_line
 
@@ -86,8 +87,8 @@ class Finding:
         )
 
 
-def examine(run: LoadedRun, options: argparse.Namespace) -> Finding:
-    """Certify one run.
+def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str], None]) -> Finding:
+    """Certify one run; `report` is told what takes its time.
 
     Raises:
         ConfigError: it is not trusted, or fits neither its data nor the options.
@@ -100,6 +101,7 @@ def examine(run: LoadedRun, options: argparse.Namespace) -> Finding:
     data = drawn(dataset, streams.data, type(dataset).__name__)
     x = torch.from_numpy(np.concatenate([data.train_x, data.test_x])).double().unsqueeze(0)  # (1, N, D)
     chain = Chain.of(constraint, len(network.layers))
+    report("measuring")
     scanned = scan(network, x)
     points = sources(network, x, scanned, chain.q, [generator(streams.search)], EFFORT)
     by = steepest(network, points, 0, chain.q)
@@ -112,7 +114,7 @@ def examine(run: LoadedRun, options: argparse.Namespace) -> Finding:
         setting(run.config, "max_regions") if options.max_regions is None else options.max_regions,
         gap=options.gap,
         seconds=options.max_seconds,
-        report=lambda line: print(line, flush=True),
+        report=report,
     )
     certificate = prove(problem, options.method)
     for name, proof in certificate.proofs.items():
@@ -124,6 +126,7 @@ def examine(run: LoadedRun, options: argparse.Namespace) -> Finding:
         robustness = assess(network, test_x, test_y, chain.p, certificate.value, certificate.reason)
         if options.attack and robustness.columns is not None:
             radius = robustness.columns["radius"]
+            report(f"attacking {len(test_x):,} points")
             attacked = attack(network, test_x, radius, chain.p, generator(streams.search))
     digest = hashlib.sha256(RunFolder(run.folder).model_bytes()).hexdigest()
     return Finding(
@@ -199,7 +202,11 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     if options.trust:
         sys.path.append(os.getcwd())  # a user's own class lies where they work, as with `python -m`
-    statuses = [certify(folder, options) for folder in folders]
+    screen = Screen()
+    statuses = []
+    for place, folder in enumerate(folders, start=1):
+        which = f"run {place} of {len(folders)}, " if len(folders) > 1 else ""
+        statuses.append(certify(folder, options, screen, which))
     return 1 if 1 in statuses else max(statuses)
 
 
@@ -237,22 +244,26 @@ def finished(paths: Sequence[str]) -> list[RunFolder]:
     return complete
 
 
-def certify(folder: RunFolder, options: argparse.Namespace) -> int:
-    """Certify one run, print and record what is found; returns the exit status."""
+def certify(folder: RunFolder, options: argparse.Namespace, screen: Screen, which: str) -> int:
+    """Certify one run, show and record what is found; returns the exit status.
+
+    Args:
+        which: its place among the runs to be certified, for whoever waits.
+    """
     try:
-        run = load_run(folder.path, trust=options.trust)
-        radii = radii_of(run.config) if options.radii is None else options.radii
-        with cpu_threads(whole("threads", run.config.get("threads", 1), least=1)):
-            finding = examine(run, options)
-        show(folder, finding, radii, options.attack)
+        with screen.waiting(f"{which}{folder.path}") as waiting_for:
+            run = load_run(folder.path, trust=options.trust)
+            radii = radii_of(run.config) if options.radii is None else options.radii
+            with cpu_threads(whole("threads", run.config.get("threads", 1), least=1)):
+                finding = examine(run, options, lambda text: waiting_for(f"{which}{folder.path}: {text}"))
+        for line in described(folder, finding, radii, options.attack):
+            screen.show(line)
         if finding.robustness is not None and finding.robustness.columns is not None:
             folder.write_columns("certify_radii", finding.robustness.columns)
         record.certify(folder, finding.section(radii))
     except ConfigError as error:
         print(f"lipexp: {folder.path}: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # of the screen: cli.py ends the command
-        raise
     except OSError as error:
         print(f"lipexp: {folder.path}: cannot be written: {error.strerror}", file=sys.stderr)
         return 2
@@ -285,25 +296,24 @@ def setting(config: Mapping[str, Any], name: str) -> Any:
     return config[name] if name in config else OmegaConf.select(OmegaConf.load(CONTENTS), name)
 
 
-def show(folder: RunFolder, finding: Finding, radii: Sequence[float], attacked: bool) -> None:
-    """Print what was found about one run."""
+def described(folder: RunFolder, finding: Finding, radii: Sequence[float], attacked: bool) -> Iterator[str]:
+    """What was found about one run, line by line."""
     settings = record.settings(folder)
     names = "  ".join(f"{settings.get(key, '?')}" for key in ("dataset", "act", "constraint", "loss"))
-    print(f"{folder.path}  {names}  seed {settings.get('seed', '?')}")
+    yield f"{folder.path}  {names}  seed {settings.get('seed', '?')}"
     if finding.changed:
-        print("model.pt was changed: its SHA-256 is not the one that the run recorded")
+        yield "model.pt was changed: its SHA-256 is not the one that the run recorded"
     proofs = finding.certificate.proofs
     if len(proofs) > 1:
-        print("bounds: " + "  ".join(f"{name} {_bound(proof)}" for name, proof in proofs.items()))
-    print(interval_line(finding.interval))
-    for layer in finding.broken_layers:
-        print(layer)
+        yield "bounds: " + "  ".join(f"{name} {_bound(proof)}" for name, proof in proofs.items())
+    yield interval_line(finding.interval)
+    yield from finding.broken_layers
     if finding.robustness is not None:
-        print(robustness_line(finding.robustness.summary(radii)))
+        yield robustness_line(finding.robustness.summary(radii))
     elif attacked:
-        print("no attack: a regression has no radii")
+        yield "no attack: a regression has no radii"
     if finding.attack is not None:
-        _show_attack(finding.attack)
+        yield from _attack_lines(finding.attack)
 
 
 def _bound(proof: Proof) -> str:
@@ -312,13 +322,11 @@ def _bound(proof: Proof) -> str:
     return above(proof.value, None) + ("" if proof.everywhere else " (over the box of the data)")
 
 
-def _show_attack(found: Attack) -> None:
+def _attack_lines(found: Attack) -> Iterator[str]:
     power = ", ".join(f"{fraction:.1%} at {times:g} times it" for times, fraction in found.power.items())
-    print(f"attack on {found.points} points: {len(found.flips)} flipped within their radius; {power}")
+    yield f"attack on {found.points} points: {len(found.flips)} flipped within their radius; {power}"
     for flip in found.flips[:RECORDED]:
-        print(
-            f"counterexample: test point {flip.index}, {flip.point}, has f = {flip.f!r} and radius {flip.radius!r}"
-        )
-        print(f"  but {flip.moved}, which is nearer than that, has f = {flip.f_moved!r}")
+        yield f"counterexample: test point {flip.index}, {flip.point}, has f = {flip.f!r}, radius {flip.radius!r}"
+        yield f"  but {flip.moved}, which is nearer than that, has f = {flip.f_moved!r}"
     if len(found.flips) > RECORDED:
-        print(f"... and {len(found.flips) - RECORDED} more")
+        yield f"... and {len(found.flips) - RECORDED} more"

@@ -10,7 +10,7 @@ import signal
 import sys
 from itertools import pairwise
 
-from lipexp.process import ENDED, Terminated, begin_work, starting
+from lipexp.process import ENDED, Terminated, begin_work, legible_output, silence, starting
 
 # verb -> (module, what it does); each module has main(arguments) -> exit status
 VERBS = {
@@ -25,6 +25,7 @@ VERBS = {
 
 def main() -> int:
     """Run one verb; returns the exit status: 0, 1 a run failed, 2 bad input, 130 interrupted, 143 terminated."""
+    legible_output()
     try:
         status = _main(sys.argv[1:])
         sys.stdout.flush()
@@ -33,8 +34,10 @@ def main() -> int:
         number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
         print(f"lipexp: {ENDED[number]}", file=sys.stderr)
         return 128 + number
-    except BrokenPipeError:  # the reader of our output has gone, as in `lipexp report | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        silence(sys.stdout)  # it cannot be written; or its reader has gone, as in `lipexp report | head`
+        if not isinstance(error, BrokenPipeError):
+            print(f"lipexp: {error}", file=sys.stderr)
         return 1
 
 

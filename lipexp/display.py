@@ -1,23 +1,24 @@
 """What a run and a sweep show on the screen: a header, the progress, tables of results, the path.
 
-On a terminal a live bar; otherwise plain lines, one for each checkpoint.
+On a terminal a live line; otherwise plain lines, one for each checkpoint.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.progress import Progress, TaskID
+from rich.table import Table
 
+from lipexp.process import holding_interrupts
+from lipexp.screen import Screen
 from lipexp.tasks import METRICS
-from lipexp.wording import above, below, count, gradient_line, interval_line, robustness_line, rounded, shown_path
+from lipexp.wording import below, count, gradient_line, interval_line, robustness_line, shown_path
 
 if TYPE_CHECKING:
     from lipexp.members import Member
@@ -31,8 +32,8 @@ class Display:
         brief: one line per run, for sweeps.
     """
 
-    def __init__(self, brief: bool = False, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+    def __init__(self, brief: bool = False, screen: Screen | None = None) -> None:
+        self.screen = screen or Screen()
         self.brief = brief
         self.step = 0
         self._bar: Progress | None = None
@@ -46,26 +47,20 @@ class Display:
         line = f"{names['dataset']}  {names['act']}  {names['constraint']} ({bound})  {names['loss']}"
         line += f"  seed {config.seed}"
         if self.brief:
-            self._print(line)
+            self.screen.show(line)
             return
-        self._print(f"[bold]lipexp train[/bold]  {line}")
+        self.screen.show(f"  {line}", bold="lipexp train")
         shape = ", ".join(f"{key} {value}" for key, value in config.model.items() if key != "_target_")
-        self._print(f"{names['model']} ({shape}), {config.steps} steps of {config.batch_size} points")
+        self.screen.show(f"{names['model']} ({shape}), {config.steps} steps of {config.batch_size} points")
 
     @contextmanager
     def training(self, total: int) -> Iterator[None]:
-        """Shows the progress of `total` steps while the body runs."""
-        if not self.console.is_terminal:
+        """Shows the progress of `total` steps, and of what follows them, while the body runs."""
+        if not self.screen.is_terminal:
             yield
             return
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[live]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console, transient=True) as self._bar:
-            self._task = self._bar.add_task("train", total=total, live="")
+        with self.screen.progress() as self._bar:
+            self._task = self._bar.add_task("", total=total, live="")
             yield
         self._bar = None
 
@@ -82,51 +77,51 @@ class Display:
         if not row:
             return
         metric = next(f"test_{key}" for key in METRICS if f"test_{key}" in row)
-        live = (
-            f"loss {row['train_loss']:.4g}  {metric.replace('_', ' ')} {row[metric]:.4g}  "
-            f"max ‖∇f‖ {rounded(row['grad_max'])}"
-        )
+        steepest = "?" if row["grad_max"] is None else below(row["grad_max"])
+        live = f"loss {row['train_loss']:.4g}  {metric.replace('_', ' ')} {row[metric]:.4g}  max ‖∇f‖ {steepest}"
+        self.stage(live)
+        if self._bar is None and not self.brief:
+            self.screen.show(f"step {step:>5}  {live}")
+
+    def stage(self, text: str) -> None:
+        """What is done now, beside the steps."""
         if self._bar is not None:
-            self._bar.update(self._task, live=live)
-        elif not self.brief:
-            self._print(f"step {step:>5}  {live}")
+            self._bar.update(self._task, live=text)
 
     def result(self, metrics: Metrics, folder: Path) -> None:
         """The result of one run."""
         if not self.brief:
-            self._print(result_table(metrics))
-            self._print(gradient_line(metrics.gradient_norm))
+            self.screen.show(result_table(metrics))
+            self.screen.show(gradient_line(metrics.gradient_norm))
             if metrics.robustness is not None:
-                self._print(robustness_line(metrics.robustness))
-        self._print(interval_line(metrics.lipschitz))
-        self._print(f"{folder}{'' if self.brief else '/'}")
-
-    def _print(self, what: Any) -> None:
-        self.console.print(what, soft_wrap=True)
+                self.screen.show(robustness_line(metrics.robustness))
+        self.screen.show(interval_line(metrics.lipschitz))
+        self.screen.show(f"{folder}{'' if self.brief else '/'}")
 
 
 @contextmanager
-def composing(jobs: int, console: Console | None = None) -> Iterator[Callable[[], None]]:
+def composing(jobs: int, screen: Screen | None = None) -> Iterator[Callable[[], None]]:
     """Shows on a terminal how many jobs of a sweep are composed; yields what is to be called after each."""
-    console = console or Console()
-    columns = (TextColumn("composing the jobs"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=jobs)
+    screen = screen or Screen()
+    if not screen.is_terminal:
+        yield lambda: None
+        return
+    with screen.progress() as bar:
+        task = bar.add_task("composing the jobs", total=jobs)
         yield lambda: bar.advance(task)
 
 
 class SweepDisplay:
-    """The screen of a sweep: a bar for each stack that trains, then one table.
+    """The screen of a sweep: a line for each stack that trains, then one table.
 
-    On a terminal the bars are live; otherwise a line is printed when a stack has ended.
+    On a terminal the lines are live; otherwise a line is printed when a stack has ended.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+    def __init__(self, screen: Screen | None = None) -> None:
+        self.screen = screen or Screen()
         self._bars: Progress | None = None
         self._tasks: dict[int, TaskID] = {}
         self._runs: Sequence[int] = []
-        self._steps: dict[int, int] = {}
         self._live: dict[int, str] = {}
 
     def header(
@@ -147,75 +142,68 @@ class SweepDisplay:
         parts += [f"{count(len(stacks), 'stack')} ({split})"] if stacks else []
         parts += [f"about {run_bytes / 1e6:.2g} MB a run"] if stacks and run_bytes else []
         parts += [f"{count(min(processes, len(stacks)), 'process', 'es')}"] if stacks and processes else []
-        self._print(f"[bold]lipexp train -m[/bold]  {', '.join(parts)}")
+        self.screen.show(f"  {', '.join(parts)}", bold="lipexp train -m")
 
     @contextmanager
     def progress(self) -> Iterator[None]:
         """Shows the progress of all stacks while the body runs."""
-        if not self.console.is_terminal:
+        if not self.screen.is_terminal:
             yield
             return
-        columns = (  # of 80 characters, the text at the end gives way
-            TextColumn("{task.description}", table_column=Column(min_width=20)),
-            BarColumn(bar_width=8),
-            MofNCompleteColumn(table_column=Column(min_width=9)),
-            TimeRemainingColumn(compact=True, table_column=Column(min_width=5)),
-            TextColumn("{task.fields[live]}"),
-        )
-        with Progress(*columns, console=self.console, transient=True) as self._bars:
+        with self.screen.progress() as self._bars:
             yield
         self._bars = None
 
     def update(self, number: int, step: int, total: int | None, live: str | None, done: bool = False) -> None:
         """Stack `number` has finished `step` steps, and with `done` has written all its results."""
-        self._steps[number] = step
         if live is not None:
             self._live[number] = live
-        name = self._name(number)
         bars = self._bars
         if bars is None:
             if done:
-                self._print(f"{name}: {count(step, 'step')}  {self._live.get(number, 'all failed')}")
+                self.say(f"{count(step, 'step')}  {self._live.get(number, 'all failed')}", number)
             return
         if done:
-            if number in self._tasks:
-                bars.remove_task(self._tasks.pop(number))
+            self._remove(number)
             return
         if number not in self._tasks:
-            self._tasks[number] = bars.add_task(name, total=total, live="")
+            place = f"{number + 1:>{len(str(len(self._runs)))}}"
+            self._tasks[number] = bars.add_task(f"stack {place} of {len(self._runs)}", total=total, live="")
         bars.update(self._tasks[number], completed=step, total=total, live=self._live.get(number, ""))
+
+    def _remove(self, number: int) -> None:
+        if self._bars is not None and number in self._tasks:
+            self._bars.remove_task(self._tasks.pop(number))
 
     def died(self, number: int, reason: str | None = None) -> None:
         """The process that trained stack `number` has died."""
-        if self._bars is not None and number in self._tasks:
-            self._bars.remove_task(self._tasks.pop(number))
+        self._remove(number)
         self.say(reason or "its worker process died, of too little memory perhaps", number)
-
-    def _name(self, number: int) -> str:
-        return f"stack {number + 1} of {len(self._runs)}, {count(self._runs[number], 'run')}"
 
     def say(self, text: str, number: int | None = None) -> None:
         """Print a line about stack `number`, or about all of them."""
-        self._print(escape(text if number is None else f"{self._name(number)}: {text}"))
+        if number is not None:
+            text = f"stack {number + 1} of {len(self._runs)}, {count(self._runs[number], 'run')}: {text}"
+        self.screen.show(text)
 
     def result(self, rows: Sequence[Mapping[str, Any]], overrides: Sequence[str], file: Path, table: bool) -> None:
-        """The table of the jobs, best first and failed last, and where all of it lies.
+        """The table of the jobs, best first and failed last, where all of it lies, and how to go on.
 
         Args:
             rows: those of sweep.csv.
             overrides: the keys that the jobs override.
             file: sweep.csv.
-            table: print the table.
+            table: print the table, and how to go on.
         """
+        swept = [key for key in overrides if len({row.get(key) for row in rows}) > 1]
         if table and any(row["status"] != "queued" for row in rows):
-            self._print(sweep_table(rows, overrides))
+            self.screen.show(*sweep_table(rows, swept))
         statuses = ("ok", "failed", "missing", "queued")
         counts = {status: sum(row["status"] == status for row in rows) for status in statuses}
-        self._print(", ".join(f"{count} {status}" for status, count in counts.items() if count))
-        self._print(shown_path(file))
-
-    def _print(self, what: Any) -> None:
-        self.console.print(what, soft_wrap=True)
+        self.screen.show(", ".join(f"{count} {status}" for status, count in counts.items() if count))
+        self.screen.show(shown_path(file))
+        if table and counts["ok"]:
+            self.screen.show(f"next: {next_command(file.parent, swept)}")
 
 
 class StackDisplay:
@@ -224,6 +212,7 @@ class StackDisplay:
     def __init__(self, update: Callable[..., None], number: int) -> None:
         self._update, self._number = update, number
         self.step = 0
+        self._summary: str | None = None
 
     @contextmanager
     def training(self, total: int) -> Iterator[None]:
@@ -240,11 +229,16 @@ class StackDisplay:
     def checkpoint(self, step: int, rows: Sequence[Mapping[str, float | None]]) -> None:
         """New lines of history.csv, one per run."""
         self.step = step
-        self._update(self._number, step, None, live_summary(rows))
+        self._summary = live_summary(rows)
+        self._update(self._number, step, None, self._summary)
+
+    def stage(self, text: str) -> None:
+        """What is done now, beside the steps."""
+        self._update(self._number, self.step, None, text)
 
     def done(self) -> None:
         """All results are written."""
-        self._update(self._number, self.step, None, None, True)
+        self._update(self._number, self.step, None, self._summary, True)
 
 
 def live_summary(rows: Sequence[Mapping[str, float | None]]) -> str:
@@ -262,44 +256,27 @@ def live_summary(rows: Sequence[Mapping[str, float | None]]) -> str:
 SHOWN_ROWS = 40  # of a sweep's table, and as many failed ones; sweep.csv has them all
 
 
-def sweep_table(rows: Sequence[Mapping[str, Any]], overrides: Sequence[str]) -> Table:
-    """What differs between the jobs of a sweep, their metric and their interval, best first, failed last."""
-    metrics = [f"test.{key}" for key in METRICS if any(f"test.{key}" in row for row in rows)]
-    varied = [key for key in overrides if len({row.get(key) for row in rows}) > 1]
-    table = Table(show_edge=False, box=None, pad_edge=False, header_style="bold")
-    for name in ("job", *varied):
-        table.add_column(name)
-    for name in [*(metric.replace(".", " ") for metric in metrics), *(["measured", "certified"] * bool(metrics))]:
-        table.add_column(name, justify="right")
-    table.add_column("")
-    ranked = [row for metric in metrics for row in _ranked(rows, metric)]
-    failed = [row for row in rows if row["status"] not in ("ok", "queued")]
-    for row in [*ranked[:SHOWN_ROWS], *failed[:SHOWN_ROWS]]:
-        cells = [str(row["job"]), *(str(row.get(key, "")) for key in varied)]
-        table.add_row(
-            *cells, *_result_cells(row, metrics), row["reason"] or row.get("lipschitz.verdict", "missing")
-        )
-    shown = min(len(ranked), SHOWN_ROWS) + min(len(failed), SHOWN_ROWS)
-    if shown < len(rows):
-        table.caption = f"{shown} of {len(rows)} jobs"
-    return table
+def sweep_table(rows: Sequence[Mapping[str, Any]], swept: Sequence[str]) -> tuple[str, Table]:
+    """What differs between the jobs of a sweep and what they found, as `lipexp report` shows it."""
+    with holding_interrupts():
+        import pandas as pd
+
+        from lipexp import report
+
+    ended = [row for row in rows if row["status"] != "queued"]
+    columns = report.unique(*ended, report.PLAIN, [report.TARGET])
+    table = report.ordered(pd.DataFrame(ended, columns=columns, dtype=object))
+    sound = table["status"] == "ok"
+    shown = pd.concat([table[sound].head(SHOWN_ROWS), table[~sound].head(SHOWN_ROWS)])
+    same, lines = report.shown(shown, ["job", *swept, *report.PLAIN], by=["job"])
+    lines.caption = f"{len(shown)} of {len(rows)} jobs" if len(shown) < len(rows) else None
+    return same, lines
 
 
-def _ranked(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, Any]]:
-    """The jobs without a fault that have `metric`, best first."""
-    sign = -1 if METRICS[metric.removeprefix("test.")] else 1
-    sound = [row for row in rows if metric in row and row["status"] == "ok"]
-    return sorted(sound, key=lambda row: sign * float(row[metric]))
-
-
-def _result_cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
-    """The metric of a job in its own column, and its measured and certified constant."""
-    if "lipschitz.measured" not in row:
-        return [""] * (len(metrics) + 2 * bool(metrics))
-    certified = row["lipschitz.certified"]
-    bound = "" if certified is None else above(certified, row["lipschitz.target"])
-    values = [f"{row[metric]:.4g}" if metric in row else "" for metric in metrics]
-    return [*values, below(row["lipschitz.measured"]), bound]
+def next_command(folder: Path, swept: Sequence[str]) -> str:
+    """What folds the runs of a sweep over their seeds."""
+    keys = [key for key in swept if key.partition(".")[0] not in ("seed", "experiment", "hydra")]
+    return f"lipexp report {shlex.quote(shown_path(folder))} --by {shlex.quote(','.join(keys) or 'dataset')}"
 
 
 def result_table(metrics: Metrics) -> Table:

@@ -5,7 +5,7 @@ Shapes: K runs, N points, D inputs. Everything here is computed in float64 from 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +45,14 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates the checkpoints of one stack, whose data it holds in float64."""
+    """Evaluates the checkpoints of one stack, whose data it holds in float64.
 
-    def __init__(self, stack: Stack) -> None:
-        self.stack = stack
+    Args:
+        report: is told what takes its time at the end.
+    """
+
+    def __init__(self, stack: Stack, report: Callable[[str], None] = lambda text: None) -> None:
+        self.stack, self.report = stack, report
         self.n_train = len(stack.data[0].train_x)
         self.x = _stacked([np.concatenate([data.train_x, data.test_x]) for data in stack.data])  # (K, N, D)
         self.y = _stacked([np.concatenate([data.train_y, data.test_y]) for data in stack.data])  # (K, N)
@@ -81,14 +85,17 @@ class Evaluator:
 
     def final(self, checkpoint: Checkpoint) -> list[Evaluation | None]:
         """The evaluation of each run, None for failed ones."""
+        self.report("measuring")
         scanned = self._scan(checkpoint)
         generators = [generator(s.search) for s in self.stack.streams]
         points = sources(checkpoint.network, self.x, scanned, self.stack.constraint.q, generators)
         scores = self._scores(scanned.f)
-        return [
-            None if run in checkpoint.failures else self._evaluation(checkpoint, run, scanned, points, scores[run])
-            for run in range(len(self.x))
-        ]
+        found: list[Evaluation | None] = []
+        for run in range(len(self.x)):
+            self.report(f"proving: run {run + 1} of {len(self.x)}")
+            failed = run in checkpoint.failures
+            found.append(None if failed else self._evaluation(checkpoint, run, scanned, points, scores[run]))
+        return found
 
     def _scan(self, checkpoint: Checkpoint) -> Scan:
         """f and its gradients at the data. The last checkpoint is reported twice, and scanned once."""
@@ -126,7 +133,10 @@ class Evaluator:
         """
         problem = self._problem(network, run, measured)
         quick = prove_quickly(problem)
-        return quick if quick.verdict(measured) == "FAIL" else prove(problem)
+        if quick.verdict(measured) == "FAIL":
+            return quick
+        alone = len(self.x) == 1  # of many runs each is over soon, and `final` counts them
+        return prove(problem._replace(report=self.report if alone else None))
 
     def _evaluation(
         self,

@@ -1,10 +1,12 @@
-"""What concerns the whole process: its start, what Ctrl-C and SIGTERM do, and how many CPU threads it takes."""
+"""What concerns the whole process: its start and its output, what ends it, and how many CPU threads it takes."""
 
 from __future__ import annotations
 
+import codecs
 import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,11 @@ from typing import Any
 # The signals that end a command, and what Python does by itself.
 SIGNALS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 ENDED: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+LEGIBLE = "lipexp.legible"  # how an output treats a character that it cannot encode
+SPELLED = {
+    **{"‖": "|", "∇": "grad ", "∂": "d", "δ": "delta", "≤": "<=", "≥": ">=", "±": "+-", "−": "-", "√": "sqrt"},
+    **{"₁": "_1", "₂": "_2", "∞": "_inf", "…": "...", "′": "'", "×": "x"},
+}
 
 
 @contextmanager
@@ -94,6 +101,29 @@ def holding_interrupts() -> Iterator[None]:
             signal.signal(number, handler)
         for received in held[:1]:
             signal.raise_signal(received)
+
+
+def legible_output() -> None:
+    """From now on, what standard output and standard error cannot encode is spelled out: ‖∇f‖₂ as |grad f|_2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # None, where the command is started without one
+            stream.reconfigure(errors=LEGIBLE)
+
+
+def silence(stream: Any) -> None:
+    """Whatever is written to `stream`, and still to be written, vanishes from now on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _legible(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    part = error.object[error.start : error.end]
+    return "".join(SPELLED.get(c) or c.encode("ascii", "backslashreplace").decode() for c in part), error.end
+
+
+codecs.register_error(LEGIBLE, _legible)
 
 
 def _terminate(*received: Any) -> None:

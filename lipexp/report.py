@@ -7,6 +7,7 @@ never look alike, and its results. Folding makes one row of the runs that differ
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import sys
@@ -16,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
+import yaml
 from rich.table import Table
 from rich.text import Text
 
 from lipexp.arguments import Parser
-from lipexp.config import ConfigError, no_such
+from lipexp.config import ConfigError, conf_dir, no_such
 from lipexp.record import Outcome, settings
-from lipexp.runs import find, write_file
+from lipexp.runs import RunFolder, find, write_file
+from lipexp.screen import CONTROL, Screen
 from lipexp.tasks import METRICS
 from lipexp.wording import above, below, count
 
@@ -32,18 +34,22 @@ Q, VERDICT = "lipschitz.q", "lipschitz.verdict"
 TESTED = {f"test.{metric}": larger for metric, larger in METRICS.items()}  # -> larger is better
 BEST_HIGH = (*(metric for metric, larger in METRICS.items() if larger), "radius")  # parts of keys end in them
 UPPER = (".certified", ".product", ".exact", ".exact_box.value", "robustness.lipschitz")  # upper bounds end so
+LOWER = (".measured", "gradient_norm.max", ".median_radius")  # and lower bounds so
 CHOICES = ["dataset", "act", "constraint", "loss"]  # the groups that are columns of every table
+UNFINISHED = ["missing", "running"]  # statuses of runs that have neither a result nor a failure
 PLAIN = [*TESTED, MEASURED, CERTIFIED, Q, VERDICT, "status"]
-FOLDED = [*TESTED, "n", "worst", MEASURED, CERTIFIED, Q, VERDICT, "failed"]
+FOLDED = [*TESTED, "n", "worst", MEASURED, CERTIFIED, Q, VERDICT, "failed", *UNFINISHED]
 HEADINGS = {"lipschitz": "L"} | {key: key.removeprefix("lipschitz.").replace(".", " ") for key in PLAIN}
+SPREAD = "± "  # and the key of a mean: its sample deviation
 FOLDED_AS = {**dict.fromkeys(TESTED, "mean"), MEASURED: "max", CERTIFIED: "max"}
 
 HELP = """\
 KEYS are groups or settings, such as act,optim.lr; whatever else tells two rows apart follows them.
 KEY is a column or any key of metrics.json, such as gradient_norm.median (of folded rows its mean): accuracies,
 scores and radii from the largest, all else from the smallest, failed runs last. What is the same in every row is
-named once, above the table. q: the norm of the gradients; measured and certified: a lower and an upper bound on
-its largest value.
+named once, above the table; what only the dataset decides, such as the loss that it brings, is left out.
+q: the norm of the gradients; measured and certified: a lower and an upper bound on its largest value.
+running: a process trains the run; missing: it began, and has neither a result nor a failure.
 
 example: lipexp report outputs/2026-01-31 --by act,constraint,loss --sort measured --csv seeds.csv"""
 
@@ -76,6 +82,8 @@ def report(options: argparse.Namespace) -> None:
         rows = fold(runs, chosen, keep_seed="seed" in by)
     apart = [key for key in chosen if key in rows and tells_apart(key, rows)]
     columns = unique(by or ["run"], CHOICES, [] if by else ["seed"], ["lipschitz"], apart, FOLDED if by else PLAIN)
+    left_out = brought(rows) | {status for status in UNFINISHED if not (runs["status"] == status).any()}
+    columns = [key for key in columns if key in by or key not in left_out]
     rows = rows.reindex(columns=unique(rows.columns, columns))
     if options.sort is not None:
         key = key_named("--sort", options.sort, rows.columns, [HEADINGS.get(key, key) for key in columns])
@@ -87,8 +95,12 @@ def report(options: argparse.Namespace) -> None:
         write(options.csv, table.rename(columns={key: f"{key}.{how}" for key, how in FOLDED_AS.items() if by}))
     if options.csv != "-":
         root = os.path.commonpath([os.path.dirname(run) for run in runs["run"]])
-        print(f"{count(len(runs), 'run')} under {root}, {(runs['status'] != 'ok').sum()} failed")
-        show(rows, columns, by, root)
+        counts = [f"{(runs['status'] == status).sum()} {status}" for status in ["failed", *UNFINISHED]]
+        counts = [text for text in counts if text.endswith("failed") or not text.startswith("0 ")]
+        # Printed as it is: a full disk or a reader that has gone ends this command, whose result is the table.
+        head = ", ".join([f"{count(len(runs), 'run')} under {root}", *counts])
+        for part in (head, *shown(rows, columns, by, root)):
+            print("\n".join(map(str, Screen().lines(part))))
 
 
 def read(folders: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
@@ -96,25 +108,47 @@ def read(folders: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
     for folder in folders:
         if not os.path.isdir(folder):
             raise ConfigError("FOLDER", folder, "is no folder" if os.path.exists(folder) else "does not exist")
+    roots = [Path(folder).resolve() for folder in folders]  # resolved: a run given twice counts once
+    begun = {record.parent for root in roots for record in root.rglob(".hydra")}
+    found = sorted({run.path for run in find(roots)} | begun)
     rows, chosen, unreadable = [], [], []
-    for run in find([Path(folder).resolve() for folder in folders]):  # resolved: a run given twice counts once
-        outcome = Outcome.of(run)
-        if run.complete and outcome.metrics is None:
-            unreadable.append(f"{run.path}: {outcome.reason}")
-            continue
-        # Without a record of its settings, nobody can say that a run differs from another only in its seed.
-        own = settings(run) or {"folder": str(run.path)}
-        texts = {
-            k: v if isinstance(v, str) else json.dumps(v, default=str).removesuffix(".0") for k, v in own.items()
-        }
-        rows.append({"run": str(run.path)} | outcome.results() | texts)
-        chosen.append(texts)
+    with Screen().waiting("reading the runs") as waiting_for:
+        for number, run in enumerate(map(RunFolder, found)):
+            waiting_for(f"reading the runs: {number} of {len(found)}")
+            outcome = Outcome.of(run)
+            if run.complete and outcome.metrics is None:
+                unreadable.append(f"{run.path}: {outcome.reason}")
+                continue
+            if outcome.status == "missing" and in_use(run.path):
+                outcome.status = "running"
+            # Without a record of its settings, nobody can say that a run differs from another only in its seed.
+            own = settings(run) or {"folder": str(run.path)}
+            texts = {
+                k: v if isinstance(v, str) else json.dumps(v, default=str).removesuffix(".0")
+                for k, v in own.items()
+            }
+            rows.append({"run": str(run.path)} | outcome.results() | texts)
+            chosen.append(texts)
     if not rows:
         reasons = unreadable or ["no run found there (a run has metrics.json or failed.json)"]
         raise ConfigError("FOLDER", ", ".join(folders), reasons[0])
     for line in unreadable:
         print(f"lipexp: {line}; left out", file=sys.stderr)
     return pd.DataFrame(rows, columns=unique(*rows, PLAIN, [TARGET]), dtype=object), unique(*chosen)
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process trains this run: it holds the lock of its folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(handle)
+    return False
 
 
 def unique(*keys: Any) -> list[str]:
@@ -132,16 +166,19 @@ def fold(runs: pd.DataFrame, chosen: list[str], keep_seed: bool) -> pd.DataFrame
         print(f"lipexp: {text}: {repeated.sum()}", file=sys.stderr)
     words = runs[[Q, VERDICT]].where(finished)
     numbers = runs.drop(columns=[*chosen, Q, VERDICT]).apply(pd.to_numeric, errors="coerce").where(finished)
-    numbers = numbers.assign(status=runs["status"], failed=~finished)
+    counted = ["failed", *UNFINISHED]
+    numbers = numbers.assign(status=runs["status"], **{status: runs["status"] == status for status in counted})
     table = pd.concat([runs[shared], words, numbers], axis=1)[~repeated]
     groups = table.groupby(table.groupby(shared, dropna=False, sort=False).ngroup())
     how: dict[str, Any] = dict.fromkeys([*numbers], "mean") | dict.fromkeys([*shared, Q], "first")
-    how |= dict.fromkeys([MEASURED, CERTIFIED, TARGET, "status"], "max")  # of statuses: ok, where one run is
-    how |= {"failed": "sum", VERDICT: lambda verdicts: min(verdicts.dropna(), default=None)}  # OPEN, where one is
+    how |= dict.fromkeys([MEASURED, CERTIFIED, TARGET], "max") | dict.fromkeys(counted, "sum")
+    how["status"] = lambda statuses: "ok" if (statuses == "ok").any() else statuses.iloc[0]
+    how[VERDICT] = lambda verdicts: min(verdicts.dropna(), default=None)  # OPEN, where one is
     scores = groups[list(TESTED)]  # a row has one of them
     worst = scores.agg({metric: "min" if larger else "max" for metric, larger in TESTED.items()}).max(axis=1)
     spread = {"n": scores.count().max(axis=1), "sd": scores.std().max(axis=1), "worst": worst}
-    return pd.concat([groups.agg(how), pd.DataFrame(spread)], axis=1)
+    deviations = groups[[key for key in numbers if how[key] == "mean"]].std().add_prefix(SPREAD)
+    return pd.concat([groups.agg(how), pd.DataFrame(spread), deviations], axis=1)
 
 
 def tells_apart(key: str, rows: pd.DataFrame) -> bool:
@@ -149,6 +186,18 @@ def tells_apart(key: str, rows: pd.DataFrame) -> bool:
     group = key.partition(".")[0]
     alike = rows.groupby(group if group in rows and group != key else lambda _: 0, dropna=False)
     return bool((alike[key].nunique(dropna=False) > 1).any())
+
+
+def brought(rows: pd.DataFrame) -> set[str]:
+    """The settings that differ only because options of `dataset` bring their own, such as the loss."""
+    keys: set[str] = set()
+    files = {file.stem: file for file in (conf_dir() / "dataset").glob("*.yaml")}
+    for option in {*rows.get("dataset", ())} & set(files):
+        content = yaml.safe_load(files[option].read_text())
+        chosen = (entry for entry in content.get("defaults", []) if isinstance(entry, dict))
+        keys |= {*content, *(key.rpartition("/")[2] for entry in chosen for key in entry)} - {"dataset"}
+    differing = [key for key in keys & {*rows} if rows[key].nunique(dropna=False) > 1]
+    return {key for key in differing if rows.groupby("dataset")[key].nunique(dropna=False).max() == 1}
 
 
 def key_named(option: str, name: str, valid: Collection[str], shown: Sequence[str]) -> str:
@@ -159,7 +208,7 @@ def key_named(option: str, name: str, valid: Collection[str], shown: Sequence[st
     raise ConfigError(option, name, no_such("key", name, unique(shown, get_close_matches(name, valid, n=1))))
 
 
-def ordered(rows: pd.DataFrame, key: str | None) -> pd.DataFrame:
+def ordered(rows: pd.DataFrame, key: str | None = None) -> pd.DataFrame:
     """Failed rows last; the others by `key`, or best first by their metric: numbers, then words, then blanks."""
     places: list[Any] = [rows["status"] != "ok"]
     for each in [key] if key else TESTED:
@@ -172,14 +221,15 @@ def ordered(rows: pd.DataFrame, key: str | None) -> pd.DataFrame:
     return rows.loc[table.sort_values([*table]).index]
 
 
-def show(rows: pd.DataFrame, columns: Sequence[str], by: Sequence[str], root: str) -> None:
-    """Print the table, with what is the same in every row above it."""
+def shown(rows: pd.DataFrame, columns: Sequence[str], by: Sequence[str], root: str = "") -> tuple[str, Table]:
+    """What is the same in every row, and the table of all else; `by` are columns that it has in any case."""
     table = Table(show_edge=False, box=None, pad_edge=False)
     records = rows.astype(object).where(rows.notna(), None).to_dict("records")
     cells, same = [], []
     for key in columns:
-        heading = f"{FOLDED_AS.get(key, '') if by else ''} {HEADINGS.get(key, key)}".strip()
-        texts = [cell(row, key, root) for row in records]
+        folded = FOLDED_AS.get(key, "mean" if SPREAD + key in rows else "") if "n" in rows else ""
+        heading = f"{folded} {HEADINGS.get(key, key)}".strip()
+        texts = [cell(row, key, root).translate(CONTROL) for row in records]
         # A failed run that has no result has no say about it.
         said = [
             text for text, ok in zip(texts, rows["status"] == "ok", strict=True) if text or ok or key not in PLAIN
@@ -189,15 +239,11 @@ def show(rows: pd.DataFrame, columns: Sequence[str], by: Sequence[str], root: st
         elif any(texts):
             cells.append(map(Text, texts))
             words = pd.to_numeric(rows[key], errors="coerce").isna() & rows[key].notna()
-            table.add_column(Text("\n".join(heading.split())), justify="left" if words.any() else "right")
-    print("  ".join(same))
+            justify: Any = "left" if words.any() else "right"
+            table.add_column(Text("\n".join(heading.split())), justify=justify, no_wrap=key != "status")
     for row in zip(*cells, strict=True):
         table.add_row(*row)
-    # As wide as it needs: a terminal that is too narrow breaks the lines, where rich would crop the numbers.
-    console = Console(width=100_000, color_system=None)
-    with console.capture() as captured:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    return "  ".join(same), table
 
 
 def cell(row: dict[Any, Any], key: str, root: str) -> str:
@@ -211,12 +257,14 @@ def cell(row: dict[Any, Any], key: str, root: str) -> str:
         return f"{value}: {' '.join(row['reason'].split())}"
     if not isinstance(value, float):
         return str(value)
-    if key == MEASURED:
-        return below(value)
-    if key.endswith(UPPER) or key.startswith("certify.bounds."):
-        return above(value, row[TARGET])
-    rounded = f"{value:#.4g}" if key in (*TESTED, "worst") else f"{value:.4g}"
-    return f"{rounded} ± {row['sd']:.2g}" if key in TESTED and row.get("sd") is not None else rounded
+    if key.endswith(LOWER):
+        text = below(value)
+    elif key.endswith(UPPER) or key.startswith("certify.bounds."):
+        text = above(value, row[TARGET])
+    else:
+        text = f"{value:#.4g}" if key in (*TESTED, "worst") else f"{value:.4g}"
+    spread = row.get(SPREAD + key)
+    return text if spread is None else f"{text} ± {spread:.2g}"
 
 
 def write(file: str, table: pd.DataFrame) -> None:

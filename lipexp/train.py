@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,12 +13,14 @@ import numpy as np
 import torch
 
 import lipexp
+from lipexp.config import one_line
 from lipexp.evaluate import Evaluation, Evaluator
 from lipexp.loop import Checkpoint, Failure, fit
 from lipexp.members import Member, stack
 from lipexp.process import cpu_threads, holding_interrupts
 from lipexp.record import Metrics
 from lipexp.runs import RunFolder
+from lipexp.screen import Screen
 
 
 class Progress(Protocol):
@@ -32,6 +34,9 @@ class Progress(Protocol):
 
     def checkpoint(self, step: int, rows: Sequence[Mapping[str, float | None]]) -> None:
         """New lines of history.csv, one per run; empty for a failed one."""
+
+    def stage(self, text: str) -> None:
+        """What is done after the last step."""
 
 
 @dataclass
@@ -54,9 +59,6 @@ def train_many(
         How each run ended, in order. A run whose numbers stop being finite does not disturb the others.
     """
     started = time.perf_counter()
-    runs = stack(
-        members
-    )  # before the threads are limited: drawing data may load libraries with threads of their own
     config = members[0].config
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
     device = "cpu" if device == "auto" else device
@@ -72,12 +74,19 @@ def train_many(
         display.checkpoint(checkpoint.step, rows)
         evaluating += time.perf_counter() - before
 
-    with cpu_threads(config.threads):
-        evaluator = Evaluator(runs)
+    with ExitStack() as held:
+        for folder in folders:  # so that others can tell a run that is trained from one that was killed
+            with suppress(OSError):  # a file system without locks
+                held.enter_context(folder.locked())
+        runs = stack(members)
+        held.enter_context(
+            cpu_threads(config.threads)
+        )  # drawing data may load libraries with threads of their own
+        evaluator = Evaluator(runs, display.stage)
         with display.training(runs.steps):
             last = fit(runs, evaluate, display.tick, device)
-        before = time.perf_counter()
-        evaluations = evaluator.final(last)
+            before = time.perf_counter()
+            evaluations = evaluator.final(last)
         evaluating += time.perf_counter() - before
         timing = {
             "train_seconds": time.perf_counter() - started - evaluating,
@@ -92,14 +101,16 @@ def train_many(
                 folder.write_failure(failure.reason, failure.step)
                 ended.append(Trained(None, failure))
             else:
-                ended.append(Trained(_write(member, folder, found, timing, device, figures), None))
+                ended.append(Trained(_write(member, folder, found, timing, device), None))
+                if figures:
+                    _draw(member, folder, found)
     return ended
 
 
 def _write(
-    member: Member, folder: RunFolder, found: Evaluation, timing: Mapping[str, float], device: str, figures: bool
+    member: Member, folder: RunFolder, found: Evaluation, timing: Mapping[str, float], device: str
 ) -> Metrics:
-    """Write all other files of a finished run, metrics.json last, and return its content."""
+    """Write the other files of a finished run but its picture, metrics.json last, and return its content."""
     folder.write_columns("gradients", found.gradients)
     folder.write_rows("layers", found.layers)
     if found.robustness is not None and found.robustness.columns is not None:
@@ -116,15 +127,20 @@ def _write(
         timing=dict(timing),
         environment=_environment(device, member.config.threads),
     )
-    if figures:
+    metrics.write(folder)
+    return metrics
+
+
+def _draw(member: Member, folder: RunFolder, found: Evaluation) -> None:
+    """Draw figure.png. An error is one line: the results are written, and a picture must not cost them."""
+    try:
         with holding_interrupts():
             from lipexp.figures.run import run_figure
 
-        figure = run_figure(found, member.names)
-        if figure is not None:
-            folder.write_figure(figure)
-    metrics.write(folder)
-    return metrics
+        folder.write_figure(run_figure(found, member.names))
+    except Exception as error:
+        line = f"lipexp: {folder.path / 'figure.png'}: cannot be drawn: {one_line(error)}"
+        Screen(stderr=True).show(line)
 
 
 def _environment(device: str, threads: int) -> dict[str, Any]:

@@ -100,8 +100,3 @@ def _decimal(value: float, digits: int, rounding: str) -> str:
     shown = Context(prec=digits, rounding=rounding).create_decimal(Decimal(value)).normalize()
     plain = value == 0 or 1e-4 <= abs(value) < 1e6
     return f"{shown:f}" if plain else f"{shown:E}".lower()
-
-
-def rounded(value: float | None) -> str:
-    """`value` to four significant digits, or a question mark if there is none."""
-    return "?" if value is None else f"{value:.4g}"

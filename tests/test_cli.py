@@ -12,10 +12,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from commands import DEBUG, SCRIPT, TINY, WAITING, ctrl_c, ended, metrics, start, wait_for
+from commands import DEBUG, INLINE, SCRIPT, TINY, WAITING, ctrl_c, ended, metrics, start, wait_for
 
 from lipexp import cli
 from lipexp.config import conf_dir
+from lipexp.figures import run as figures_run
 
 # A run ---------------------------------------------------------------------------------------------------------
 
@@ -68,6 +69,37 @@ def test_layers_csv_holds_the_norms_of_model_pt_within_their_bound(trained_run):
         numbers = row[["operator_norm", "singular_max", "singular_min"]].astype(float).to_numpy()
         singular = torch.linalg.svdvals(weight)
         assert numbers == pytest.approx([float(norm), float(singular[0]), float(singular[-1])], rel=1e-9)
+
+
+def test_an_error_of_the_picture_is_one_line_and_costs_no_result(lipexp, run_folders, monkeypatch):
+    def fail(*arguments: object) -> None:
+        (folder,) = run_folders()  # its results are written before
+        raise KeyError(str(folder))
+
+    monkeypatch.setattr(figures_run, "run_figure", fail)
+    done = lipexp("train", *TINY)
+    (folder,) = run_folders()
+    assert (done.code, done.err) == (0, f"lipexp: {folder}/figure.png: cannot be drawn: KeyError: '{folder}'\n")
+    assert not (folder / "failed.json").exists()
+
+
+LOOKING = """
+from lipexp.datasets import TwoMoons
+from lipexp.report import main
+
+class Looking(TwoMoons):
+    def draw(self, stream):
+        main(["outputs"])
+        return super().draw(stream)
+"""
+
+
+@pytest.mark.parametrize("sweep", [(), ("-m", INLINE, "seed=0,1")])
+def test_a_run_that_is_trained_is_seen_by_report(lipexp, sweep):
+    Path("looking.py").write_text(LOOKING)
+    done = lipexp("train", *sweep, *TINY, "dataset._target_=looking.Looking")
+    assert done.code == 0, done.err
+    assert f"0 failed, {2 if sweep else 1} running" in done.out
 
 
 def test_a_run_replays_from_its_folder(lipexp, trained_run):

@@ -10,6 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import options
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 import lipexp as package
 from lipexp import figures
@@ -46,8 +49,8 @@ def test_a_classifier_is_drawn_with_both_classes_and_labelled_levels(drawn):
     assert sorted(map(tuple, points)) == sorted(map(tuple, columns[["x0", "x1"]].to_numpy()))
     assert len(ax.texts) >= 4
     assert "0" in [text.get_text() for text in ax.texts]
-    assert f"test accuracy {found.test['accuracy']:.4g}" in ax.get_title()
-    assert "‖∇f‖₂: measured" in ax.get_title()
+    assert f"test accuracy {found.test['accuracy']:.4g}" in figure.get_suptitle()
+    assert "‖∇f‖₂: measured" in figure.get_suptitle()
     assert ax.get_aspect() == 1
 
 
@@ -65,7 +68,57 @@ def test_a_fitted_curve_is_drawn_with_target_and_slope(drawn):
     between = np.diff(f[:, 1]) / np.diff(f[:, 0])  # the slope drawn is the slope of the curve drawn
     assert np.median(np.abs(between - slope[:-1, 1])) < 1e-9
     assert {line.get_ydata()[0] for line in lower.get_lines()[1:]} == {-2.0, 2.0}
-    assert "‖∇f‖₁" in upper.get_title()
+    assert "‖∇f‖₁" in figure.get_suptitle()
+
+
+def test_more_inputs_are_drawn_as_distributions(drawn):
+    figure, found = drawn("dataset=digits_parity", "dataset.n_train=100", "dataset.n_test=60")
+    f_ax, gradient_ax, radius_ax = figure.axes
+    assert (
+        sum(bar.get_height() for bar in f_ax.patches) == sum(bar.get_height() for bar in gradient_ax.patches) == 60
+    )
+    marked = {line.get_label(): line.get_xdata()[0] for line in gradient_ax.get_lines()}
+    assert marked == {"measured": found.measured.value, "certified": found.certificate.value, "L": 1.0}
+    radius, share = radius_ax.get_lines()[0].get_data()
+    columns = found.robustness.columns
+    for i in (1, len(radius) // 2, len(radius) - 1):
+        held = (columns["correct"] == 1) & (columns["radius"] >= radius[i])
+        assert share[i] == pytest.approx(held.mean())
+
+
+DRAWN = {
+    **{option: (f"dataset={option}",) for option in options("dataset")},
+    "cones in 1-D": ("dataset=cones", "dataset.n_inputs=1"),
+    "one cone": ("dataset=cones", "dataset.n_cones=1"),
+    "cones in 5-D": ("dataset=cones", "dataset.n_inputs=5"),
+    "without a constraint": ("dataset=digits_parity", "constraint=none", "loss=bce", "act=relu"),
+    "nearly constant": ("dataset=digits_parity", "lipschitz=1e-30", "steps=0"),
+    "nearly constant in 1-D": ("dataset=absolute_value", "lipschitz=1e-30", "steps=0"),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_every_run_has_a_picture_in_which_no_text_is_cut_or_covered(drawn, name, monkeypatch):
+    figure, _ = drawn(*DRAWN[name], "dataset.n_test=200")
+    drawn_texts: dict[Text, None] = {}  # not all that it holds: ticks beyond the ends of an axis are not drawn
+    draw = Text.draw
+
+    def noted(text: Text, renderer: object) -> None:
+        drawn_texts[text] = None
+        draw(text, renderer)
+
+    monkeypatch.setattr(Text, "draw", noted)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    levels = {text for ax in figure.axes for text in ax.texts}
+    texts = [text for text in drawn_texts if text.get_visible() and text.get_text().strip() and text not in levels]
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
+    assert len(boxes) > 10
+    for i, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1
+        for other in boxes[:i]:
+            assert not box.overlaps(other)
 
 
 # The verb --------------------------------------------------------------------------------------------------------

@@ -51,6 +51,15 @@ def test_the_smallest_bound_that_holds_everywhere_is_taken(problem):
     assert certificate.proofs == {"product": Proof(4.0)} | PROOFS
 
 
+def test_whoever_waits_is_told_the_method_and_how_many_regions_there_are():
+    said = []
+    found = prove(of_network(network(2, 8, 8, 1), Spectral(), max_regions=10_000)._replace(report=said.append))
+    regions = found.proofs["exact"].constants.regions
+    assert said == [f"proving: {name}" for name in ("product", "rows", "exact")] + said[3:]
+    assert [int(text.split()[2]) for text in said[3:]] == sorted({int(text.split()[2]) for text in said[3:]})
+    assert said[-1] == f"proving: exact, {regions} regions"
+
+
 def test_a_method_that_is_named_is_taken_beside_the_product(problem):
     for named, value, method in (("loose", 4.0, "product"), ("box", 4.0, "product"), ("tight", 3.0, "tight")):
         found = prove(problem(), named)

@@ -200,7 +200,37 @@ def test_folded_rows_are_sorted_and_a_repeated_seed_counts_once(run, report):
     warning = "lipexp: runs left out, as a later one has the same settings and seed: 1\n"
     printed = report("--by", "optim.lr", "--sort", "gradient_norm.median", warning=warning)
     assert [line.split()[0] for line in printed.splitlines()[-3:]] == ["0.1", "0.2", "0.3"]
-    assert printed.splitlines()[-3].split()[-1] == "0.3"
+    assert printed.splitlines()[-3].endswith("0.3 ± 0.14")  # every mean has its deviation
+
+
+def test_runs_that_are_trained_or_were_killed_are_shown_as_such(run, report, table):
+    run("a", 0.9)
+    killed, trained = (run(name, seed=seed) for seed, name in enumerate(("killed", "trained"), start=1))
+    for folder in (killed, trained):
+        (folder / "failed.json").unlink()
+    with RunFolder(trained).locked():
+        lines = report().splitlines()
+        (row,) = table("--by", "act")
+    assert lines[0].endswith("outputs, 0 failed, 1 missing, 1 running")
+    assert [line.split()[-1] for line in lines[-3:]] == ["ok", "missing", "running"]
+    assert [row[key] for key in ("n", "failed", "missing", "running")] == ["1", "0", "1", "1"]
+    assert "missing" in report().splitlines()[-1]
+    (killed / ".hydra").rename(killed / "hydra")
+    (trained / ".hydra").rename(trained / "hydra")
+    assert "missing" not in report("--by", "act")
+
+
+def test_what_only_the_dataset_brings_is_no_column(run, report):
+    brings = {"change": {"steps": 3000}, "metric": "mse"}
+    run("a", 0.9)
+    run("b", 0.1, chosen={"dataset": "absolute_value", "loss": "mse"}, **brings)
+    heading = report("--by", "dataset,act").splitlines()[-3]
+    assert not {"loss", "steps"} & set(heading.split())
+    assert "loss" in report("--by", "dataset,loss").splitlines()[-3]  # it is asked for
+    run("c", 0.1, chosen={"dataset": "absolute_value", "loss": "hinge"}, **brings)
+    heading = report("--by", "dataset,act").splitlines()[-4]
+    assert "loss" in heading.split()
+    assert "steps" not in heading.split()
 
 
 def test_runs_without_hydras_record_are_shown_and_never_folded(run, report, table):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import shutil
 from multiprocessing import forkserver
 from pathlib import Path
@@ -66,6 +67,16 @@ def test_sweep_csv_has_a_row_for_each_job(sweep):
         assert float(row["test.accuracy"]) == found["test"]["accuracy"]
         assert float(row["lipschitz.certified"]) == found["lipschitz"]["certified"]
         assert float(row["gradient_norm.by.data"]) == found["gradient_norm"]["by"]["data"]
+
+
+def test_a_sweep_ends_with_the_command_that_folds_it_over_its_seeds(sweep, lipexp):
+    done = sweep("act=relu,groupsort", "optim.lr=0.1,0.01", "seed=0,1", "hydra.sweep.dir='my runs/a'")
+    *_, last = done.out.splitlines()
+    command = shlex.split(last.removeprefix("next: lipexp "))
+    assert command == ["report", "my runs/a", "--by", "act,optim.lr"]
+    folded = lipexp(*command)
+    assert (folded.code, folded.err) == (0, "")
+    assert len([line for line in folded.out.splitlines() if " ± " in line]) == 4
 
 
 # Faults --------------------------------------------------------------------------------------------------------

@@ -17,9 +17,8 @@ from lipexp.arguments import Parser
 from lipexp.config import ConfigError, no_such
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from lipexp.figures.story import Story
+    from lipexp.screen import Screen
 
 OUTPUT = Path("outputs/figures")
 
@@ -67,9 +66,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def draw_all(names: Sequence[str], fresh: bool) -> int:
     """Train, draw and judge the figures `names`; returns the exit status."""
-    from rich.console import Console
+    from lipexp.screen import Screen
 
-    console = Console(highlight=False)
+    screen = Screen()
     trained: set[str] = set()
     broken = 0
     for name in names:
@@ -84,8 +83,8 @@ def draw_all(names: Sequence[str], fresh: bool) -> int:
                     print(f"lipexp: {name}: not drawn, experiment={experiment} has not finished", file=sys.stderr)
                     return status
                 trained.add(experiment)
-        broken += _draw(name, story, console)
-        console.print(f"{time.perf_counter() - started:.1f} seconds\n")
+        broken += _draw(name, story, screen)
+        screen.show(f"{time.perf_counter() - started:.1f} seconds\n")
     if broken:
         print(f"lipexp: {broken} claims do not hold (see {OUTPUT / 'claims.json'})", file=sys.stderr)
     return 1 if broken else 0
@@ -96,19 +95,19 @@ def _story(name: str) -> Story:
     return stories[name]
 
 
-def _draw(name: str, story: Story, console: Console) -> int:
+def _draw(name: str, story: Story, screen: Screen) -> int:
     """Draw one figure from finished runs, print and write its verdicts; returns how many claims do not hold."""
     from dataclasses import replace
 
     from lipexp.figures import claims, style
     from lipexp.figures.experiments import read
 
-    runs = {experiment: read(OUTPUT / "runs" / experiment) for experiment in story.experiments}
-    with style.look():
+    with screen.waiting(f"drawing {name}"), style.look():
+        runs = {experiment: read(OUTPUT / "runs" / experiment) for experiment in story.experiments}
         files = style.save(story.draw(runs), OUTPUT / name)
-    verdicts = [claims.bound_verdict(list(runs.values()))] if runs else []
-    verdicts = [replace(verdict, figure=name) for verdict in verdicts + story.judge(runs)]
+        verdicts = [claims.bound_verdict(list(runs.values()))] if runs else []
+        verdicts = [replace(verdict, figure=name) for verdict in verdicts + story.judge(runs)]
     claims.write(OUTPUT / "claims.json", verdicts)
-    console.print(f"[bold]{name}[/bold]  {'  '.join(str(file) for file in files)}")
-    claims.show(verdicts, console)
+    screen.show(f"  {'  '.join(str(file) for file in files)}", bold=name)
+    screen.show(claims.table(verdicts))
     return sum(not verdict.holds for verdict in verdicts)

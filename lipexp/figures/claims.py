@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lipexp.runs import write_file
 
@@ -128,13 +128,14 @@ def write(file: Path, verdicts: Sequence[Verdict]) -> None:
     write_file(file, lambda path: path.write_text(text))
 
 
-def show(verdicts: Sequence[Verdict], console: Console) -> None:
-    """The verdict table of one figure."""
-    table = Table(box=None, show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("claim", overflow="fold")
+def table(verdicts: Sequence[Verdict]) -> Table:
+    """The verdicts of one figure."""
+    rows = Table(box=None, show_edge=False, pad_edge=False, header_style="bold")
+    rows.add_column("claim")
     for name in ("measured", "threshold", ""):
-        table.add_column(name, justify="right", no_wrap=True)
+        rows.add_column(name, justify="right", no_wrap=True)
     for one in verdicts:
         measured = "?" if one.measured is None else f"{one.measured:.6g}"
-        table.add_row(one.claim, measured, one.threshold, "holds" if one.holds else "[bold]DOES NOT HOLD[/bold]")
-    console.print(table)
+        holds = Text("holds") if one.holds else Text("DOES NOT HOLD", style="bold")
+        rows.add_row(Text(one.claim), measured, one.threshold, holds)
+    return rows

@@ -90,7 +90,9 @@ def contours(
         drawn = [level for level in levels if f.min() < level < f.max()]
         if drawn:
             lines = ax.contour(*mesh.axes, f, drawn, linewidths=width, colors=colour, linestyles="solid")
-            for text in ax.clabel(lines, fontsize=7, fmt=_signed, colors=BLACK):
+            # Not inline: a label that is left out would leave a gap in its line.
+            for text in ax.clabel(lines, fontsize=7, fmt=_signed, colors=BLACK, inline=False):
+                text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})
                 text.set_visible(mesh.well_inside(text.get_position()))
     ax.set(aspect="equal", xlabel="$x_0$", ylabel="$x_1$")
 

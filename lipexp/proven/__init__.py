@@ -79,6 +79,8 @@ def prove(problem: Problem, method: str | None = None) -> Certificate:
     for name in METHODS if several else dict.fromkeys(["product", str(method)]):
         if name != method and (name in ON_REQUEST or (name == "exact" and method in ON_REQUEST)):
             continue
+        if problem.report is not None:
+            problem.report(f"proving: {name}")
         affine_only = name != "product" and not problem.network.is_plain
         proofs[name] = Proof(None, "is for affine layers") if affine_only else METHODS[name](problem)
         if proofs[name].constants is not None:

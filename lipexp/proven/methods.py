@@ -68,7 +68,7 @@ class Problem(NamedTuple):
     best: float | None = None  # what is proven so far; None: prove it whether that helps or not
     gap: float = 1e-3  # upper / lower - 1, below which a method that searches may stop
     seconds: float | None = None  # after which it must
-    report: Callable[[str], None] | None = None  # is told the progress of a search
+    report: Callable[[str], None] | None = None  # is told the method and how far it is
 
 
 def by_product(problem: Problem) -> Proof:
@@ -85,7 +85,7 @@ def by_regions(problem: Problem) -> Proof:
         return Proof(None, reason or "max_regions=0")
     low, high = (end.numpy() for end in problem.box)
     try:
-        found = constants(problem.network, (low, high), problem.chain.q, problem.max_regions)
+        found = constants(problem.network, (low, high), problem.chain.q, problem.max_regions, problem.report)
     except TooManyRegions:
         reason = f"more than {problem.max_regions:,} linear regions (max_regions)"
         return Proof(None, reason, gave_up=True)

@@ -17,6 +17,7 @@ in deep networks" (few regions, in practice).
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,18 +71,25 @@ def why_not_enumerable(network: BakedNetwork) -> str | None:
     return None
 
 
-def constants(network: BakedNetwork, box: tuple[Floats, Floats], q: float, max_regions: int) -> Constants:
+def constants(
+    network: BakedNetwork,
+    box: tuple[Floats, Floats],
+    q: float,
+    max_regions: int,
+    report: Callable[[str], None] | None = None,
+) -> Constants:
     """sup ||grad f||_q over the box and everywhere.
 
     Args:
         network: K = 1; `why_not_enumerable` must be None.
         box: low and high, (D,).
+        report: is told the number of regions after each layer.
 
     Raises:
         TooManyRegions: there are more than `max_regions`.
         TooLarge: float64 does not hold the numbers of the network.
     """
-    return Enumeration(network, box, max_regions).constants(q)
+    return Enumeration(network, box, max_regions, report).constants(q)
 
 
 class Enumeration:
@@ -89,13 +97,20 @@ class Enumeration:
 
     Args:
         max_regions: the number of regions at which it is given up.
+        report: see `constants`.
 
     Raises:
         TooManyRegions: there are more.
         TooLarge: float64 does not hold the numbers of the network.
     """
 
-    def __init__(self, network: BakedNetwork, box: tuple[Floats, Floats], max_regions: int) -> None:
+    def __init__(
+        self,
+        network: BakedNetwork,
+        box: tuple[Floats, Floats],
+        max_regions: int,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
         self.act = network.act
         self.dims = network.n_inputs
         self.weights = [layer.weight[0].numpy() for layer in network.layers]
@@ -116,6 +131,8 @@ class Enumeration:
         self.maps = Maps.identity(len(self.cells), self.dims)
         for layer in range(len(self.weights) - 1):
             self._cut(layer, max_regions)
+            if report is not None:
+                report(f"proving: exact, {len(self.cells):,} regions")
 
     # Layers ------------------------------------------------------------------------------------------------------
 

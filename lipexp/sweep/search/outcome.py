@@ -10,11 +10,11 @@ import numpy as np
 import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from lipexp.process import holding_interrupts
 from lipexp.runs import write_file
+from lipexp.screen import Screen
 from lipexp.sweep.compose import Composer
 from lipexp.sweep.search.space import Space
 from lipexp.wording import shown_path
@@ -31,21 +31,23 @@ def show(folder: Path, study: optuna.Study, space: Space, metric: str) -> None:
     """Print the best trials, the share of each axis in the variance of the values (fANOVA), and the files."""
     table = Table(show_edge=False, box=None, pad_edge=False, header_style="bold")
     for name in ("trial", metric, *space.axes):
-        table.add_column(name.replace(".", ".\n", 1), justify="right", vertical="bottom")
+        table.add_column(name.replace(".", ".\n", 1), justify="right", vertical="bottom", no_wrap=True)
     best = ranked(study)
     for trial in best[:5]:
         settings = map(trial.params.get, space.axes)
         cells = (f"{setting:.4g}" if isinstance(setting, float) else str(setting) for setting in settings)
         table.add_row(str(trial.number), f"{trial.value:.6g}", *cells)
-    Console(highlight=False, markup=False).print(table, soft_wrap=True)
+    screen = Screen()
+    screen.show(table)
     if best[0].value != best[-1].value:
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
-        print("importance:", "  ".join(f"{key} {share:.2f}" for key, share in shares.items()))
+        with screen.waiting("the importance of each axis"):
+            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+            shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        screen.show("importance: " + "  ".join(f"{key} {share:.2f}" for key, share in shares.items()))
     if failed := len(study.trials) - len(best):
-        print(f"{failed} of {len(study.trials)} trials have no value; sweep.csv says why")
+        screen.show(f"{failed} of {len(study.trials)} trials have no value; sweep.csv says why")
     for name in ("experiment/best.yaml", "search.png", "sweep.csv"):
-        print(shown_path(folder / name))
+        screen.show(shown_path(folder / name))
 
 
 def write_best(folder: Path, study: optuna.Study, space: Space, metric: str, composer: Composer) -> None:

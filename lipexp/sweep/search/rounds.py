@@ -28,6 +28,7 @@ from lipexp.gate import LOCK, exclusive
 from lipexp.process import begin_work, holding_interrupts
 from lipexp.record import Outcome
 from lipexp.runs import RunFolder, SweepFailed, write_csv
+from lipexp.screen import Screen
 from lipexp.sweep import executors
 from lipexp.sweep.compose import Composer, in_folder
 from lipexp.sweep.launch import MANY, Sweep, refuse_callbacks, row
@@ -128,7 +129,7 @@ class Search:
         for number, (first, end) in enumerate(pairwise(ends)):
             trials = self._ask(first, end)
             self._tell(trials, self._train(number, trials))
-            print(f"round {number + 1} of {len(ends) - 1}: {count(end, 'trial')}, {self._best()}")
+            Screen().show(f"round {number + 1} of {len(ends) - 1}: {count(end, 'trial')}, {self._best()}")
         self._finish()
 
     @holding_interrupts()
