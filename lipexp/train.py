@@ -21,6 +21,7 @@ from lipexp.process import cpu_threads, holding_interrupts
 from lipexp.record import Metrics
 from lipexp.runs import RunFolder
 from lipexp.screen import Screen
+from lipexp.wording import shown_path
 
 
 class Progress(Protocol):
@@ -139,7 +140,7 @@ def _draw(member: Member, folder: RunFolder, found: Evaluation) -> None:
 
         folder.write_figure(run_figure(found, member.names))
     except Exception as error:
-        line = f"lipexp: {folder.path / 'figure.png'}: cannot be drawn: {one_line(error)}"
+        line = f"lipexp: {shown_path(folder.path / 'figure.png')}: cannot be drawn: {one_line(error)}"
         Screen(stderr=True).show(line)
 
 

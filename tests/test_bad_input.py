@@ -19,7 +19,6 @@ BAD_INPUT = {
     "threads=0": "threads=0: must be a whole number, at least 1",
     "threads=100000": "threads=100000: must be a whole number, at least 1, at most 1024",
     "batch_size=null": "batch_size=null: must be set",
-    "dataset.noise=1e40": "dataset=two_moons: draws train_x with numbers that are not finite",
     "batch_size=0": "batch_size=0: must be a whole number, at least 1",
     "seed=-1": "seed=-1: must be a whole number, at least 0",
     "eval_every=-1": "eval_every=-1: must be a whole number, at least 0",
