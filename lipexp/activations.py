@@ -39,19 +39,21 @@ class Activation(nn.Module):
     | declaration          | what it says                                             | what it buys             |
     |----------------------|----------------------------------------------------------|--------------------------|
     | `norms`              | the p-norms, of 1, 2 and inf, in which it is 1-Lipschitz | training under a bound,  |
-    |                      |                                                          | and the bound `product`  |
+    |                      |                                                          | the bound `product`, and |
+    |                      |                                                          | certified radii          |
     | `slopes`             | it acts feature by feature, and its difference quotients | `rows`, `eclipse` and    |
-    |                      | lie between these two numbers                            | `lipsdp`                 |
+    |                      | lie between these two numbers                            | `lipsdp`, and radii      |
     | `groups(width)`      | it sorts the features within these groups, ascending     | `rows`                   |
     | `active_map(z)`      | it is piecewise linear, and this is its linear map at z  | exact measurement, and   |
-    |                      |                                                          | certified radii          |
+    |                      |                                                          | radii in float32, too    |
     | `breakpoints(width)` | where that linear map changes                            | `exact`; `bnb` where it  |
     |                      |                                                          | sorts or has two slopes  |
     | `check_width(width)` | which numbers of features suit it                        | one clear line otherwise |
 
     Of `forward` is asked: it treats every run and point alone, works in float32 and float64, leaves its input as
-    it is, and has neither parameters nor buffers. Certified radii rely on `forward(0) = 0` and on no more than one
-    rounding error in each feature. A class that declares nothing trains with constraint=none, and is measured in
+    it is, and has neither parameters nor buffers. Certified radii rely on how it rounds: with an `active_map`, on
+    `forward(0) = 0` and no more than one rounding error in each feature; without one, on 43 correct bits in
+    float64, see `radii.evaluate`. A class that declares nothing trains with constraint=none, and is measured in
     float64. What a class inherits describes the map of its base: a class that overrides `forward` therefore starts
     without declarations, and repeats those that are still true.
     """

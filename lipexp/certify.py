@@ -38,7 +38,7 @@ from lipexp.proven.radii import Robustness, assess
 from lipexp.runs import RunFolder, find
 from lipexp.screen import Screen
 from lipexp.tasks import TASKS
-from lipexp.wording import above, broken_bound, interval_line, robustness_line
+from lipexp.wording import above, below, broken_bound, interval_line, robustness_line
 
 CONTENTS = conf_dir() / "config.yaml"
 EFFORT = 8  # of the search in more than two dimensions; training takes 1
@@ -156,7 +156,7 @@ def _broken_layers(network: BakedNetwork, chain: Chain) -> list[str]:
     """`layer 1: spectral norm 1.5 > its bound 1`, for each layer whose norm is not proven within its bound."""
     bound = chain.layer_bound
     return [
-        f"layer {i}: {name} {above(norm, None, digits=9)} > its bound {bound:.9g}"
+        f"layer {i}: {name} {above(norm, None, digits=9)} > its bound {below(bound, digits=9)}"
         for i, (name, (norm,)) in enumerate(zip(chain.layer_norms, network.norms, strict=True))
         if bound is not None and norm > bound
     ]
@@ -185,7 +185,11 @@ def main(arguments: Sequence[str]) -> int:
         "--gap", metavar="G", type=float, default=1e-3, help="bnb stops at upper / lower - 1 <= G (default: 0.001)"
     )
     parser.add_argument(
-        "--max-seconds", metavar="S", type=float, default=60.0, help="bnb stops after S seconds (default: 60)"
+        "--max-seconds",
+        metavar="S",
+        type=float,
+        default=60.0,
+        help="each method stops after S seconds (default: 60)",
     )
     parser.add_argument(
         "--radii", metavar="R,R,…", help="distances for certified accuracy (default: the run's own)"

@@ -133,10 +133,10 @@ def is_semidefinite(matrix: FloatArray, error: FloatArray | None = None) -> bool
     diagonal = np.diagonal(matrix)
     if not (np.isfinite(matrix).all() and (diagonal > 0).all()):
         return False
-    scale = -(np.frexp(diagonal)[1] // 2)
-    with np.errstate(over="ignore"):
-        scaled = _scaled(matrix, scale)
-        unsure = 0.0 if error is None else float(_scaled(error, scale).sum(axis=1).max())
+    scale = np.ldexp(1.0, -(np.frexp(diagonal)[1] // 2))
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = matrix * scale * scale[:, None]
+        unsure = 0.0 if error is None else float((scale * (error @ scale)).max())
     n = len(matrix)
     # The trace is at most 2 n, and the diagonal is rounded once more. The factor 2 covers the denominators, the
     # rounding of this very number, and entries that underflow.
@@ -149,11 +149,6 @@ def is_semidefinite(matrix: FloatArray, error: FloatArray | None = None) -> bool
     except np.linalg.LinAlgError:
         return False
     return True
-
-
-def _scaled(matrix: FloatArray, exponents: npt.NDArray[np.integer[Any]]) -> FloatArray:
-    """2^exponents[i] 2^exponents[j] matrix[i, j]."""
-    return np.ldexp(np.ldexp(matrix, exponents), exponents[:, None])
 
 
 def product_bound(norms: Iterable[float]) -> float:

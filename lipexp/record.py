@@ -64,7 +64,7 @@ class Robustness:
     lipschitz: float | None  # the proven bound behind the radii
     certified_accuracy: dict[str, float] | None  # radius -> fraction
     median_radius: float | None  # None also where it is infinite
-    reason: str | None  # why there are no radii
+    reason: str | None  # why there are no radii, or none for a network evaluated in float32
 
 
 @dataclass

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
     from lipexp.record import GradientNorm, Interval, Robustness
 
 SUBSCRIPT = {1: "₁", 2: "₂", "inf": "∞"}
+Link = tuple[str, float, str, str]  # of a chain: what stands before the number, the number, its text, and after it
 
 
 def shown_path(path: Path) -> str:
@@ -46,7 +49,8 @@ def robustness_line(robustness: Robustness) -> str:
     )
     within = f"certified accuracy within ‖δ‖{SUBSCRIPT[robustness.p]} ≤ {fractions}   " if fractions else ""
     median = robustness.median_radius
-    return f"{within}median radius {'infinite' if median is None else below(median)}"
+    line = f"{within}median radius {'infinite' if median is None else below(median)}"
+    return line if robustness.reason is None else f"{line} (none in float32: {robustness.reason})"
 
 
 def interval_line(lipschitz: Interval) -> str:
@@ -54,26 +58,38 @@ def interval_line(lipschitz: Interval) -> str:
 
     Without an exact constant the certified bound is shown, with its method if that is not the product. `measured`
     is a maximum over the box of the data. Of two exact constants the first is that of the box, the second holds
-    everywhere.
+    everywhere. Where a number is larger than the next one, as after a FAIL, all are shown with all their digits.
     """
-    parts = [f"measured {below(lipschitz.measured)}"]
-    exact, certified, product = lipschitz.exact, lipschitz.certified, lipschitz.product
+    exact, certified, product, target = lipschitz.exact, lipschitz.certified, lipschitz.product, lipschitz.target
+    measured = lipschitz.measured
+    links: list[Link] = [("measured ", measured, below(measured), "")]
+
+    def add(name: str, value: float, after: str = "") -> None:
+        links.append((name, value, above(value, target), after))
+
     if exact is not None:
         box = lipschitz.exact_box
         if box is not None and above(box["value"], None) != above(exact, None):
-            parts.append(f"exact {above(box['value'], None)} (box of the data)")
-        parts.append(f"exact {above(exact, lipschitz.target)}")
+            add("exact ", box["value"], " (box of the data)")
+        add("exact ", exact)
         if product is not None:
-            parts.append(f"product {above(product, lipschitz.target)}")
+            add("product ", product)
     elif certified is not None:
-        by = "" if lipschitz.method == "product" else f" ({lipschitz.method})"
-        parts.append(f"certified {above(certified, lipschitz.target)}{by}")
-    if lipschitz.target is not None:
-        parts.append(f"L = {lipschitz.target:g}")
-    line = f"‖∇f‖{SUBSCRIPT[lipschitz.q]}  {' ≤ '.join(parts)}   {lipschitz.verdict}"
-    if lipschitz.certified is None:
+        add("certified ", certified, "" if lipschitz.method == "product" else f" ({lipschitz.method})")
+    if target is not None:
+        links.append(("L = ", target, _exactly(target), ""))
+    line = f"‖∇f‖{SUBSCRIPT[lipschitz.q]}  {_chain(links)}   {lipschitz.verdict}"
+    if certified is None:
         line += f" ({lipschitz.reason})"
     return line if lipschitz.open is None else f"{line} (not exact: {lipschitz.open})"
+
+
+def _chain(links: Sequence[Link]) -> str:
+    """Links joined by ≤, or by > where that is what holds."""
+    signs = [" ≤ " if left[1] <= right[1] else " > " for left, right in pairwise(links)]
+    broken = " > " in signs
+    texts = [before + (_exactly(value) if broken else shown) + after for before, value, shown, after in links]
+    return texts[0] + "".join(sign + text for sign, text in zip(signs, texts[1:], strict=True))
 
 
 def broken_bound(lipschitz: Interval) -> str:
@@ -85,18 +101,25 @@ def broken_bound(lipschitz: Interval) -> str:
 
 def below(value: float, digits: int = 4) -> str:
     """`value` rounded down to `digits` significant digits."""
-    return _decimal(value, digits, ROUND_FLOOR)
+    return _decimal(Decimal(value), digits, ROUND_FLOOR)
 
 
 def above(value: float, limit: float | None, digits: int = 4) -> str:
     """`value` rounded up to at least `digits` significant digits, and to more until it shows itself <= `limit`."""
-    if limit is not None and value <= limit:
-        while digits < 17 and Decimal(_decimal(value, digits, ROUND_CEILING)) >= Decimal(limit) > Decimal(value):
+    if value == limit:
+        return _exactly(value)
+    if limit is not None and value < limit:
+        while digits < 17 and Decimal(_decimal(Decimal(value), digits, ROUND_CEILING)) >= Decimal(limit):
             digits += 1
-    return _decimal(value, digits, ROUND_CEILING)
+    return _decimal(Decimal(value), digits, ROUND_CEILING)
 
 
-def _decimal(value: float, digits: int, rounding: str) -> str:
-    shown = Context(prec=digits, rounding=rounding).create_decimal(Decimal(value)).normalize()
-    plain = value == 0 or 1e-4 <= abs(value) < 1e6
+def _decimal(value: Decimal, digits: int, rounding: str) -> str:
+    shown = Context(prec=digits, rounding=rounding).create_decimal(value).normalize()
+    plain = value == 0 or Decimal("1e-4") <= abs(value) < Decimal("1e6")
     return f"{shown:f}" if plain else f"{shown:E}".lower()
+
+
+def _exactly(value: float) -> str:
+    """The shortest decimal number that stands for this float64."""
+    return _decimal(Decimal(repr(value)), 17, ROUND_CEILING)

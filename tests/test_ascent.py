@@ -19,6 +19,7 @@ from lipexp.measured.gradients import norms, scan
 from lipexp.members import build, stack
 
 OTHERS = {"tanh": as_activation(torch.nn.Tanh()), "large groups": GroupSort(group_size=24)}
+LINEAR = GroupSort(group_size=1)  # which has no breakpoints
 
 
 def ascended(net, x, q=2, seeds=(0,), effort=1):
@@ -36,6 +37,14 @@ def test_points_stay_within_the_box_of_the_data(dims, n):
     assert points.shape[::2] == (1, dims)
     assert (points >= x.amin(dim=1, keepdim=True)).all()
     assert (points <= x.amax(dim=1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("sizes", [(5, 8, 1), (5, 1)], ids=str)
+def test_a_linear_function_has_its_slope_at_every_point(sizes):
+    net, x = network(*sizes, act=LINEAR), normal(1, 40, 5)
+    found = heights(net, ascended(net, x))
+    assert found.shape == (1, module.POLISHED)
+    torch.testing.assert_close(found, heights(net, x)[:, :1].expand_as(found), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("q", NORMS)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from networks import ACTS, NORMS, Bent, Tripled, Unlisted, gradient, network, norm_at, pairs, scaled, uniform
 
-from lipexp.activations import ActiveMap, Elementwise, as_activation
+from lipexp.activations import ActiveMap, Elementwise, GroupSort, ReLU, as_activation
 from lipexp.measured.gradients import Maximum, norms, scan
 from lipexp.proven import branching
 from lipexp.proven.branching import branch_and_bound, why_not_applicable
@@ -38,7 +38,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(branching, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
 
 
-def searched(net, q=2.0, best=NOTHING, root=None, gap=1e-3, seconds=None, report=None):
+def searched(net, q=2.0, best=NOTHING, root=None, gap=1e-3, seconds=math.inf, report=None):
     box = tuple(torch.full((net.n_inputs,), end).double() for end in (-2, 2))
     return branch_and_bound(net, box, q, root, best, gap, seconds, report)
 
@@ -53,7 +53,7 @@ def test_the_interval_holds_the_exact_constant(name, dims):
     net, box = network(dims, 12, 6, 1, act=ACTS[name]), (np.full(dims, -2.0), np.full(dims, 2.0))
     for q in NORMS:
         known = constants(net, box, q, 10**5).box.value  # some 1e-12 too large
-        found = searched(net, q, gap=1e-6, seconds=5 if name in THREES else None)
+        found = searched(net, q, gap=1e-6, seconds=5 if name in THREES else math.inf)
         assert found.best.value <= known <= found.upper * (1 + 1e-10)
         assert name in THREES or found.upper <= found.best.value * (1 + 1e-6)
 
@@ -81,7 +81,7 @@ def test_the_rounding_errors_of_a_single_region_grow_with_the_slopes():
 @pytest.mark.parametrize(("name", "dims"), pairs(ACTS, [3, 4]))
 def test_more_dimensions_close_on_small_networks(name, dims):
     net = network(dims, 6, 6, 1, act=ACTS[name], seed=dims)
-    found = searched(net, seconds=20 if name in THREES else None)
+    found = searched(net, seconds=20 if name in THREES else math.inf)
     assert sampled(net) <= found.upper <= found.best.value * (3 if name in THREES else 1.001)
     assert found.best.value == pytest.approx(norm_at(net, found.best.point, 2), rel=1e-12)
 
@@ -124,7 +124,7 @@ def test_a_known_point_and_a_known_bound_are_used():
 
 def test_a_box_without_interior_is_bounded_at_once():
     net, point = network(2, 8, 8, 1), torch.tensor([0.3, 0.4]).double()
-    found = branch_and_bound(net, (point, point), 2.0, None, NOTHING, 1e-6, None)
+    found = branch_and_bound(net, (point, point), 2.0, None, NOTHING, 1e-6, math.inf)
     slope = float(scan(net, point.view(1, 1, 2)).gradient.norm())
     assert slope <= found.upper <= slope * (1 + 1e-9)
 
@@ -133,6 +133,42 @@ def test_numbers_that_underflow_are_not_lost_and_those_that_overflow_are_no_boun
     net = scaled(network(2, 4, 4, 4, 4, 1, act=ACTS["abs"], bias=0), *[1e-38] * 5)
     assert 0 < norm_at(net, [0.3, 0.7], 2) <= searched(net, gap=0.1, seconds=5).upper
     assert searched(scaled(network(2, *[4] * 10, 1), *[1e37] * 11), seconds=1).upper == math.inf
+
+
+def test_the_search_ends_where_halving_gains_nothing():
+    """At the constant 0, on a box that no breakpoint crosses, and where the bound of the whole box overflows."""
+    zero = network(2, 8, 8, 1, act=ACTS["maxmin"])
+    linear = scaled(network(3, 8, 8, 1), 1, 1e-3, 1)
+    linear.layers[0].bias[:], linear.layers[1].bias[:] = 1e3, 1e3
+    huge = scaled(network(3, *[4] * 10, 1), *[1e37] * 11)
+    for net, most in ((scaled(zero, 0, 1, 1), 1e-100), (scaled(zero, 1, 0, 0, bias=True), 1e-100)):
+        assert searched(net).upper < most
+    found = searched(linear, gap=1e-300)
+    assert (found.boxes, found.upper) == (1, pytest.approx(norm_at(linear, [0, 0, 0], 2), rel=1e-12))
+    assert searched(huge)[::2] == (math.inf, 1)
+    assert searched(huge, root=7.0, seconds=3).upper == 7.0
+    assert searched(scaled(zero, 1, 0, 1), root=0.0)[::2] == (0.0, 1)
+
+
+@pytest.mark.parametrize("size", [64, 16, 1])
+def test_as_many_boxes_are_bounded_together_as_fit_the_memory(monkeypatch, size):
+    """Where groups of `size` are sorted, each box takes `size` numbers for every feature and input."""
+    seen, bound = [], branching._bound
+
+    def counted(net, low, *rest):
+        seen.append(len(low))
+        return bound(net, low, *rest)
+
+    monkeypatch.setattr(branching, "_bound", counted)
+    monkeypatch.setattr(branching, "_CHUNK", 20 * 64 * 64 * 3)
+    act = GroupSort(group_size=size) if size > 1 else ReLU()
+    searched(network(3, 64, 64, 1, act=act), gap=1e-300, seconds=10)
+    assert 20 < max(seen) <= 2 * min(20 * 64 // size, branching.BATCH)
+
+
+def test_sorted_groups_of_one_feature_have_no_breakpoints():
+    found = searched(network(3, 8, 8, 1, act=GroupSort(group_size=1)), gap=1e-9)
+    assert (found.boxes, found.upper) == (1, pytest.approx(found.best.value, rel=1e-9))
 
 
 def test_what_the_search_is_not_for_is_refused():

@@ -165,6 +165,36 @@ def test_the_best_method_that_holds_everywhere_gives_the_radii(lipexp, run, monk
     assert "--method=none: has no bound for this network: is for other networks" in done.err
 
 
+DEEP = {f"layers.{i}.weight": torch.full((1 if i == 8 else 2, 2), 3e38) for i in range(9)}
+BIASES = {f"layers.{i}.bias": torch.zeros(1 if i == 8 else 2) for i in range(9)}
+
+
+@pytest.mark.parametrize("act", ["relu", "groupsort"])
+def test_weights_whose_bounds_are_infinite_leave_the_interval_open(lipexp, run, act):
+    """Nothing that is not finite reaches metrics.json, whose writer would refuse it."""
+    folder = run("constraint=none", "loss=bce", f"act={act}")
+    edit(folder, lambda state: DEEP | BIASES)
+    done = lipexp("certify", str(folder), "--attack")
+    assert (done.code, done.err) == (0, "")
+    assert "bounds: product - (its numbers overflow float64)  rows - (its numbers overflow float64)" in done.out
+    assert "OPEN (its numbers overflow float64)" in done.out
+    interval = metrics(folder)["certify"]["lipschitz"]
+    assert (interval["certified"], interval["product"], interval["verdict"]) == (None, None, "OPEN")
+    done = lipexp("certify", str(folder), "--method", "bnb", "--max-seconds", "1e9")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "--method=bnb: has no bound for this network: its numbers overflow float64" in done.err
+
+
+def test_a_model_of_one_layer_is_certified_whatever_its_activation(lipexp, run):
+    folder = run("constraint=none", "loss=bce", "act=groupsort")
+    edit(folder, lambda state: {"layers.0.weight": torch.tensor([[3.0, 4.0]]), "layers.0.bias": torch.ones(1)})
+    for method in ((), ("--method", "bnb")):
+        done = lipexp("certify", str(folder), "--attack", *method)
+        assert (done.code, done.err) == (0, "")
+        section = metrics(folder)["certify"]["lipschitz"]
+        assert section["measured"] == section["certified"] == 5
+
+
 def test_a_bound_that_is_too_small_is_refuted_by_measure_and_attack(lipexp, run, monkeypatch):
     """The verb does not believe its own methods either."""
     folder = run(*FREE)

@@ -30,6 +30,7 @@ from networks import (
 from lipexp.activations import ActiveMap, as_activation
 from lipexp.measured.gradients import norms, scan
 from lipexp.proven.regions import TooLarge, TooManyRegions, constants, why_not_enumerable
+from lipexp.proven.regions import enumeration as module
 from lipexp.proven.regions.enumeration import Enumeration
 from lipexp.proven.regions.polygons import Plane
 
@@ -246,6 +247,22 @@ def test_many_regions_are_given_up_before_they_are_cut(monkeypatch):
     with pytest.raises(TooManyRegions):
         constants(network(2, 64, 1, act=ACTS["fullsort"]), BOX, 2.0, 20_000)
     assert sum(made) < 20_000
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "reason"),
+    [
+        ("seconds", 1e-9, r"not done after 1e-09 s \(--max-seconds\)"),
+        ("max_regions", 7, r"more than 7 linear regions \(max_regions\)"),
+        ("memory", 9 * 3 * 8, r"more than 9 linear regions \(of 8 features, a gigabyte\)"),
+    ],
+)
+def test_an_enumeration_that_would_take_too_long_is_given_up_with_a_reason(monkeypatch, limit, value, reason):
+    if limit == "memory":
+        monkeypatch.setattr(module, "MOST_NUMBERS", value)
+    limits = {"max_regions": 10**5} | ({limit: value} if limit != "memory" else {})
+    with pytest.raises(TooManyRegions, match=f"^{reason}$"):
+        constants(network(2, 8, 64, 1), BOX, 2.0, **limits)
 
 
 def test_what_cannot_be_enumerated_is_refused_with_a_reason():

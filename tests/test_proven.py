@@ -3,16 +3,18 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from networks import RELU, network, scaled
+from networks import ACTS, RELU, by_hand, generator, network, scaled
 
 from lipexp import proven
-from lipexp.activations import as_activation
+from lipexp.activations import GroupSort, as_activation
 from lipexp.config import ConfigError
 from lipexp.constraints import LInf, Spectral, Unconstrained
 from lipexp.evaluate import Evaluator
-from lipexp.measured.gradients import Maximum
+from lipexp.measured import overall, sources, steepest
+from lipexp.measured.gradients import Maximum, scan
 from lipexp.proven import Certificate, Chain, Problem, Proof, prove, prove_quickly
 from lipexp.proven.methods import METHODS, OVERFLOW
 from lipexp.proven.regions import Constants, Steepest
@@ -28,7 +30,7 @@ PROOFS = {
 }
 
 
-def problem_of(net, chain, measured=0.0, max_regions=0, seconds=None):
+def problem_of(net, chain, measured=0.0, max_regions=0, seconds=60.0):
     box = torch.zeros(net.n_inputs).double(), torch.ones(net.n_inputs).double()
     return Problem(net, chain, box, Maximum(measured, ()), max_regions, seconds=seconds)
 
@@ -146,11 +148,58 @@ def test_the_exact_constant_ends_the_table_and_too_many_regions_leave_it_open():
     assert prove(of_network(net, none)).proofs["exact"] == Proof(None, "max_regions=0")
 
 
-def test_numbers_that_overflow_leave_the_bounds_open():
-    net = scaled(network(2, *[4] * 10, 1), *[1e37] * 11)
-    problem = of_network(net, Unconstrained(), max_regions=1000, seconds=0.1)
-    proofs = {name: METHODS[name](problem) for name in ("rows", "exact", "bnb")}
-    assert {(proof.value, proof.reason) for proof in proofs.values()} == {(None, OVERFLOW)}
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_bound_that_is_not_finite_is_no_bound(dims):
+    """No method counts infinity as proven, and the search does not wait for less."""
+    net = scaled(network(dims, *[4] * 10, 1), *[1e37] * 11)
+    found = prove(of_network(net, Unconstrained(), max_regions=1000))
+    exact = OVERFLOW if dims == 2 else "is for one or two inputs"
+    assert {name: proof.value for name, proof in found.proofs.items()} == dict.fromkeys(found.proofs)
+    assert {name: proof.reason for name, proof in found.proofs.items()} == {
+        **dict.fromkeys(("product", "rows", "eclipse", "lipsdp"), OVERFLOW),
+        "exact": exact,
+    }
+    interval = found.interval(Maximum(0.0, (0.5,) * dims))
+    assert (interval.certified, interval.product, interval.exact) == (None, None, None)
+    assert (interval.verdict, interval.reason) == ("OPEN", OVERFLOW)
+    with pytest.raises(ConfigError, match=f"^--method=bnb: has no bound for this network: {OVERFLOW}"):
+        prove(of_network(net, Unconstrained(), seconds=math.inf), "bnb")
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, np.linalg.LinAlgError, torch.linalg.LinAlgError])
+def test_a_method_whose_arithmetic_fails_proves_nothing_and_the_others_count(problem, monkeypatch, kind):
+    def fails(problem):
+        raise kind("in the middle")
+
+    monkeypatch.setitem(proven.METHODS, "tight", fails)
+    found = prove(problem())
+    assert found.proofs["tight"] == Proof(None, "fails numerically: in the middle")
+    assert (found.value, found.method) == (4.0, "product")
+
+
+@pytest.mark.parametrize("name", [*ACTS, "groups of one"])
+def test_a_network_of_one_layer_is_bounded_by_its_norm_whatever_the_activation(name):
+    act, layers = (ACTS | {"groups of one": GroupSort(group_size=1)})[name], ([[3.0, 4.0]], [0.5])
+    net = by_hand(layers, act=act)
+    x = torch.linspace(-1, 1, 40).double().view(1, 20, 2)
+    measured = overall(steepest(net, sources(net, x, scan(net, x), 2, [generator()]), 0, 2))
+    problem = of_network(net, Unconstrained(), max_regions=10)
+    values = {method: METHODS[method](problem._replace(measured=measured)).value for method in METHODS}
+    assert measured.value == 5
+    assert [method for method in values if values[method] is None] in ([], ["eclipse", "lipsdp"])
+    assert all(value == pytest.approx(5, rel=1e-9) for value in values.values() if value is not None)
+
+
+def test_rounding_does_not_put_the_exact_constant_above_another_bound():
+    """The product is 5 exactly, and 0 for a constant function; the constants are rounded up."""
+    for factor in (1.0, 0.0):
+        net = scaled(by_hand(([[3.0, 4.0], [3.0, 4.0]], [1.0, 1.0]), ([[1.0, 0.0]], [0.0])), 1.0, factor)
+        for method in (None, "exact"):
+            found = prove(of_network(net, LInf(2, 10.0), max_regions=20), method)
+            interval = found.interval(Maximum(0.0, (0.5, 0.5)))
+            assert interval.exact == interval.product == interval.certified == 5 * factor
+            assert interval.exact_box["value"] <= interval.exact
+            assert found.method == "exact"
 
 
 class Softer(torch.nn.ReLU):

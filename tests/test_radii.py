@@ -3,18 +3,29 @@
 import json
 import math
 from dataclasses import replace
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from networks import ACTS, EACH_LIPSCHITZ, NORMS, TRAINED, Larger, by_hand, network, normal, scaled, value
+from networks import ACTS, EACH_LIPSCHITZ, NORMS, TRAINED, Larger, by_hand, dot, network, normal, scaled, value
 
 from lipexp.activations import LeakyReLU, ReLU, as_activation
 from lipexp.networks import Network
 from lipexp.norms import dual, product_bound
-from lipexp.proven.radii import Robustness, assess, certified_radii, evaluate, float32_error, why_no_radii
+from lipexp.proven.radii import (
+    Robustness,
+    assess,
+    certified_radii,
+    evaluate,
+    float32_error,
+    why_no_float32,
+    why_no_radii,
+)
+from lipexp.runs import RunFolder
+from lipexp.wording import below, robustness_line
 
 
 def stored(*shape):
@@ -53,6 +64,64 @@ def test_the_float64_error_of_random_networks_is_bounded(name, scale):
         net = scaled(net, *[scale] * len(net.layers))
         size = math.prod(1 + float(weight.abs().sum(dim=2).amax()) for weight, _ in net.layers)
         assert check_float64(net, x).max() <= 1e-11 * size * (1 + float(x.abs().max()))  # it says something
+
+
+class Smooth(torch.nn.Module):
+    """Maps of a user, in torch and in 60 digits."""
+
+    def __init__(self, map, digits, norms=(), slopes=None):
+        super().__init__()
+        self.map, self.digits, self.norms, self.slopes = map, digits, norms, slopes
+
+    def forward(self, z):
+        return self.map(z)
+
+
+SMOOTH = {
+    "tanh": Smooth(torch.tanh, lambda z: [1 - 2 / ((2 * v).exp() + 1) for v in z], norms=NORMS),
+    "naive elu": Smooth(
+        lambda z: torch.where(z > 0, z, z.exp() - 1), lambda z: [v if v > 0 else v.exp() - 1 for v in z], (1,)
+    ),
+    "steep softplus": Smooth(
+        lambda z: 3 * torch.logaddexp(z, 0 * z), lambda z: [3 * (v.exp() + 1).ln() for v in z], slopes=(0, 3)
+    ),
+    "ball": Smooth(
+        lambda z: z / z.norm(dim=-1, keepdim=True).clamp_min(1),
+        lambda z: [v / max(Decimal(1), dot(z, z).sqrt()) for v in z],
+        norms=(2,),
+    ),
+}
+
+
+def in_digits(net, point, act):
+    """f at a point in 60 digits."""
+    with localcontext(prec=60):
+        z = [Decimal(float(v)) for v in point]
+        for i, (weight, bias) in enumerate(net.layers):
+            x = act.digits(z) if i else z
+            rows = zip(weight[0].tolist(), bias[0, 0].tolist(), strict=True)
+            z = [dot(map(Decimal, row), x) + Decimal(b) for row, b in rows]
+        return z[0]
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 10.0])
+@pytest.mark.parametrize("name", SMOOTH)
+def test_an_activation_that_declares_no_linear_maps_has_radii_in_real_arithmetic(name, scale):
+    """Where its rounding errors in float64 are followed in a norm in which it does not enlarge them much."""
+    act = SMOOTH[name]
+    for sizes in ((1, 8, 1), (3, 16, 16, 1), (20, 8, 8, 8, 1)):
+        net, x = scaled(network(*sizes, act=as_activation(act)), *[scale] * (len(sizes) - 1)), stored(8, sizes[0])
+        assert why_no_radii(net) is None
+        f, error = evaluate(net, x)
+        exactly = [in_digits(net, point, act) for point in x]
+        assert all(abs(Decimal(v) - e) <= Decimal(bound) for v, e, bound in zip(f, exactly, error, strict=True))
+        size = math.prod(1 + 3 * float(weight.square().sum().sqrt()) for weight, _ in net.layers)
+        assert error.max() <= 1e-12 * math.sqrt(max(sizes)) * size
+        radii = certified_radii(net, x, 3.0)
+        assert all(Decimal(r) * 3 <= abs(e) for r, e in zip(radii.radius, exactly, strict=True))
+        assert radii.radius_float32 is None
+    assert (radii.radius > 0).all()
+    assert why_no_float32(net) == "nothing is known about the rounding errors of Smooth in float32"
 
 
 def test_the_float64_error_is_bounded_where_everything_cancels_or_underflows():
@@ -166,16 +235,37 @@ class OnlyEuclidean(ReLU):
 
 
 def test_without_a_known_rounding_or_a_bound_there_are_no_radii_and_the_reason_is_said():
-    unknown = "nothing is known about the rounding errors of tanh"
-    elsewhere = "OnlyEuclidean declares no bound in the inf-norm, in which rounding errors are followed"
+    unknown = "tanh declares neither norms nor slopes, which would bound its rounding errors"
     for act, lipschitz, given, reason in (
         (as_activation(torch.tanh), 1.0, None, unknown),
-        (OnlyEuclidean(), 1.0, None, elsewhere),
         (ReLU(), None, "no bound", "no bound"),
     ):
         found = assess(network(2, 4, 1, act=act), stored(5, 2), torch.zeros(5), 2.0, lipschitz, given)
         assert found == Robustness(2.0, None, None, reason)
         assert (found.summary([0.1]).certified_accuracy, found.summary([0.1]).reason) == (None, reason)
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (
+            OnlyEuclidean(),
+            "OnlyEuclidean declares no bound in the inf-norm, in which rounding errors are followed",
+        ),
+        (as_activation(SMOOTH["tanh"]), "nothing is known about the rounding errors of Smooth in float32"),
+    ],
+    ids=["norm", "tanh"],
+)
+def test_where_nothing_is_known_of_float32_its_column_is_empty_and_the_reason_is_said(act, reason, tmp_path):
+    found = assess(network(2, 4, 1, act=act), stored(5, 2), torch.zeros(5), 2.0, 1.0, None)
+    summary = found.summary([1e-9])
+    assert (summary.reason, summary.lipschitz) == (reason, 1.0)
+    assert summary.median_radius is not None
+    assert robustness_line(summary).endswith(f"{below(summary.median_radius)} (none in float32: {reason})")
+    RunFolder(tmp_path).write_columns("radii", found.columns)
+    table = pd.read_csv(tmp_path / "radii.csv")
+    assert table["radius_float32"].isna().all()
+    assert (table["radius"] > 0).all()
 
 
 def test_certified_accuracy_counts_points_that_are_right_and_stay_so():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from decimal import Decimal
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given
@@ -38,11 +40,39 @@ FREE = replace(BOUNDS, target=None, certified=178.41, measured=49.8)
 
 def test_the_interval_line():
     assert interval_line(BOUNDS) == "‖∇f‖₂  measured 0.9942 ≤ certified 0.999998 ≤ L = 1   PASS"
-    known = replace(BOUNDS, exact=0.9943, certified=0.9943, method="exact", q="inf")
-    line = "‖∇f‖∞  measured 0.9942 ≤ {}exact 0.9943 ≤ product 0.999998 ≤ L = 1   PASS"
-    smaller = "exact 0.9942 (box of the data) ≤ "
-    for value, shown in ((0.9943, ""), (0.99428, ""), (0.9942, smaller)):
+    known = replace(BOUNDS, exact=0.9953, certified=0.9953, method="exact", q="inf")
+    line = "‖∇f‖∞  measured 0.9942 ≤ {}exact 0.9953 ≤ product 0.999998 ≤ L = 1   PASS"
+    smaller = "exact 0.9943 (box of the data) ≤ "
+    for value, shown in ((0.9953, ""), (0.99528, ""), (0.99428, smaller)):
         assert interval_line(replace(known, exact_box={"value": value})) == line.format(shown)
+
+
+def numbers(line):
+    """The signs of a chain, and the numbers around them as they are shown."""
+    chain = line.removeprefix("‖∇f‖₂  ").partition("   ")[0]
+    words = re.split(" [≤>] ", chain.replace(" (box of the data)", "").replace("L = ", "L "))
+    return re.findall("[≤>]", chain), [Decimal(word.split()[1]) for word in words]
+
+
+@given(st.lists(POSITIVE, min_size=5, max_size=5), st.lists(st.sampled_from([0, 1e-16, 1e-9, 1e-5]), min_size=4))
+def test_a_chain_is_true_as_it_is_shown(values, gaps):
+    """Whatever the numbers, in order or not, far apart or next to each other."""
+    near = [*accumulate([values[0], *gaps[:4]], lambda value, gap: value * (1 + gap))]
+    for measured, box, exact, product, target in (values, sorted(values), near, near[::-1]):
+        known = replace(BOUNDS, measured=measured, exact=exact, certified=exact, product=product, target=target)
+        without = numbers(interval_line(known))
+        assert without[0] == ["≤" if a <= b else ">" for a, b in pairwise((measured, exact, product, target))]
+        for signs, shown in (without, numbers(interval_line(replace(known, exact_box={"value": box})))):
+            for sign, (left, right) in zip(signs, pairwise(shown), strict=True):
+                assert left <= right if sign == "≤" else left > right
+
+
+def test_a_number_that_equals_its_limit_is_shown_as_the_limit_is():
+    for limit in (0.123456, 1.23456789, 1e-7, 0.1):
+        line = interval_line(replace(BOUNDS, measured=limit / 2, certified=limit, target=limit))
+        assert f" ≤ certified {limit!r} ≤ L = {limit!r} ".replace("e-07", "e-7") in line
+    broken = replace(BOUNDS, measured=1.00000001, certified=1.0, verdict="FAIL")
+    assert interval_line(broken) == "‖∇f‖₂  measured 1.00000001 > certified 1 ≤ L = 1   FAIL"
 
 
 def test_the_interval_line_without_a_constraint():

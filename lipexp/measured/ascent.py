@@ -255,6 +255,8 @@ def region_steps(network: BakedNetwork, jacobians: Sequence[Jacobian], best: Ten
     height = norms(scan(network, best).gradient, q)
     for _ in range(REGION_ROUNDS):
         beyond = _clamp(_across_breakpoints(network.double, jacobians, best[0]), box)  # (S, M, D)
+        if not beyond.shape[1]:  # there are no breakpoints, as in groups of one feature
+            break
         reached = norms(scan(network, beyond.flatten(0, 1).unsqueeze(0)).gradient, q)
         top = reached.view(beyond.shape[:2]).max(dim=1)
         better = top.values > MIN_GAIN * height[0]

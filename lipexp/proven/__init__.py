@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+import torch
 
 from lipexp import record
 from lipexp.config import ConfigError
 from lipexp.measured.gradients import Maximum
 from lipexp.norms import norm_name
-from lipexp.proven.methods import METHODS, ON_REQUEST, Chain, Problem, Proof
+from lipexp.proven.methods import METHODS, ON_REQUEST, OVERFLOW, Chain, Problem, Proof
 
 __all__ = ["METHODS", "Certificate", "Chain", "Problem", "Proof", "prove", "prove_quickly"]
+
+# Of numerical methods; torch does not say that it exports its own.
+FAILURES = (ArithmeticError, np.linalg.LinAlgError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -81,9 +88,9 @@ def prove(problem: Problem, method: str | None = None) -> Certificate:
             continue
         if problem.report is not None:
             problem.report(f"proving: {name}")
-        affine_only = name != "product" and not problem.network.is_plain
-        proofs[name] = Proof(None, "is for affine layers") if affine_only else METHODS[name](problem)
-        if proofs[name].constants is not None:
+        proof = _attempt(name, problem)
+        proofs[name] = proof.within(_smallest(proofs)) if proof.constants is not None else proof
+        if proof.constants is not None:
             break  # nothing proves less than the exact constant
         if several:
             problem = problem._replace(best=_smallest(proofs))
@@ -93,8 +100,19 @@ def prove(problem: Problem, method: str | None = None) -> Certificate:
     low, high = (end.tolist() for end in problem.box)
     if value is None:
         return Certificate(problem.chain, (low, high), None, proofs["product"].reason, "none", proofs)
-    best = next(name for name, proof in proofs.items() if proof.everywhere and proof.value == value)
-    return Certificate(problem.chain, (low, high), value, None, best, proofs)
+    best = [name for name, proof in proofs.items() if proof.everywhere and proof.value == value]
+    return Certificate(problem.chain, (low, high), value, None, "exact" if "exact" in best else best[0], proofs)
+
+
+def _attempt(name: str, problem: Problem) -> Proof:
+    """What a method proves: nothing where its bound is not finite, or where its arithmetic fails."""
+    if name != "product" and not problem.network.is_plain:
+        return Proof(None, "is for affine layers")
+    try:
+        proof = METHODS[name](problem)
+    except FAILURES as error:
+        return Proof(None, f"fails numerically: {error}")
+    return proof if proof.value is None or math.isfinite(proof.value) else Proof(None, OVERFLOW, best=proof.best)
 
 
 def prove_quickly(problem: Problem) -> Certificate:

@@ -29,10 +29,11 @@ from lipexp.norms import UNIT_ROUNDOFF
 
 DIMS = 4  # in more, boxes are too many
 LEAF = 8  # breakpoints whose sides are combined
-BATCH = 512  # boxes that are bounded together
+BATCH = 512  # boxes that are halved together, or fewer where the network is wide
 MOST_BOXES = 2_000_000
 _CHUNK = 2**21  # numbers in one temporary array
 _UP = 1 + 2.0**-40  # covers all rounding errors of one line of arithmetic on numbers that are not negative
+_UNDERFLOW = 2.0**-500  # is added to every norm, and covers the squares that underflow
 
 
 class Found(NamedTuple):
@@ -57,8 +58,13 @@ class Hidden(NamedTuple):
 
     @property
     def is_free(self) -> bool:
-        """Whether any choice of sides is a linear region: not where three or more features are sorted together."""
+        """Whether any choice of sides is one linear map: not where three or more features are sorted together."""
         return self.groups is None or self.groups.shape[1] <= 2
+
+    def numbers(self, dims: int) -> int:
+        """About how many numbers the largest temporary array has for each box."""
+        hulls = 1 if self.groups is None else self.groups.numel() * self.groups.shape[1]
+        return dims * max(len(self.pairs), hulls)
 
 
 class Network(NamedTuple):
@@ -114,10 +120,15 @@ def branch_and_bound(
     root: float | None,
     best: Maximum,
     gap: float,
-    seconds: float | None,
+    seconds: float,
     report: Callable[[str], None] | None = None,
 ) -> Found:
     """Halve boxes until upper / lower - 1 <= gap, or the time is over.
+
+    `upper` is the largest bound of all boxes, `lower` the gradient norm at the steepest point seen. A box that no
+    breakpoint crosses is done, whatever its bound, since its halves would have the same; so is one whose bound is
+    nothing but the allowance for underflow. If the bound of the whole box overflows float64, the search ends at
+    once, with an infinite bound.
 
     Args:
         network: K = 1; `why_not_applicable` must be None.
@@ -129,34 +140,39 @@ def branch_and_bound(
     own = _network(network)
     started = reported = time.monotonic()
     low, high = (end.double().unsqueeze(0) for end in box)
-    upper, side = _bound(own, low, high, q)
+    upper, side, crossed = _bound(own, low, high, q)
+    if root is not None:
+        upper = upper.clamp_max(root)
+    if not torch.isfinite(upper).all():
+        return Found(math.inf, best, 1)
     best = _steeper(network, low, high, q, best)
     settled, boxes = best.value, 1  # the largest bound of the boxes that are done
+    numbers = max((hidden.numbers(network.n_inputs) for hidden in own.hidden), default=1)
+    batch = max(1, min(BATCH, _CHUNK // numbers))
     while len(low):
-        enough = upper <= best.value * (1 + gap)
+        enough = (upper <= max(best.value * (1 + gap), 2 * _UNDERFLOW)) | ~crossed
         settled = max(settled, float(upper[enough].max()) if enough.any() else 0.0)
-        low, high, upper, side = (part[~enough] for part in (low, high, upper, side))
+        low, high, upper, side, crossed = (part[~enough] for part in (low, high, upper, side, crossed))
         now = time.monotonic()
-        over = (seconds is not None and now - started > seconds) or len(low) > MOST_BOXES
+        over = now - started > seconds or len(low) > MOST_BOXES
         if over or not len(low):
             break
         if report is not None and now - reported > 2:
             reported = now
-            ceiling = max(settled, min(float(upper.max()), root or math.inf))
+            ceiling = max(settled, float(upper.max()))
             report(f"bnb: [{best.value:.6g}, {ceiling:.6g}] after {boxes:,} boxes, {len(low):,} are open")
         order = upper.argsort(descending=True)
-        worst, rest = order[:BATCH], order[BATCH:]
+        worst, rest = order[:batch], order[batch:]
         halves = _halve(low[worst], high[worst], side[worst])
         if halves is None:  # float64 cannot halve them
             break
-        bounds, sides = _bound(own, *halves, q)
+        bounds, sides, crossings = _bound(own, *halves, q)
         best = _steeper(network, *halves, q, best)
         boxes += len(bounds)
         low, high = torch.cat([low[rest], halves[0]]), torch.cat([high[rest], halves[1]])
         upper = torch.cat([upper[rest], torch.minimum(bounds, upper[worst].repeat(2))])
-        side = torch.cat([side[rest], sides])
-    found = max(settled, float(upper.max()) if len(upper) else 0.0)
-    return Found(found if root is None else min(found, root), best, boxes)
+        side, crossed = torch.cat([side[rest], sides]), torch.cat([crossed[rest], crossings])
+    return Found(max(settled, float(upper.max()) if len(upper) else 0.0), best, boxes)
 
 
 # One batch of boxes ----------------------------------------------------------------------------------------------
@@ -168,15 +184,14 @@ def _network(network: BakedNetwork) -> Network:
     return Network(weights, biases, network.act, [hidden for hidden in _hidden(network) if hidden is not None])
 
 
-def _bound(network: Network, low: Tensor, high: Tensor, q: float) -> tuple[Tensor, Tensor]:
-    """Bounds (P,) on ||grad f||_q over boxes (P, D), and the side along which each should be halved."""
+def _bound(network: Network, low: Tensor, high: Tensor, q: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Over boxes (P, D): bounds (P,) on ||grad f||_q, the side along which to halve each, that on which its open
+    breakpoints depend most, and whether any breakpoint is open."""
     states, sensitivity, gradient = _forward(network, low, high)
     upper = _norm_above(gradient, q)
-    # The side on which the open breakpoints depend most; where none is open, the longest one.
-    open_ = sensitivity.sum(dim=1, keepdim=True) > 0
-    side = ((high - low) * torch.where(open_, sensitivity, 1.0)).argmax(dim=1)
+    side, crossed = ((high - low) * sensitivity).argmax(dim=1), sensitivity.sum(dim=1) > 0
     if not states or not all(hidden.is_free for hidden in network.hidden):
-        return upper, side
+        return upper, side, crossed
     n_open = torch.stack([(state == 0).sum(dim=1) for state in states]).sum(dim=0)
     widest = max(weight.shape[0] for weight in network.weights)
     for n in range(1, LEAF + 1):
@@ -187,7 +202,7 @@ def _bound(network: Network, low: Tensor, high: Tensor, q: float) -> tuple[Tenso
             gradients = _gradients(network, _combinations([state[part] for state in states], n))
             tight = _norm_above(gradients, q).view(len(part), -1).amax(dim=1)
             upper[part] = torch.minimum(upper[part], tight)
-    return upper, side
+    return upper, side, crossed
 
 
 def _combinations(states: Sequence[Tensor], n: int) -> list[Tensor]:
@@ -334,17 +349,12 @@ def _exchanged(jacobian: Jacobian, state: Tensor, first: Tensor, second: Tensor)
 def _places(state: Tensor, n_groups: int, size: int) -> Tensor:
     """(P, G, place, member) whether a member may get a place, by those that are surely below and above it."""
     first, second = torch.triu_indices(size, size, offset=1)
-    signs = state.view(len(state), n_groups, -1)  # of z_first - z_second
-    below = torch.zeros(len(state), n_groups, size, dtype=torch.long)
-    above = torch.zeros_like(below)
-    for pair, (a, b) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
-        larger, smaller = signs[:, :, pair] > 0, signs[:, :, pair] < 0
-        below[:, :, a] += larger
-        above[:, :, b] += larger
-        below[:, :, b] += smaller
-        above[:, :, a] += smaller
+    signs = state.new_zeros(len(state), n_groups, size, size)  # of z_member - z_other
+    signs[:, :, first, second] = state.view(len(state), n_groups, len(first))
+    signs[:, :, second, first] = -signs[:, :, first, second]
+    below, above = (signs > 0).sum(dim=3).unsqueeze(2), (signs < 0).sum(dim=3).unsqueeze(2)
     place = torch.arange(size).view(-1, 1)
-    return (below.unsqueeze(2) <= place) & (place <= (size - 1 - above).unsqueeze(2))
+    return (below <= place) & (place <= size - 1 - above)
 
 
 def _applied(act: Activation, hidden: Hidden, z: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
@@ -361,8 +371,8 @@ def _applied(act: Activation, hidden: Hidden, z: Tensor, error: Tensor) -> tuple
 def _norm_above(gradient: Jacobian, q: float) -> Tensor:
     """||.||_q, at least that of every gradient in the hulls (P, 1, D)."""
     most = gradient.centre[:, 0].abs() + gradient.radius[:, 0]
-    # 2^-500 covers squares that underflow. NaN is no bound, so it is treated as infinite.
-    norm = torch.linalg.vector_norm(most, ord=q, dim=1) * _UP + 2.0**-500
+    norm = torch.linalg.vector_norm(most, ord=q, dim=1) * _UP + _UNDERFLOW
+    # NaN is no bound, so it is treated as infinite.
     return norm.nan_to_num(nan=math.inf, posinf=math.inf)
 
 

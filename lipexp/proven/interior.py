@@ -115,12 +115,12 @@ class Inequality:
 
 
 def maximise(
-    inequality: Inequality, multipliers: Tensor, enough: float = math.inf, seconds: float | None = None
-) -> Tensor:
-    """The multipliers (H,) of nearly the largest sigma.
+    inequality: Inequality, multipliers: Tensor, enough: float = math.inf, seconds: float = math.inf
+) -> Tensor | None:
+    """The multipliers (H,) of nearly the largest sigma; None where S(0, T) is not positive definite at the start.
 
     Args:
-        multipliers: where to start: positive, and S(0, T) must be positive definite.
+        multipliers: where to start, all positive.
         enough: stop at this sigma.
         seconds: stop after this time.
     """
@@ -128,7 +128,7 @@ def maximise(
     y = torch.cat([multipliers.new_zeros(1), multipliers])
     inverse = _inverse(inequality.combine(1, y))
     if inverse is None:
-        raise ValueError("the first multipliers are not feasible")
+        return None
     y[0] = 0.1 / torch.linalg.matrix_norm(inequality.forms(inverse).out_out, ord=2)
     slack = inequality.combine(1, y)
     inverse = _inverse(slack)
@@ -139,7 +139,7 @@ def maximise(
     x = (z * slack).sum() / len(z) / y[1:]
     for _ in range(STEPS):
         gap = float((z * slack).sum() + x @ y[1:])
-        late = seconds is not None and time.perf_counter() - started > seconds
+        late = time.perf_counter() - started > seconds
         if gap <= CLOSED * float(y[0]) or float(y[0]) >= enough or late:
             break
         stepped = _step(inequality, y, slack, inverse, z, x)

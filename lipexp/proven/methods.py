@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,6 +29,13 @@ class Proof(NamedTuple):
     constants: Constants | None = None  # where all linear regions are known
     best: Maximum | None = None  # the steepest point that the method came across
     gave_up: bool = False  # the method applies to this network, but reached its limit
+
+    def within(self, bound: float | None) -> Proof:
+        """With constants of at most `bound`, which is proven too: their own rounding may put them above it."""
+        if self.constants is None or bound is None:
+            return self
+        constants = self.constants.within(bound)
+        return self._replace(value=constants.everywhere.value, constants=constants)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Problem(NamedTuple):
     max_regions: int  # to be enumerated; 0: none
     best: float | None = None  # what is proven so far; None: prove it whether that helps or not
     gap: float = 1e-3  # upper / lower - 1, below which a method that searches may stop
-    seconds: float | None = None  # after which it must
+    seconds: float = 60.0  # after which it must
     report: Callable[[str], None] | None = None  # is told the method and how far it is
 
 
@@ -85,10 +91,11 @@ def by_regions(problem: Problem) -> Proof:
         return Proof(None, reason or "max_regions=0")
     low, high = (end.numpy() for end in problem.box)
     try:
-        found = constants(problem.network, (low, high), problem.chain.q, problem.max_regions, problem.report)
-    except TooManyRegions:
-        reason = f"more than {problem.max_regions:,} linear regions (max_regions)"
-        return Proof(None, reason, gave_up=True)
+        found = constants(
+            problem.network, (low, high), problem.chain.q, problem.max_regions, problem.seconds, problem.report
+        )
+    except TooManyRegions as limit:
+        return Proof(None, str(limit), gave_up=True)
     except TooLarge:
         return Proof(None, OVERFLOW)
     return Proof(found.everywhere.value, constants=found)
@@ -99,8 +106,7 @@ def by_rows(problem: Problem) -> Proof:
     reason = rows.why_not_applicable(problem.network)
     if reason is not None:
         return Proof(None, reason)
-    value = rows.bound(problem.network, problem.chain.q)
-    return Proof(value) if math.isfinite(value) else Proof(None, OVERFLOW)
+    return Proof(rows.bound(problem.network, problem.chain.q))
 
 
 def by_eclipse(problem: Problem) -> Proof:
@@ -146,8 +152,6 @@ def by_branching(problem: Problem) -> Proof:
         problem.seconds,
         problem.report,
     )
-    if not math.isfinite(found.upper):
-        return Proof(None, OVERFLOW, best=found.best)
     return Proof(found.upper, everywhere=False, best=found.best)
 
 

@@ -4,6 +4,11 @@ f is L-Lipschitz for the norm p, so f(x') has the sign of f(x) wherever ||x' - x
 about the stored weights in real arithmetic. Two things stand between it and a number, and both are bounded here:
 |f(x)| is only known in float64, and a network that is used evaluates f(x') in float32.
 
+Rounding errors are followed from layer to layer. Affine layers, and activations that declare their linear maps,
+have proven bounds. Of another activation, such as torch's tanh, it is assumed that its float64 results are right
+but for the last `LOST_BITS` of their 53 bits. Nothing is assumed of its float32 results, so there are no radii for
+those.
+
 Shapes: N points, D inputs, H features, of one network, K = 1.
 """
 
@@ -20,9 +25,9 @@ import torch
 from torch import Tensor
 
 from lipexp import record
-from lipexp.activations import ALL_NORMS
+from lipexp.activations import ALL_NORMS, Activation
 from lipexp.networks import Affine, BakedNetwork
-from lipexp.norms import UNIT_ROUNDOFF, norm_name, row_norm_bound
+from lipexp.norms import UNIT_ROUNDOFF, dual, norm_name, row_norm_bound
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -35,6 +40,7 @@ class Arithmetic(NamedTuple):
     largest: float  # what does not overflow
 
 
+LOST_BITS = 10  # of 53, which an activation that does not declare its linear maps may lose to rounding
 FLOAT64 = Arithmetic(UNIT_ROUNDOFF, 2.0**-1074, 2.0**1023)
 FLOAT32 = Arithmetic(2.0**-24, 2.0**-149, 2.0**127)
 
@@ -44,19 +50,35 @@ class Radii(NamedTuple):
 
     f: FloatArray  # in float64
     radius: FloatArray  # in real arithmetic
-    radius_float32: FloatArray  # for a network that is evaluated in float32, as torch does
+    radius_float32: FloatArray | None  # for a network that is evaluated in float32, as torch does; None: unknown
 
 
 def why_no_radii(network: BakedNetwork) -> str | None:
-    """Why no radius can be proven for the network; None if one can."""
-    act = network.act
+    """Why no radius can be proven for the network, whatever its Lipschitz constant; None if one can."""
     if not network.is_plain:
         return "rounding errors are followed through affine layers only"
+    if _spread(network.act) is None:
+        return f"{network.act.label} declares neither norms nor slopes, which would bound its rounding errors"
+    return None
+
+
+def why_no_float32(network: BakedNetwork) -> str | None:
+    """Why no radius can be proven for an evaluation in float32, where `why_no_radii` is None; None if one can."""
+    act = network.act
     if not act.is_piecewise_linear:
-        return f"nothing is known about the rounding errors of {act.label}"
+        return f"nothing is known about the rounding errors of {act.label} in float32"
     if math.inf not in act.norms:
         return f"{act.label} declares no bound in the inf-norm, in which rounding errors are followed"
     return None
+
+
+def _spread(act: Activation) -> tuple[float, float] | None:
+    """(h, c): the norm h in which errors are followed, and by how much the activation may enlarge them in it."""
+    if math.inf in act.norms:
+        return math.inf, 1.0
+    if act.slopes is not None:
+        return math.inf, max(map(abs, act.slopes))
+    return (max(act.norms), 1.0) if act.norms else None
 
 
 def certified_radii(network: BakedNetwork, x: Tensor, lipschitz: float) -> Radii:
@@ -70,7 +92,7 @@ def certified_radii(network: BakedNetwork, x: Tensor, lipschitz: float) -> Radii
 
     Args:
         network: K = 1, float32, with the proven norms of its layers, p -> h and then h -> h, with h the norm of
-            the hidden spaces. `why_no_radii` must be None.
+            the hidden spaces. `why_no_radii` must be None; without `why_no_float32` there is no `radius_float32`.
         x: float64; the numbers themselves count, as exact.
         lipschitz: L, a proven bound for the norm p.
     """
@@ -78,6 +100,8 @@ def certified_radii(network: BakedNetwork, x: Tensor, lipschitz: float) -> Radii
     f, error = _evaluated(output)
     known = _less(np.abs(f), error)
     radius = _quotient(known, lipschitz)
+    if why_no_float32(network) is not None:
+        return Radii(f, radius, None)
     wrong = _float32_error(network, inputs, radius)
     return Radii(f, radius, _quotient(_less(known, wrong), lipschitz))
 
@@ -85,7 +109,9 @@ def certified_radii(network: BakedNetwork, x: Tensor, lipschitz: float) -> Radii
 def evaluate(network: BakedNetwork, x: Tensor) -> tuple[FloatArray, FloatArray]:
     """f at points x (N, D) as float64 computes it, and a bound on |float64's f(x) - the real f(x)|, both (N,).
 
-    The bound holds for every order of summation, with or without fused multiply-adds: see `_layer_error`.
+    The bound holds for every order of summation, with or without fused multiply-adds: see `_layer_error`. For an
+    activation that does not declare its linear maps it rests on an assumption: in float64, each feature that
+    `forward` returns is off by no more than 2^-43 times the largest of 1, all |z_i| and all |act(z)_i|.
     """
     *_, output = _inputs(network, x)
     return _evaluated(output)
@@ -126,28 +152,42 @@ def _float32_error(
 
 
 def _inputs(network: BakedNetwork, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The input of each layer, at last the output, in float64 (N, in), each with a bound (N,) on its error."""
+    """The input of each layer, at last the output, in float64 (N, in), each with a bound (N,) on its error.
+
+    Errors are bounded in a norm in which the activation is known to enlarge them no more than c times.
+    """
+    spread = _spread(network.act)
+    assert spread is not None
+    norm, factor = spread
     h, error = x, x.new_zeros(len(x))
     for i, layer in enumerate(network.layers):
         yield h, error
-        error = _layer_error(FLOAT64, layer, h.abs() + error.unsqueeze(1), error)
+        error = _layer_error(FLOAT64, layer, h.abs() + error.unsqueeze(1), error, norm)
         h = torch.addmm(layer.bias[0, 0].double(), h, layer.weight[0].double().T)
         if i < len(network.layers) - 1:
-            h = network.act(h.unsqueeze(0))[0]
+            z, h = h, network.act(h.unsqueeze(0))[0]
+            error = error * factor * (1 + 2 * UNIT_ROUNDOFF)
+            if not network.act.is_piecewise_linear:
+                own = 2.0**LOST_BITS * UNIT_ROUNDOFF * torch.cat([z, h], dim=1).abs().amax(dim=1).clamp_min(1)
+                of_all = h.shape[1] ** (1 / norm)  # the norm of a vector of ones
+                error = (error + of_all * own) * (1 + 8 * UNIT_ROUNDOFF)
     yield h, error
 
 
-def _layer_error(arithmetic: Arithmetic, layer: Affine, size: Tensor, error: Tensor) -> Tensor:
-    """A bound (N,) on the error of each feature behind a layer z = W h + b and the activation that follows it.
+def _layer_error(
+    arithmetic: Arithmetic, layer: Affine, size: Tensor, error: Tensor, norm: float = math.inf
+) -> Tensor:
+    """A bound (N,) on the error behind a layer z = W h + b and an activation that follows it, in a norm.
 
-    With computed inputs h^, |h^ - h| <= error, a sum of n products and a bias is computed as
-    |z^ - z| <= gamma_{n+1} (|W| |h^| + |b|) + |W| |h^ - h|, with gamma_k = k u / (1 - k u), in whatever order. An
-    activation is 1-Lipschitz in the inf-norm with act(0) = 0, so it passes on the largest of these errors and adds
-    one rounding of a product at most (sorting and ReLU add none).
+    With computed inputs h^, a sum of n products and a bias is computed as
+    |z^ - z| <= gamma_{n+1} (|W| |h^| + |b|) + |W (h^ - h)|, with gamma_k = k u / (1 - k u), in whatever order;
+    |w (h^ - h)| <= ||w||_dual ||h^ - h|| for each row w. An activation that declares its linear maps has
+    act(0) = 0 and adds one rounding of a product at most (sorting and ReLU add none), which is allowed for here.
 
     Args:
         size: (N, in), at least |h|.
-        error: (N,).
+        error: (N,) of h^ in the norm.
+        norm: 1, 2 or inf.
 
     Reference: Higham 2002, "Accuracy and Stability of Numerical Algorithms", section 3.1.
     """
@@ -155,10 +195,14 @@ def _layer_error(arithmetic: Arithmetic, layer: Affine, size: Tensor, error: Ten
     gamma = (n + 1) * unit / (1 - (n + 1) * unit) if (n + 1) * unit < 1 else math.inf
     weight = layer.weight[0].double().abs()
     terms = torch.addmm(layer.bias[0, 0].double().abs(), size + error.unsqueeze(1), weight.T)  # |W| |h^| + |b|
-    found = (gamma + 2 * unit) * terms + torch.outer(error, weight.sum(dim=1)) + (n + 2) * arithmetic.smallest
+    lengths = torch.linalg.vector_norm(weight, ord=dual(norm), dim=1)
+    found = (gamma + 2 * unit) * terms + torch.outer(error, lengths) + (n + 2) * arithmetic.smallest
     found = found.masked_fill(~(terms <= arithmetic.largest), math.inf)
     # The bound itself is computed in float64, as a sum of n + 1 terms that are not negative and a few others.
-    return found.amax(dim=1) * (1 + 4 * (n + 8) * UNIT_ROUNDOFF)
+    longest = torch.linalg.vector_norm(found, ord=norm, dim=1)
+    if norm == 2:
+        longest = longest + 2.0**-500  # for squares that underflow
+    return longest * (1 + 4 * (n + found.shape[1] + 8) * UNIT_ROUNDOFF)
 
 
 def _less(value: FloatArray, error: FloatArray) -> FloatArray:
@@ -185,7 +229,7 @@ class Robustness:
     p: float
     lipschitz: float | None  # the proven bound behind the radii
     columns: dict[str, npt.NDArray[Any]] | None  # of radii.csv
-    reason: str | None  # why `columns` is None
+    reason: str | None  # why there are none, or why the column `radius_float32` is empty
 
     def summary(self, radii: Iterable[float]) -> record.Robustness:
         """Certified accuracy within each radius: the fraction of points that are right and proven to stay so.
@@ -201,7 +245,7 @@ class Robustness:
             self.lipschitz,
             {record.radius_name(radius): float((held >= radius).mean()) for radius in radii},
             median if math.isfinite(median) else None,
-            None,
+            self.reason,
         )
 
 
@@ -227,4 +271,6 @@ def assess(
         "correct": (prediction == y.numpy()).astype(np.int64),
         **radii._asdict(),
     }
-    return Robustness(p, lipschitz, columns, None)
+    if radii.radius_float32 is None:
+        columns["radius_float32"] = np.full(len(x), "")
+    return Robustness(p, lipschitz, columns, why_no_float32(network))

@@ -43,8 +43,9 @@ from lipexp.proven.interior import Inequality, maximise
 Array = npt.NDArray[np.float64]
 Slopes = tuple[float, float]
 
-_FIRST_EXCESS = 2.0**-36  # of a bound over what its multipliers allow; more, until the proof goes through
-_LARGEST_EXCESS = 2.0**-6
+LARGEST = 4096  # rows of a matrix that is factorised: some 1 GB, with all its copies
+FALLS = 60  # attempts to find a feasible start
+LARGEST_EXCESS = 2.0**-6  # of a proven bound over the smallest one that its multipliers allow
 
 
 def why_not_applicable(network: BakedNetwork, q: float) -> str | None:
@@ -56,7 +57,8 @@ def why_not_applicable(network: BakedNetwork, q: float) -> str | None:
         return f"{network.act.label} declares no slopes"
     if not 0 <= slopes[0] <= slopes[1] <= 1:
         return f"needs slopes in [0, 1]; {network.act.label} has [{slopes[0]:g}, {slopes[1]:g}]"
-    return None
+    size = network.n_inputs + sum(network.hidden_widths)
+    return f"{size:,} inputs and features, more than {LARGEST:,}: would take gigabytes" if size > LARGEST else None
 
 
 def eclipse(network: BakedNetwork) -> float | None:
@@ -66,13 +68,13 @@ def eclipse(network: BakedNetwork) -> float | None:
         network: K = 1, float32; `why_not_applicable` must be None.
     """
     reduced = Reduced.of(network)
-    if reduced is None:
-        return 0.0
-    return reduced.bound((0.0, 1.0), eclipse_multipliers(reduced.weights))
+    return 0.0 if reduced is None else reduced.closed_bound()
 
 
-def lipsdp(network: BakedNetwork, enough: float = 0.0, seconds: float | None = None) -> float | None:
+def lipsdp(network: BakedNetwork, enough: float = 0.0, seconds: float = math.inf) -> float | None:
     """A proven bound by nearly the best multipliers, for the slopes of the activation; None: no proof is found.
+
+    It is never above that of `eclipse`, whose multipliers are the first that are tried.
 
     Args:
         network: K = 1, float32; `why_not_applicable` must be None.
@@ -84,8 +86,14 @@ def lipsdp(network: BakedNetwork, enough: float = 0.0, seconds: float | None = N
     reduced = Reduced.of(network)
     if reduced is None:
         return 0.0
-    sigma = _inverse_square(math.ldexp(enough, -reduced.exponent)) if enough else math.inf
-    return reduced.bound(slopes, lipsdp_multipliers(reduced.weights, slopes, sigma, seconds))
+    with np.errstate(over="ignore"):
+        square = np.ldexp(enough, -reduced.exponent) ** 2
+    sigma = float(1 / square) if square > 0 else math.inf
+    found = [
+        reduced.closed_bound(),
+        reduced.bound(slopes, lipsdp_multipliers(reduced, slopes, sigma, seconds)),
+    ]
+    return min((bound for bound in found if bound is not None), default=None)
 
 
 def size(network: BakedNetwork) -> int:
@@ -99,13 +107,17 @@ class Reduced(NamedTuple):
 
     weights: list[Array]  # float64, exactly
     exponent: int
+    closed: Array  # (H,) the multipliers of ECLipsE-Fast for these weights, each between 1/2 and 2
+    smallest: float  # the L that they allow, up to rounding
 
     @classmethod
     def of(cls, network: BakedNetwork) -> Reduced | None:
-        """Without features that are constant or unused, each layer scaled to a Frobenius norm in [1/2, 1).
+        """Without features that are constant or unused, each layer scaled by a power of two.
 
         Both are exact: the differences x_i of such features are 0 or multiplied by 0, and the inequality is
-        homogeneous. None for a constant function.
+        homogeneous. The powers are those that bring ECLipsE's multipliers near 1. With layers of norm 1 they would
+        grow by up to 8 from each layer to the next, and rounding would leave nothing of a deep network's bound.
+        None for a constant function.
         """
         weights = [layer.weight[0].numpy().astype(np.float64) for layer in network.layers]
         before = None
@@ -117,14 +129,37 @@ class Reduced(NamedTuple):
                 weights[k], weights[k + 1] = weights[k][alive], weights[k + 1][:, alive]
         if not all(weight.any() for weight in weights):
             return None
-        exponents = [math.frexp(float(np.linalg.norm(weight)))[1] for weight in weights]
-        return cls([np.ldexp(w, -e) for w, e in zip(weights, exponents, strict=True)], sum(exponents))
+        exponents, multipliers = [], [np.empty(0)]
+        half: Array = weights[0].T  # S_{k-1}^-1/2 W_k^T, of which sigma is the square of the norm
+        for k, weight in enumerate(weights):
+            exponent = math.frexp(float(np.linalg.norm(half)))[1]
+            half = np.ldexp(half, -exponent)
+            if k < len(weights) - 1:
+                gram = half.T @ half
+                sigma = float(np.linalg.eigvalsh(gram)[-1])
+                further = math.frexp(sigma)[1] // 2
+                exponent, gram, t = exponent + further, np.ldexp(gram, -2 * further), 4.0**further / sigma
+                multipliers.append(np.full(len(weight), t))
+                half = _solved(np.linalg.cholesky(t * (2 * np.eye(len(weight)) - t * gram)), weights[k + 1].T)
+            weights[k] = np.ldexp(weight, -exponent)
+            exponents.append(exponent)
+        return cls(weights, sum(exponents), np.concatenate(multipliers), float(np.linalg.norm(half, ord=2)))
+
+    def closed_bound(self) -> float | None:
+        """The Lipschitz constant of the network itself that ECLipsE's multipliers prove, for slopes in [0, 1]."""
+        return self._proven(self.smallest, (0.0, 1.0), self.closed)
 
     def bound(self, slopes: Slopes, multipliers: Array) -> float | None:
         """The Lipschitz constant of the network itself that these multipliers prove, in units of L^2."""
-        excess, allowed = _FIRST_EXCESS, best_bound(self.weights, slopes, multipliers)
-        while allowed is not None and excess <= _LARGEST_EXCESS:
-            lipschitz = allowed * (1 + excess)
+        smallest = best_bound(self.weights, slopes, multipliers)
+        return None if smallest is None else self._proven(smallest, slopes, multipliers)
+
+    def _proven(self, smallest: float, slopes: Slopes, multipliers: Array) -> float | None:
+        """The first bound above `smallest` for which the proof goes through."""
+        # The proof allows for errors of some n^2 u; a smaller excess would be tried in vain.
+        excess = 8 * (self.weights[0].shape[1] + len(multipliers)) ** 2 * UNIT_ROUNDOFF
+        while excess <= LARGEST_EXCESS:
+            lipschitz = smallest * (1 + excess)
             if proves(lipschitz, self.weights, slopes, multipliers * lipschitz**2):
                 return round_up(Fraction(lipschitz) * Fraction(2) ** self.exponent)
             excess *= 8
@@ -134,41 +169,27 @@ class Reduced(NamedTuple):
 # Multipliers, in units of L^2 ------------------------------------------------------------------------------------
 
 
-def eclipse_multipliers(weights: Sequence[Array]) -> Array:
-    """(H,) those of ECLipsE-Fast, which exist for every network without zero rows and columns."""
-    multipliers = [np.empty(0)]
-    inverse: npt.NDArray[Any] = np.eye(weights[0].shape[1])
-    for weight in weights[:-1]:
-        gram = weight @ inverse @ weight.T
-        t = 1 / float(np.linalg.eigvalsh(gram)[-1])
-        multipliers.append(np.full(len(weight), t))
-        inverse = np.linalg.inv(t * (2 * np.eye(len(weight)) - t * gram))
-    return np.concatenate(multipliers)
-
-
 def lipsdp_multipliers(
-    weights: Sequence[Array], slopes: Slopes, enough: float = math.inf, seconds: float | None = None
+    reduced: Reduced, slopes: Slopes, enough: float = math.inf, seconds: float = math.inf
 ) -> Array:
-    """(H,) those of nearly the smallest L.
+    """(H,) those of nearly the smallest L; those of ECLipsE where the search for them fails.
 
     Args:
         enough: stop at this 1 / L^2.
     """
+    weights = _without_idle_inputs(reduced.weights)
     if len(weights) == 1:
-        return np.empty(0)
-    weights = _without_idle_inputs(weights)
+        return reduced.closed
     inequality = Inequality([torch.from_numpy(weight) for weight in weights], slopes)
-    start = torch.from_numpy(eclipse_multipliers(weights))
+    start = torch.from_numpy(reduced.closed)
     depths = torch.cat([torch.full((len(weight),), float(k)) for k, weight in enumerate(weights[:-1], start=1)])
     # ECLipsE's are feasible for slopes in [0, 1]; for alpha > 0 they may have to fall off faster with the depth.
-    while not _is_feasible(inequality, start):
+    for _ in range(FALLS):
+        found = maximise(inequality, start, enough, seconds)
+        if found is not None:
+            return found.numpy()
         start = start * 0.5**depths
-    return maximise(inequality, start, enough, seconds).numpy()
-
-
-def _is_feasible(inequality: Inequality, multipliers: torch.Tensor) -> bool:
-    matrix = inequality.combine(1, torch.cat([multipliers.new_zeros(1), multipliers]))
-    return not torch.linalg.cholesky_ex(matrix)[1]
+    return reduced.closed
 
 
 def _without_idle_inputs(weights: Sequence[Array]) -> list[Array]:
@@ -185,18 +206,18 @@ def best_bound(weights: Sequence[Array], slopes: Slopes, multipliers: Array) -> 
     """
     *hidden, out = weights
     inside, _ = inequality_matrix([*hidden, np.zeros_like(out)], slopes, multipliers, 1.0)
-    last = np.zeros((len(inside), len(out)))
-    last[-out.shape[1] :] = out.T
     try:
-        half = np.linalg.solve(np.linalg.cholesky(inside), last)
+        factor = np.linalg.cholesky(inside)
     except np.linalg.LinAlgError:
         return None
-    return float(np.linalg.norm(half, ord=2))
+    n = out.shape[1]  # W_n sees the last features only, and so does the solution
+    return float(np.linalg.norm(_solved(factor[-n:, -n:], out.T), ord=2))
 
 
-def _inverse_square(value: float) -> float:
-    square = value * value
-    return 1 / square if square > 0 else math.inf
+def _solved(factor: npt.NDArray[Any], right: Array) -> Array:
+    """factor^-1 right, by substitution, which is accurate whatever the condition of a Cholesky factor."""
+    solution = torch.linalg.solve_triangular(torch.from_numpy(factor), torch.from_numpy(right), upper=False)
+    return np.asarray(solution)
 
 
 # The proof -------------------------------------------------------------------------------------------------------
@@ -207,12 +228,12 @@ def proves(lipschitz: float, weights: Sequence[Array], slopes: Slopes, multiplie
 
     Each entry of M is a sum of at most m + 2 terms, m the width of the largest layer, each a product of at most
     four factors of which some are rounded. In float64 it is off by at most gamma_{m+8} B, with B the sum of the
-    terms' absolute values and gamma_k = k u / (1 - k u), and by what underflows, at most (m + 8) 2^-1074 as no
-    weight exceeds 1. `is_semidefinite` allows for twice the error that it is given, which covers the denominator
+    terms' absolute values and gamma_k = k u / (1 - k u), and by what underflows, at most (m + 8) 2^-1070 as no
+    weight exceeds 4. `is_semidefinite` allows for twice the error that it is given, which covers the denominator
     and the rounding of B.
 
     Args:
-        weights: float64, entries at most 1.
+        weights: float64, entries at most 4.
         multipliers: (H,) T.
 
     Reference: Higham 2002, "Accuracy and Stability of Numerical Algorithms", section 3.1.
@@ -221,7 +242,7 @@ def proves(lipschitz: float, weights: Sequence[Array], slopes: Slopes, multiplie
         return False
     matrix, terms = inequality_matrix(weights, slopes, multipliers, math.nextafter(lipschitz * lipschitz, 0))
     m = max(len(weight) for weight in weights)
-    return is_semidefinite(matrix, (m + 8) * (UNIT_ROUNDOFF * terms + 2.0**-1074))
+    return is_semidefinite(matrix, (m + 8) * (UNIT_ROUNDOFF * terms + 2.0**-1070))
 
 
 def inequality_matrix(

@@ -17,6 +17,8 @@ in deep networks" (few regions, in practice).
 from __future__ import annotations
 
 import bisect
+import math
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +34,7 @@ from lipexp.proven.regions.polygons import SAFETY, TINY, ExactLine, Floats, Inte
 
 _CHUNK = 2**18  # numbers in one temporary array
 _CACHED_MAPS = 1000  # exact maps that are kept
+MOST_NUMBERS = 2**27  # of the maps of all regions onto one layer, which take a gigabyte then
 
 
 class Steepest(NamedTuple):
@@ -49,13 +52,19 @@ class Constants(NamedTuple):
     domain: list[list[float]]  # [low, high] of each coordinate of the box
     regions: int  # in the whole plane or line; the edges of the box count as breakpoints
 
+    def within(self, bound: float) -> Constants:
+        """The same with no value above `bound`."""
+        everywhere = self.everywhere._replace(value=min(self.everywhere.value, bound))
+        box = self.box and self.box._replace(value=min(self.box.value, bound))
+        return self._replace(everywhere=everywhere, box=box)
+
     def in_box(self) -> dict[str, Any] | None:
         """What metrics.json says of the constant over the box."""
         return None if self.box is None else {**self.box._asdict(), "domain": self.domain}
 
 
 class TooManyRegions(Exception):
-    """The cap on the number of regions is passed."""
+    """The cap on the number of regions is passed, or that on the memory or time that they take: it says which."""
 
 
 def why_not_enumerable(network: BakedNetwork) -> str | None:
@@ -76,6 +85,7 @@ def constants(
     box: tuple[Floats, Floats],
     q: float,
     max_regions: int,
+    seconds: float = math.inf,
     report: Callable[[str], None] | None = None,
 ) -> Constants:
     """sup ||grad f||_q over the box and everywhere.
@@ -83,24 +93,26 @@ def constants(
     Args:
         network: K = 1; `why_not_enumerable` must be None.
         box: low and high, (D,).
+        seconds: after which it is given up. Most networks take a few, but where many breakpoints meet in one point
+            nearly all sides have to be decided in integers.
         report: is told the number of regions after each layer.
 
     Raises:
-        TooManyRegions: there are more than `max_regions`.
+        TooManyRegions: there are more than `max_regions`, or so many that they take too much memory or time.
         TooLarge: float64 does not hold the numbers of the network.
     """
-    return Enumeration(network, box, max_regions, report).constants(q)
+    return Enumeration(network, box, max_regions, seconds, report).constants(q)
 
 
 class Enumeration:
     """The linear regions of one network.
 
     Args:
-        max_regions: the number of regions at which it is given up.
+        max_regions, seconds: the number of regions and the time at which it is given up.
         report: see `constants`.
 
     Raises:
-        TooManyRegions: there are more.
+        TooManyRegions: it was given up.
         TooLarge: float64 does not hold the numbers of the network.
     """
 
@@ -109,8 +121,10 @@ class Enumeration:
         network: BakedNetwork,
         box: tuple[Floats, Floats],
         max_regions: int,
+        seconds: float = math.inf,
         report: Callable[[str], None] | None = None,
     ) -> None:
+        self.seconds, self._end = seconds, time.monotonic() + seconds
         self.act = network.act
         self.dims = network.n_inputs
         self.weights = [layer.weight[0].numpy() for layer in network.layers]
@@ -134,10 +148,16 @@ class Enumeration:
             if report is not None:
                 report(f"proving: exact, {len(self.cells):,} regions")
 
+    def _check_time(self) -> None:
+        if time.monotonic() > self._end:
+            raise TooManyRegions(f"not done after {self.seconds:g} s (--max-seconds)")
+
     # Layers ------------------------------------------------------------------------------------------------------
 
     def _cut(self, layer: int, max_regions: int) -> None:
         """Replace the regions by their parts on which the activation behind `layer` is linear."""
+        most = min(max_regions, MOST_NUMBERS // (3 * len(self.weights[layer])))
+        name = "max_regions" if most == max_regions else f"of {len(self.weights[layer])} features, a gigabyte"
         self.maps = maps = self.maps.affine(self.weights[layer], self.biases[layer])
         pairs = self._pairs()
         cells = Polygons(self.cells.start, self.cells.corner, self.cells.edge, np.arange(len(self.cells)))
@@ -145,9 +165,9 @@ class Enumeration:
         value, error = self._lines(maps, where, pairs[which])
         lines = self.plane.add_lines(value, error, self._first_region[layer] + where, pairs[which])
         self._first_region.append(self._first_region[layer] + len(cells))
-        parts = self.plane.arrange(cells, (where, lines), max_regions)
+        parts = self.plane.arrange(cells, (where, lines), most)
         if parts is None:
-            raise TooManyRegions
+            raise TooManyRegions(f"more than {most:,} linear regions ({name})")
         self.inside = self.inside[parts.parent]
         active = self._active_maps(parts, maps, layer, pairs)
         self.parents.append(parts.parent)
@@ -172,6 +192,7 @@ class Enumeration:
         for n in np.unique(counts):  # all cells with n corners, as one array
             alike = np.flatnonzero(counts == n)
             for block in _blocks(alike, n * max(len(pairs), maps.value.shape[2])):
+                self._check_time()
                 corner = cells.corner[cells.start[block][:, None] + np.arange(n)]  # (P, n)
                 z = value[corner] @ maps.value[block]  # (P, n, H)
                 unsure = _error_bound(value[corner], error[corner], maps, block)[..., None]  # (P, n, 1)
@@ -216,6 +237,7 @@ class Enumeration:
         middle_error = np.add.reduceat(error[parts.corner], parts.start[:-1]) / counts[:, None]
         middle_error = SAFETY * (middle_error + (counts[:, None] + 2) * UNIT_ROUNDOFF)  # entries are at most 1
         for block in _blocks(np.arange(len(parts)), max(len(pairs), maps.value.shape[2])):
+            self._check_time()
             region = parts.parent[block]
             z = (middle[block, None] @ maps.value[region])[:, 0]  # (P, H)
             unsure = _error_bound(middle[block], middle_error[block], maps, region)[:, None]
@@ -259,6 +281,7 @@ class Enumeration:
 
     def _exact_map(self, layer: int, region: int) -> Exact:
         """The affine map behind `layer` on a region of the layer before, (H, 3) integers times 2^exponent."""
+        self._check_time()  # one map can take 0.1 s, and there may be one for every side of every breakpoint
         known = self._exact_maps.get((layer, region))
         if known is not None:
             return known
