@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lipexp.config import GROUPS, ConfigError, Settings, conf_dir, no_such, one_line
+from lipexp.config import GROUPS, ConfigError, Settings, conf_dir, no_such, one_line, plain
 from lipexp.explain import explain
 from lipexp.process import begin_work
 from lipexp.runs import RunFolder, SweepFailed
@@ -105,6 +105,7 @@ def run_one(config: DictConfig) -> None:
     folder = RunFolder(Path(running.runtime.output_dir if output.startswith("..") else output))
     display = Display(brief=sweeping)
     try:
+        folder.write_config(plain(config))  # in place of Hydra's, which leaves interpolations
         member = RefuseEarly.member or build(config, running.runtime.choices)
         display.header(member)
         (trained,) = train_many([member], [folder], display, figures=not sweeping)

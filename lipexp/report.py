@@ -68,13 +68,14 @@ def main(arguments: list[str]) -> int:
 def report(options: argparse.Namespace) -> None:
     """Read, fold, sort, write and show; ConfigError for a folder, key or file that cannot be used."""
     runs, chosen = read(options.folders or ["outputs"])
-    # Neither the class behind an option nor a reference such as "${lipschitz}" is worth a column by itself.
-    own = [key for key in chosen if not runs[key].str.contains("${", regex=False).all() and "_target_" not in key]
+    # Neither the class behind an option nor what repeats a setting of the run is worth a column by itself.
+    repeated = [key for key in chosen if repeats(key, runs)]
+    own = [key for key in chosen if key not in repeated and "_target_" not in key]
     rows, by, key = runs, [], None
     if options.by is not None:
         by = [key_named("--by", name.strip(), chosen, own) for name in options.by.split(",")]
         rows = fold(runs, chosen, keep_seed="seed" in by)
-    apart = [key for key in chosen if key in rows and tells_apart(key, rows)]
+    apart = [key for key in chosen if key in rows and key not in repeated and tells_apart(key, rows)]
     columns = unique(by or ["run"], CHOICES, [] if by else ["seed"], ["lipschitz"], apart, FOLDED if by else PLAIN)
     rows = rows.reindex(columns=unique(rows.columns, columns))
     if options.sort is not None:
@@ -99,15 +100,15 @@ def read(folders: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
     rows, chosen, unreadable = [], [], []
     for run in find([Path(folder).resolve() for folder in folders]):  # resolved: a run given twice counts once
         outcome = Outcome.of(run)
-        if run.complete and outcome.metrics is None:
-            unreadable.append(f"{run.path}: {outcome.reason}")
+        if outcome.metrics is None and (run.complete or not run.failed):
+            unreadable.append(f"{run}: {outcome.reason}")
             continue
         # Without a record of its settings, nobody can say that a run differs from another only in its seed.
-        own = settings(run) or {"folder": str(run.path)}
+        own = settings(run) or {"folder": str(run)}
         texts = {
             k: v if isinstance(v, str) else json.dumps(v, default=str).removesuffix(".0") for k, v in own.items()
         }
-        rows.append({"run": str(run.path)} | outcome.results() | texts)
+        rows.append({"run": str(run)} | outcome.results() | texts)
         chosen.append(texts)
     if not rows:
         reasons = unreadable or ["no run found there (a run has metrics.json or failed.json)"]
@@ -149,6 +150,15 @@ def tells_apart(key: str, rows: pd.DataFrame) -> bool:
     group = key.partition(".")[0]
     alike = rows.groupby(group if group in rows and group != key else lambda _: 0, dropna=False)
     return bool((alike[key].nunique(dropna=False) > 1).any())
+
+
+def repeats(key: str, runs: pd.DataFrame) -> bool:
+    """Whether a setting such as loss.lipschitz is everywhere that of the run, among those whose option has it."""
+    setting = key.rpartition(".")[2]
+    if setting == key or setting not in runs:
+        return False
+    equal = runs[key] == runs[setting]
+    return bool((equal | runs[key].isna()).all()) and not tells_apart(key, runs.assign(**{key: equal}))
 
 
 def key_named(option: str, name: str, valid: Collection[str], shown: Sequence[str]) -> str:

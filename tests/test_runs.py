@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from lipexp.runs import RunFolder, find
+from lipexp.runs import NotFinite, RunFolder, find
 
 
 def test_metrics_make_a_run_complete_and_a_failure_is_not_a_result(tmp_path):
@@ -22,8 +22,8 @@ def test_metrics_make_a_run_complete_and_a_failure_is_not_a_result(tmp_path):
 def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_json("metrics.json", {"seed": 1})
-    with pytest.raises(ValueError, match="Out of range float"):
-        folder.write_json("metrics.json", {"loss": float("nan")})
+    with pytest.raises(NotFinite, match=r"^a\.loss is not finite$"):
+        folder.write_json("metrics.json", {"a": {"loss": [[1.0, float("nan")]]}})
 
     class Figure:
         def savefig(self, path, **kwargs):

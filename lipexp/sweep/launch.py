@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from lipexp.config import ConfigError
 from lipexp.display import SweepDisplay, composing
 from lipexp.process import begin_work
+from lipexp.reading import careful
 from lipexp.record import Outcome
 from lipexp.runs import RunFolder, SweepFailed, write_csv
 from lipexp.sweep import executors
@@ -46,7 +47,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process holds it.
     """
-    with (folder / LOCK).open("a") as lock:
+    with open(folder / LOCK, "a", opener=careful) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
