@@ -293,8 +293,9 @@ class GroupSort(Activation):
 
     def forward(self, z: Tensor) -> Tensor:
         size = self.size(z.shape[-1])
-        if size == 2 and not (torch.jit._trace.is_tracing() or torch.compiler.is_compiling()):
-            return _Exchange.apply(z)  # which an exported network cannot hold
+        exported = torch.jit._trace.is_tracing() or torch.compiler.is_compiling()  # which cannot hold _Exchange
+        if not exported and size == 2:
+            return _Exchange.apply(z)
         return z.unflatten(-1, (size, -1)).sort(dim=-2).values.flatten(-2)
 
     def groups(self, width: int) -> Array:

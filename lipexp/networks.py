@@ -294,9 +294,9 @@ class Network(nn.Module):
         if isinstance(x, Tensor):
             return super().__call__(x)
         weight: Any = self.layers[0].weight
-        points = torch.as_tensor(np.asarray(x), dtype=weight.dtype, device=weight.device)
-        if points.dim() != 2 or points.shape[1] != weight.shape[1]:
-            raise ValueError(f"the network takes points (B, {weight.shape[1]}), not {tuple(points.shape)}")
+        points = torch.as_tensor(np.ascontiguousarray(x), dtype=weight.dtype, device=weight.device)
+        if np.ndim(x) != 2 or points.shape[1] != weight.shape[1]:
+            raise ValueError(f"the network takes points (B, {weight.shape[1]}), not {np.shape(x)}")
         f = super().__call__(points).numpy(force=True)
         if not hasattr(x, "columns"):
             return f

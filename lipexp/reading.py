@@ -14,6 +14,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
@@ -24,7 +25,6 @@ YAML_BYTES = 2**22
 JSON_BYTES = 2**24
 LARGE_BYTES = 2**30  # of a model, a table, a database, or what describes all jobs of a sweep
 DEPTH = 30  # of nested objects and lists
-PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
 WORDS = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
 
 T = TypeVar("T")
@@ -162,6 +162,8 @@ def _check(node: Any, depth: int = 0) -> None:
         raise ValueError("it is nested too deeply")
     if isinstance(node, dict):
         for key, value in node.items():
+            if not isinstance(key, str | int | float | None):
+                raise ValueError(f"it has the key {key}")
             _check(key)
             _check(value, depth + 1)
     elif isinstance(node, list):
@@ -171,41 +173,38 @@ def _check(node: Any, depth: int = 0) -> None:
         node.encode()  # half a surrogate pair cannot be
 
 
-def read_yaml(folder: Path, name: str) -> dict[str, Any]:
-    """The mapping in a YAML file, of texts, numbers, truth values, lists and mappings, without aliases.
+def read_yaml(folder: Path, name: str, inside: str = "") -> dict[str, Any]:
+    """The mapping in a YAML file, without tags and aliases, no deeper than DEPTH.
+
+    Args:
+        inside: the line before the block to read, with its indentation; all the rest, which may be long, is passed
+            over. For files that a program writes.
 
     Raises:
         Missing: there is no such file.
         Unreadable: it is none that may be read, or holds something else.
     """
+    content = read_bytes(folder, name, YAML_BYTES)
+    if inside:
+        lines = content.partition(f"\n{inside}\n".encode())[2].splitlines(keepends=True)
+        indented = b" " * (len(inside) - len(inside.lstrip()) + 1)
+        content = b"".join(takewhile(lambda line: line.startswith(indented), lines))
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser is ten times as fast
     try:
-        reader = loader(read_bytes(folder, name, YAML_BYTES))
-        node = reader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
+        depth = 0
+        for event in yaml.parse(content, loader):  # one by one: the C code that nests them has no limit of its own
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEPTH:
+                raise ValueError("it is nested too deeply")
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
+                raise ValueError("it has aliases or tags")
+        found = yaml.load(content, loader)
+        if not isinstance(found, dict):
             raise ValueError("it is no mapping")
-        _check_node(node, set())
-        return dict(reader.construct_document(node))
-    except RecursionError:
-        raise Unreadable(name, "it is nested too deeply") from None
-    except Unreadable:
-        raise
+        _check(found)
+        return found
     except (ValueError, yaml.YAMLError) as error:
         raise Unreadable(name, error) from None
-
-
-def _check_node(node: yaml.Node, seen: set[int], depth: int = 0) -> None:
-    """Raise ValueError for what a configuration does not have; aliases share a node and would multiply it."""
-    if node.tag not in PLAIN_TAGS:
-        raise ValueError(f"it holds {node.tag.rpartition(':')[2]}")
-    if isinstance(node, yaml.ScalarNode):
-        return
-    if id(node) in seen or depth > DEPTH:
-        raise ValueError("it has aliases" if id(node) in seen else "it is nested too deeply")
-    seen.add(id(node))
-    for child in node.value:
-        for part in child if isinstance(child, tuple) else (child,):
-            _check_node(part, seen, depth + 1)
 
 
 # Types -----------------------------------------------------------------------------------------------------------

@@ -116,13 +116,11 @@ class RunFolder:
     def recorded(self) -> tuple[dict[str, Any], dict[str, str]]:
         """The configuration, and the option chosen in each group; each is empty where Hydra recorded none."""
         config: dict[str, Any] = {}
-        choices: Any = {}
+        choices: dict[str, Any] = {}
         with suppress(Unreadable):
             config = self.config()
-        with suppress(Unreadable, KeyError, TypeError):
-            choices = read_yaml(self.path, HYDRA)["hydra"]["runtime"]["choices"]
-        if not isinstance(choices, dict):
-            choices = {}
+        with suppress(Unreadable):
+            choices = read_yaml(self.path, HYDRA, inside="    choices:")  # of hydra.runtime
         return config, {str(group): str(option) for group, option in choices.items()}
 
     def table(self, name: str) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import numpy as np
@@ -34,6 +35,27 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(tmp_path):
         folder.write_figure(Figure())
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
     assert folder.read_json("metrics.json") == {"seed": 1}
+
+
+def test_a_result_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda *given: (calls.append("fsync"), fsync(*given)))
+    monkeypatch.setattr(os, "replace", lambda *given: (calls.append("replace"), replace(*given)))
+    RunFolder(tmp_path).write_json("metrics.json", {})
+    RunFolder(tmp_path).write_model({})
+    assert calls == ["fsync", "replace"] * 2
+
+
+def test_what_is_torn_is_no_end(tmp_path):
+    folder = RunFolder(tmp_path)
+    for name in ("metrics.json", "failed.json"):
+        folder.write_json(name, {"reason": "no luck", "step": 1})
+        assert folder.ended
+        for torn in (b"", b'{"reason": "no', b"{" + bytes(100)):
+            (tmp_path / name).write_bytes(torn)
+            assert not folder.ended
+        (tmp_path / name).unlink()
 
 
 def test_tables_keep_every_digit(tmp_path):
