@@ -188,7 +188,8 @@ def read_yaml(folder: Path, name: str, inside: str = "") -> dict[str, Any]:
     if inside:
         lines = content.partition(f"\n{inside}\n".encode())[2].splitlines(keepends=True)
         indented = b" " * (len(inside) - len(inside.lstrip()) + 1)
-        content = b"".join(takewhile(lambda line: line.startswith(indented), lines))
+        block = list(takewhile(lambda line: line.startswith(indented), lines))
+        content = b"".join(block)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser is ten times as fast
     try:
         depth = 0
