@@ -229,12 +229,12 @@ def finished(paths: Sequence[str]) -> list[RunFolder]:
         if not Path(path).is_dir():
             raise ConfigError("RUN", path, "is no folder" if Path(path).exists() else "does not exist")
     found = find([Path(path) for path in paths])
-    failed = [folder for folder in found if folder.failed and not folder.complete]
-    for folder in failed:
+    kept = [folder for folder in found if folder.complete or not folder.failed]  # what is torn is named later
+    for folder in sorted({*found} - {*kept}, key=lambda folder: folder.path):
         print(f"lipexp: {folder}: failed, left out", file=sys.stderr)
-    if len(found) == len(failed):
+    if not kept:
         raise ConfigError("RUN", ", ".join(paths), "no finished run found there (a finished run has metrics.json)")
-    return [folder for folder in found if folder not in failed]
+    return kept
 
 
 def certify(folder: RunFolder, options: argparse.Namespace) -> int:

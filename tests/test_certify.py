@@ -288,6 +288,15 @@ def test_a_run_that_cannot_be_used_is_one_line_and_left_alone(lipexp, run, name)
     assert content(folder) == before
 
 
+def test_names_from_elsewhere_do_not_reach_the_terminal_as_they_are(lipexp, run):
+    folder = run("max_regions=0", name="a\x1b[2J\nb")
+    (folder / ".hydra" / "hydra.yaml").unlink()
+    replaced("GroupSort", '"A\\e[31mB"')(folder)
+    for done in (lipexp("certify", str(folder)), lipexp("report", str(folder.parent))):
+        assert r"a\x1b[2J\nb" in done.out + done.err
+        assert (done.out + done.err).replace("\n", "").isprintable()
+
+
 BAD_INPUT = {
     "nowhere": "RUN=nowhere: does not exist",
     "": "the following arguments are required: RUN",
