@@ -21,7 +21,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lipexp.loading import LoadedRun
+    from lipexp.loading import LoadedRun, LoadedRuns
 
 # Hydra finds launchers in the namespace package `hydra_plugins` only, which must therefore be on the path.
 _plugins = __file__.rpartition("__init__")[0] + "_plugins"
@@ -31,19 +31,21 @@ if _plugins not in sys.path:
 __version__ = "0.1.0"
 
 
-def load(run: str | PathLike[str], trust: bool = False) -> LoadedRun:
-    """The baked network of a finished run as a torch module, with its configuration and its metrics.
+def load(run: str | PathLike[str], trust: bool = False) -> LoadedRun | LoadedRuns:
+    """A finished run: its baked network as a torch module, its configuration and its metrics.
 
         run = lipexp.load("outputs/2026-01-31/12-00-00-000000")
-        run.network(torch.zeros(1, 2)), run.config["lipschitz"], run.metrics.lipschitz.certified
+        run.network(points), run.config["lipschitz"], run.metrics.lipschitz.certified, run.table("gradients")
+
+    Of a folder that holds runs, such as a sweep's, all: `runs.table` has a row for each, which `runs[i]` is.
 
     Args:
-        run: the run's folder.
+        run: the run's folder, or one that holds runs.
         trust: allow classes from outside lipexp, which a configuration may name; loading them runs their code.
 
     Raises:
-        ConfigError: no finished run there, a class that is not trusted, or a model.pt that does not fit.
+        ConfigError: no finished run there, a class that is not trusted, or a file that cannot be used.
     """
-    from lipexp.loading import load_run  # torch takes a second to import
+    from lipexp.loading import load  # torch takes a second to import
 
-    return load_run(run, trust=trust)
+    return load(run, trust=trust)

@@ -106,12 +106,13 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
     points = sources(network, x, scanned, chain.q, [generator(streams.search)], EFFORT)
     by = steepest(network, points, 0, chain.q)
     measured = overall(by)
+    max_regions = setting(run.config, "max_regions") if options.max_regions is None else options.max_regions
     problem = Problem(
         network,
         chain,
         (x[0].amin(dim=0), x[0].amax(dim=0)),
         measured,
-        setting(run.config, "max_regions") if options.max_regions is None else options.max_regions,
+        whole("max_regions", max_regions, least=0),
         gap=options.gap,
         seconds=options.max_seconds,
         report=report,
@@ -239,13 +240,12 @@ def finished(paths: Sequence[str]) -> list[RunFolder]:
         if not Path(path).is_dir():
             raise ConfigError("RUN", path, "is no folder" if Path(path).exists() else "does not exist")
     found = find([Path(path) for path in paths])
-    for folder in found:
-        if not folder.complete:
-            print(f"lipexp: {folder.path}: failed, left out", file=sys.stderr)
-    complete = [folder for folder in found if folder.complete]
-    if not complete:
+    kept = [folder for folder in found if folder.complete or not folder.failed]  # what is torn is named later
+    for folder in sorted({*found} - {*kept}, key=lambda folder: folder.path):
+        print(f"lipexp: {folder}: failed, left out", file=sys.stderr)
+    if not kept:
         raise ConfigError("RUN", ", ".join(paths), "no finished run found there (a finished run has metrics.json)")
-    return complete
+    return kept
 
 
 def certify(folder: RunFolder, options: argparse.Namespace, screen: Screen, which: str) -> int:
@@ -266,16 +266,16 @@ def certify(folder: RunFolder, options: argparse.Namespace, screen: Screen, whic
             folder.write_columns("certify_radii", finding.robustness.columns)
         record.certify(folder, finding.section(radii))
     except ConfigError as error:
-        print(f"lipexp: {folder.path}: {error}", file=sys.stderr)
+        print(f"lipexp: {folder}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"lipexp: {folder.path}: cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"lipexp: {folder}: cannot be written: {error.strerror}", file=sys.stderr)
         return 2
     except Exception as error:  # a class may raise anything, and there are other runs
-        print(f"lipexp: {folder.path}: cannot be certified: {one_line(error)}", file=sys.stderr)
+        print(f"lipexp: {folder}: cannot be certified: {one_line(error)}", file=sys.stderr)
         return 2
     if finding.refuted:
-        print(f"lipexp: {folder.path}: {failure(finding)}", file=sys.stderr)
+        print(f"lipexp: {folder}: {failure(finding)}", file=sys.stderr)
     return int(finding.refuted)
 
 
@@ -292,7 +292,10 @@ def failure(finding: Finding) -> str:
 
 def radii_of(config: Mapping[str, Any]) -> list[float]:
     """The distances at which the run reports certified accuracy."""
-    return [number("radii", radius, above=0) for radius in setting(config, "radii")]
+    radii = setting(config, "radii")
+    if not isinstance(radii, list):
+        raise ConfigError("radii", radii, "must be a list of numbers")
+    return [number("radii", radius, above=0) for radius in radii]
 
 
 def setting(config: Mapping[str, Any], name: str) -> Any:
@@ -304,7 +307,7 @@ def described(folder: RunFolder, finding: Finding, radii: Sequence[float], attac
     """What was found about one run, line by line."""
     settings = record.settings(folder)
     names = "  ".join(f"{settings.get(key, '?')}" for key in ("dataset", "act", "constraint", "loss"))
-    yield f"{folder.path}  {names}  seed {settings.get('seed', '?')}"
+    yield f"{folder}  {names}  seed {settings.get('seed', '?')}"
     if finding.changed:
         yield "model.pt was changed: its SHA-256 is not the one that the run recorded"
     proofs = finding.certificate.proofs

@@ -20,7 +20,18 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-GROUPS = ("dataset", "act", "constraint", "loss", "model", "optim")
+from lipexp.reading import printable
+
+# group -> its room, and the base class of all that is in it
+ROOMS = {
+    "dataset": ("lipexp.datasets", "Dataset"),
+    "act": ("lipexp.activations", "Activation"),
+    "constraint": ("lipexp.constraints", "Constraint"),
+    "loss": ("lipexp.losses", "Loss"),
+    "model": ("lipexp.models", "Model"),
+    "optim": ("lipexp.optim", "Optimiser"),
+}
+GROUPS = tuple(ROOMS)
 
 
 @dataclass
@@ -56,7 +67,7 @@ class ConfigError(ValueError):
 
     def __init__(self, option: str, value: object, allowed: str) -> None:
         self.option, self.value, self.allowed = option, value, allowed
-        super().__init__(f"{option}: {allowed}" if value is None else f"{option}={value}: {allowed}")
+        super().__init__(printable(f"{option}: {allowed}" if value is None else f"{option}={value}: {allowed}"))
 
     def under(self, group: str) -> ConfigError:
         """The same error with its option named as the command line spells it: `noise` -> `dataset.noise`."""
@@ -125,7 +136,7 @@ def norm_order(option: str, value: Any) -> float:
     Raises:
         ConfigError: it is not 1, 2 or inf.
     """
-    with suppress(TypeError, ValueError):
+    with suppress(TypeError, ValueError, OverflowError):
         if not isinstance(value, bool) and float(value) in (1.0, 2.0, math.inf):
             return float(value)
     raise ConfigError(option, value, "must be 1, 2 or inf")
@@ -171,7 +182,7 @@ def instantiate(node: Any, group: str, *, trust: bool = True) -> Any:
         node: `_target_` and its arguments; interpolations must be resolvable.
         group: names the option in error messages, for example `dataset`.
         trust: False for a configuration read back from a run folder, which may come from elsewhere: then only
-            classes that lipexp itself defines are instantiated, and nothing else is imported.
+            classes of the group's own room are instantiated, and nothing else is imported.
 
     Raises:
         ConfigError: no `_target_`, one that cannot be imported or is not trusted, or refused arguments.
@@ -184,9 +195,10 @@ def instantiate(node: Any, group: str, *, trust: bool = True) -> Any:
     if not isinstance(target, str):
         raise ConfigError(group, arguments or "null", "needs an option with a _target_")
     option = f"{group}._target_"
-    own = _is_class_of_lipexp(target)
+    own = is_of_the_house(target, group)
     if not own and not trust:
-        raise ConfigError(option, target, "lies outside lipexp and runs code; pass trust (--trust) to allow it")
+        allowed = f"is no class of {ROOMS[group][0]} and may run code; pass trust (--trust) to allow it"
+        raise ConfigError(option, target, allowed)
     missing = _import_failure(target)
     if missing is not None:
         raise ConfigError(option, target, f"cannot be used: {missing}")
@@ -210,7 +222,7 @@ def instantiate(node: Any, group: str, *, trust: bool = True) -> Any:
 def one_line(error: BaseException) -> str:
     """The first line of what an error says, with its type unless lipexp or the import system raised it."""
     try:
-        text = str(error).strip().split("\n")[0]
+        text = printable(str(error).strip().split("\n")[0])
     except Exception:  # a user's class may raise anything
         text = "its text cannot be printed"
     return text if isinstance(error, ConfigError | ImportError) else f"{type(error).__name__}: {text}"
@@ -221,16 +233,15 @@ def _find(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _is_class_of_lipexp(target: str) -> bool:
-    """Whether `target` names a class that a module of lipexp defines, not merely imports."""
-    module = target.rpartition(".")[0]
-    if not module.startswith("lipexp."):
+def is_of_the_house(target: str, group: str) -> bool:
+    """Whether `target` names a class that lipexp defines in the room of `group`, for use as one of its members."""
+    room, base = ROOMS[group]
+    module, _, name = target.rpartition(".")
+    if module != room:
         return False
-    try:
-        found = _find(target)
-    except (ImportError, AttributeError):
-        return False
-    return isinstance(found, type) and found.__module__ == module
+    found: Any = getattr(importlib.import_module(room), name, None)
+    inside = isinstance(found, type) and f"{found.__module__}.".startswith(f"{room}.")
+    return inside and issubclass(found, _find(f"{room}.{base}"))
 
 
 def _import_failure(target: str) -> str | None:

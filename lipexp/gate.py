@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from lipexp.config import GROUPS, SETTINGS, ConfigError, no_such, one_of
 from lipexp.explain import explain
 from lipexp.process import begin_work
+from lipexp.reading import careful, printable
 from lipexp.runs import RunFolder
 
 LOCK = ".lock"  # in a sweep's folder
@@ -221,7 +222,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process holds it.
     """
-    with (folder / LOCK).open("a") as lock:
+    with open(folder / LOCK, "a", opener=careful) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -321,4 +322,4 @@ def _or_exit(check: Callable[[], None]) -> None:
 
 def complain(message: object) -> None:
     """One line on stderr."""
-    print(f"lipexp: {message}", file=sys.stderr)
+    print(f"lipexp: {printable(str(message))}", file=sys.stderr)

@@ -1,32 +1,30 @@
-"""A finished run, rebuilt from its folder."""
+"""Finished runs, rebuilt from their folders: one, or all that lie in a folder as a table and a list."""
 
 from __future__ import annotations
 
-import io
-import pickle
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import pandas as pd
 import torch
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from lipexp.config import ConfigError, one_line
+from lipexp.config import ConfigError, no_such, one_line
 from lipexp.members import part
 from lipexp.networks import BakedNetwork, Network
-from lipexp.record import Metrics
-from lipexp.runs import RunFolder
+from lipexp.reading import LARGE_BYTES, Missing, Unreadable, plain_file
+from lipexp.record import Metrics, Outcome, settings
+from lipexp.runs import RunFolder, find
+from lipexp.wording import interval_line
 
 
-@dataclass
+@dataclass(repr=False)
 class LoadedRun:
-    """What `lipexp.load` returns."""
+    """One run, as `lipexp.load` returns it."""
 
     network: Network  # (B, D) -> (B, C), float32, the weights of model.pt
     baked: BakedNetwork  # the same, as lipexp measures and proves it
@@ -35,23 +33,84 @@ class LoadedRun:
     folder: Path
 
     def table(self, name: str) -> pd.DataFrame:
-        """One of the run's tables: `history`, `gradients`, `radii` or `layers`."""
-        return RunFolder(self.folder).table(name)
+        """One of the run's tables: `history`, `gradients`, `layers`, and of a classifier `radii`.
+
+        Raises:
+            ConfigError: there is no such table, or it cannot be read.
+        """
+        folder = RunFolder(self.folder)
+        names = folder.tables()
+        if name not in names:
+            raise ConfigError("table", name, no_such("table", name, names))
+        try:
+            return folder.table(name)
+        except Unreadable as error:
+            raise ConfigError("table", name, str(error)) from None
+
+    def __repr__(self) -> str:
+        return f"<run {RunFolder(self.folder)}: {interval_line(self.metrics.lipschitz)}>"
+
+
+class LoadedRuns(Sequence[LoadedRun]):
+    """The finished runs of a folder, as `lipexp.load` returns them: run i belongs to row i of `table`.
+
+    `table` has their settings and their results, with dotted keys as in `lipexp report`. A run itself is read when
+    it is asked for. `left_out` says of the others in the folder why they are not here.
+    """
+
+    def __init__(self, folder: Path, trust: bool) -> None:
+        self.folder, self.left_out = folder, dict[Path, str]()
+        self._trust = trust
+        rows = []
+        for run in find([folder]):
+            outcome = Outcome.of(run)
+            if outcome.metrics is None:
+                self.left_out[run.path] = outcome.reason
+            else:
+                rows.append({"run": str(run.path)} | settings(run) | outcome.results())
+        self.table = pd.DataFrame(rows)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, index: int) -> LoadedRun: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[LoadedRun]: ...
+    def __getitem__(self, index: int | slice) -> LoadedRun | list[LoadedRun]:
+        paths = self.table["run"].iloc[index]
+        return (
+            load_run(paths, self._trust) if isinstance(paths, str) else [load_run(p, self._trust) for p in paths]
+        )
+
+    def __iter__(self) -> Iterator[LoadedRun]:
+        return (load_run(path, self._trust) for path in self.table["run"])
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} runs under {RunFolder(self.folder)}, {len(self.left_out)} left out>"
+
+
+def load(path: str | PathLike[str], trust: bool = False) -> LoadedRun | LoadedRuns:
+    """See `lipexp.load`."""
+    folder = RunFolder(Path(path))
+    if not folder.complete and not folder.failed:
+        runs = LoadedRuns(folder.path, trust)
+        if len(runs):
+            return runs
+    return load_run(path, trust)
 
 
 def load_run(run: str | PathLike[str], trust: bool = False) -> LoadedRun:
-    """See `lipexp.load`."""
+    """One finished run; see `lipexp.load`."""
     folder = RunFolder(Path(run))
-    if not folder.complete:
-        raise ConfigError("run", run, "is not a finished run: it has no metrics.json")
     try:
         metrics = Metrics.read(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError("run", run, f"has no metrics.json that can be read: {one_line(error)}") from None
-    try:
         config = folder.config()
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError("run", run, f"has no configuration that can be read: {one_line(error)}") from None
+    except Missing as error:
+        reason = Outcome.of(folder).reason
+        raise ConfigError("run", run, f"is no finished run: {reason or error}") from None
+    except Unreadable as error:
+        raise ConfigError("run", run, str(error)) from None
     state = _state_dict(folder)
     act = part_of(config, "act", trust)
     try:
@@ -67,27 +126,36 @@ def part_of(config: Mapping[str, Any], group: str, trust: bool) -> Any:
     Raises:
         ConfigError: there is none, it cannot be made, or is not trusted.
     """
-    try:
-        node = OmegaConf.create(dict(config)).get(group)
-    except OmegaConfBaseException as error:  # such as an interpolation that leads nowhere
-        raise ConfigError(group, None, f"cannot be read: {one_line(error)}") from None
-    if not isinstance(node, DictConfig):
+    node = config.get(group)
+    if not isinstance(node, dict):
         raise ConfigError(group, node, "needs an option with a _target_")
-    try:
-        return part(node, group, str(node.get("_target_", "")).rpartition(".")[2], trust)
-    except OmegaConfBaseException as error:
-        raise ConfigError(group, None, f"cannot be read: {one_line(error)}") from None
+    if "${" in str(node):  # today's environment may hold other values than the one that the run had
+        raise ConfigError(group, node, "is not resolved: what the run was made from is not recorded")
+    return part(node, group, str(node.get("_target_", "")).rpartition(".")[2], trust)
 
 
 def _state_dict(folder: RunFolder) -> dict[str, torch.Tensor]:
-    """model.pt, read without running anything that a pickle may carry."""
+    """model.pt, read without running anything that a pickle may carry, or believing the sizes that it claims."""
     try:
+        file = plain_file(folder.path, "model.pt", LARGE_BYTES)
+        size = file.stat().st_size
+        with zipfile.ZipFile(file) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > size:
+                raise ValueError("it is compressed")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of foreign pickles before it refuses them
-            state: object = torch.load(io.BytesIO(folder.model_bytes()), weights_only=True)
+            # Mapped, so that a tensor is a view of the file and cannot be larger than it.
+            state: object = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
-    except (OSError, RuntimeError, LookupError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        tensors = [entry for entry in state.values() if isinstance(entry, torch.Tensor)]
+        if any(entry.layout != torch.strided or entry.is_quantized for entry in tensors):
+            raise ValueError("it holds a tensor that is not dense")
+        if sum(entry.numel() * entry.element_size() for entry in tensors) > size:
+            raise ValueError("it claims more numbers than it holds")
+        return {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+    except Unreadable as error:
+        raise ConfigError("run", folder.path, f"{error}") from None
+    except Exception as error:  # the libraries raise anything
         reason = one_line(error)
         raise ConfigError("model.pt", folder.path / "model.pt", f"is not a plain state dict: {reason}") from None
-    return state

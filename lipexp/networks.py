@@ -81,7 +81,7 @@ class LinearRegion(NamedTuple):
     exponent: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BakedNetwork:
     """K networks of one shape with their final, stored numbers: what is measured, proven, drawn, saved and loaded.
 
@@ -98,6 +98,10 @@ class BakedNetwork:
     norms: Sequence[
         Sequence[float]
     ] = ()  # norms[i][k]: proven for layer i of run k, as the constraint chains them
+
+    def __repr__(self) -> str:
+        sizes = " -> ".join(map(str, [self.n_inputs, *self.hidden_widths, self.n_outputs]))
+        return f"BakedNetwork({self.n_runs} of {sizes}, {self.act.label})"
 
     @property
     def n_runs(self) -> int:
@@ -267,7 +271,16 @@ class BakedNetwork:
 
 
 class Network(nn.Module):
-    """One baked network as a plain torch module, (B, D) -> (B, C): what `lipexp.load` hands out."""
+    """One baked network as a plain torch module, (B, D) -> (B, C): what `lipexp.load` hands out.
+
+    | called with           | it returns                                                                      |
+    |-----------------------|---------------------------------------------------------------------------------|
+    | a tensor (B, D)       | a tensor (B, C), as any module: of the number type of its weights, as its input |
+    | a numpy array (B, D)  | a numpy array (B, C) of the number type of its weights                          |
+    | a DataFrame, D columns| a DataFrame with the same index and the column f, or f0, f1, … for several      |
+
+    `torch.jit.trace` and `torch.export` take it.
+    """
 
     def __init__(self, baked: BakedNetwork) -> None:
         super().__init__()
@@ -276,6 +289,26 @@ class Network(nn.Module):
         self.act = baked.act
         self.load_state_dict(baked.state_dict())
         self.eval().requires_grad_(False)
+
+    def __call__(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return super().__call__(x)
+        weight: Any = self.layers[0].weight
+        points = torch.as_tensor(np.ascontiguousarray(x), dtype=weight.dtype, device=weight.device)
+        if np.ndim(x) != 2 or points.shape[1] != weight.shape[1]:
+            raise ValueError(f"the network takes points (B, {weight.shape[1]}), not {np.shape(x)}")
+        f = super().__call__(points).numpy(force=True)
+        if not hasattr(x, "columns"):
+            return f
+        import pandas as pd
+
+        names = ["f"] if f.shape[1] == 1 else [f"f{i}" for i in range(f.shape[1])]
+        return pd.DataFrame(f, index=x.index, columns=names)
+
+    def __repr__(self) -> str:
+        sizes = [self.layers[0].in_features, *(layer.out_features for layer in self.layers)]
+        dtype = str(self.layers[0].weight.dtype).removeprefix("torch.")
+        return f"Network({' -> '.join(map(str, sizes))}, {self.act.label}, {dtype})"
 
     def forward(self, x: Tensor) -> Tensor:
         for i, layer in enumerate(self.layers):

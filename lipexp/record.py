@@ -7,18 +7,21 @@ Whatever shows several runs (report, sweep.csv, search, figures) takes its rows 
 from __future__ import annotations
 
 import dataclasses
-import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypedDict, get_type_hints
 
 from lipexp.config import GROUPS
+from lipexp.reading import Missing, Unreadable, parse, printable, read_record
 from lipexp.runs import RunFolder, flat
 from lipexp.tasks import TASKS
 
+METRICS, FAILURE = "metrics.json", "failed.json"
 SCHEMA = 2  # of metrics.json; raised when its content changes
 
-Norm = int | str  # 1, 2 or "inf"
+Norm = Annotated[int | str, (1, 2, "inf")]
+Verdict = Annotated[str, ("PASS", "FAIL", "OPEN")]
 
 
 @dataclass
@@ -36,6 +39,14 @@ class GradientNorm:
     data_max: dict[str, float]  # over the data, in the norms 1, 2 and inf
 
 
+class Box(TypedDict):
+    """The exact constant over the box of the data, where it is attained, and the box."""
+
+    value: float
+    point: list[float]
+    domain: Any
+
+
 @dataclass
 class Interval:
     """What is known of the Lipschitz constant: measured <= constant <= certified."""
@@ -50,10 +61,10 @@ class Interval:
     reason: str | None  # why nothing is certified
     product: float | None  # the product of the layers' norms
     exact: float | None  # the constant itself, where all linear regions are known
-    exact_box: dict[str, Any] | None  # the same over the box of the data: value, point, domain
+    exact_box: Annotated[dict[str, Any], Box] | None
     regions: int | None
     open: str | None  # why the exact constant is not known, where enumerating was tried
-    verdict: str  # PASS, FAIL, or OPEN where nothing is certified
+    verdict: Verdict  # OPEN where nothing is certified
 
 
 @dataclass
@@ -99,7 +110,7 @@ class Certification:
     attack: dict[str, Any] | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class Metrics:
     """metrics.json."""
 
@@ -115,51 +126,38 @@ class Metrics:
     environment: dict[str, Any]
     certify: Certification | None = None
 
+    def __repr__(self) -> str:
+        scores = ", ".join(f"{name} {value:.4g}" for name, value in self.test.items())
+        return f"Metrics(seed {self.seed}, test {scores}, and more)"
+
     def write(self, folder: RunFolder) -> None:
         """Write metrics.json: from now on the run is complete."""
-        folder.write_json("metrics.json", {"schema": SCHEMA, **dataclasses.asdict(self)})
+        folder.write_json(METRICS, {"schema": SCHEMA, **dataclasses.asdict(self)})
 
     @classmethod
     def read(cls, folder: RunFolder) -> Metrics:
         """The content of metrics.json.
 
         Raises:
-            OSError: it cannot be read.
-            ValueError: it is torn, or of another schema; one line says so.
+            Missing: there is none.
+            Unreadable: it is torn, of another schema, or otherwise not what a run leaves.
         """
-        content = folder.read_json("metrics.json")
+        content = folder.read_json(METRICS)
         schema = content.pop("schema", None)
-        if schema != SCHEMA:
-            raise ValueError(f"its schema is {schema}, this lipexp reads {SCHEMA}: train it again")
-        return _parse(cls, content)
+        try:
+            if schema != SCHEMA:
+                raise ValueError(f"its schema is {schema}, this lipexp reads {SCHEMA}: train it again")
+            return parse(cls, content)
+        except ValueError as error:
+            raise Unreadable(METRICS, error) from None
 
 
-def _parse(cls: Any, content: Any) -> Any:
-    """A dataclass of this module from its JSON; ValueError if a key is missing, unknown, or no object."""
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{cls.__name__} must be an object, not {content!r:.40}")
-    kinds = get_type_hints(cls)
-    lacking = [
-        f.name for f in dataclasses.fields(cls) if f.name not in content and f.default is dataclasses.MISSING
-    ]
-    foreign = [str(key) for key in content if key not in kinds]
-    if lacking or foreign:
-        raise ValueError(
-            f"{cls.__name__} {'lacks' if lacking else 'does not know'} {(lacking or foreign)[0]!r:.40}"
-        )
-    return cls(**{key: _value(kinds[key], value) for key, value in content.items()})
+@dataclass
+class Failure:
+    """failed.json."""
 
-
-def _value(kind: Any, value: Any) -> Any:
-    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    if value is None and type(None) in options:
-        return None
-    (inner, *_) = [option for option in options if option is not type(None)]
-    if dataclasses.is_dataclass(inner):
-        return _parse(inner, value)
-    if get_origin(inner) is dict and dataclasses.is_dataclass(get_args(inner)[1]):
-        return {key: _parse(get_args(inner)[1], entry) for key, entry in dict(value).items()}
-    return value
+    reason: str
+    step: int
 
 
 def certify(folder: RunFolder, found: Certification) -> None:
@@ -191,18 +189,18 @@ class Outcome:
     def of(cls, folder: RunFolder) -> Outcome:
         """The outcome that the files of a run's folder tell."""
         try:
-            if folder.complete:
-                metrics = Metrics.read(folder)
-                if metrics.lipschitz.verdict == "FAIL":
-                    return cls("failed", "a bound is broken", metrics=metrics)
-                return cls("ok", metrics=metrics)
-            if folder.failed:
-                failure = folder.read_json("failed.json")
-                return cls("failed", str(failure["reason"]), int(failure["step"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            name = "metrics.json" if folder.complete else "failed.json"
-            return cls("failed", f"{name} cannot be read: {error}")
-        return cls("missing")
+            if folder.complete or not folder.failed:
+                with suppress(Missing):
+                    metrics = Metrics.read(folder)
+                    if metrics.lipschitz.verdict == "FAIL":
+                        return cls("failed", "a bound is broken", metrics=metrics)
+                    return cls("ok", metrics=metrics)
+            failure = read_record(Failure, folder.path, FAILURE)
+            return cls("failed", printable(" ".join(failure.reason.split())), failure.step)
+        except Missing:
+            return cls("missing")
+        except Unreadable as error:
+            return cls("failed" if folder.ended else "missing", str(error))  # what is torn is trained again
 
     def results(self) -> dict[str, Any]:
         """The numbers of the run as one row, with dotted keys such as `lipschitz.certified`."""
@@ -219,9 +217,10 @@ def settings(folder: RunFolder) -> dict[str, Any]:
     leaves = flat(config)
     classes = {group: str(leaves.get(f"{group}._target_", "")).rpartition(".")[2] for group in GROUPS}
     options = {group: choices.get(group) or classes[group] for group in GROUPS}
-    return {group: option for group, option in options.items() if option} | {
+    found = {group: option for group, option in options.items() if option} | {
         key: value for key, value in leaves.items() if key not in GROUPS
     }
+    return {printable(key): printable(v) if isinstance(v, str) else v for key, v in found.items()}
 
 
 def numeric_keys(task: str, radii: Iterable[float]) -> list[str]:

@@ -74,13 +74,14 @@ def main(arguments: list[str]) -> int:
 def report(options: argparse.Namespace) -> None:
     """Read, fold, sort, write and show; ConfigError for a folder, key or file that cannot be used."""
     runs, chosen = read(options.folders or ["outputs"])
-    # Neither the class behind an option nor a reference such as "${lipschitz}" is worth a column by itself.
-    own = [key for key in chosen if not runs[key].str.contains("${", regex=False).all() and "_target_" not in key]
+    # Neither the class behind an option nor what repeats a setting of the run is worth a column by itself.
+    repeated = [key for key in chosen if repeats(key, runs)]
+    own = [key for key in chosen if key not in repeated and "_target_" not in key]
     rows, by, key = runs, [], None
     if options.by is not None:
         by = [key_named("--by", name.strip(), chosen, own) for name in options.by.split(",")]
         rows = fold(runs, chosen, keep_seed="seed" in by)
-    apart = [key for key in chosen if key in rows and tells_apart(key, rows)]
+    apart = [key for key in chosen if key in rows and key not in repeated and tells_apart(key, rows)]
     columns = unique(by or ["run"], CHOICES, [] if by else ["seed"], ["lipschitz"], apart, FOLDED if by else PLAIN)
     left_out = brought(rows) | {status for status in UNFINISHED if not (runs["status"] == status).any()}
     columns = [key for key in columns if key in by or key not in left_out]
@@ -116,18 +117,18 @@ def read(folders: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
         for number, run in enumerate(map(RunFolder, found)):
             waiting_for(f"reading the runs: {number} of {len(found)}")
             outcome = Outcome.of(run)
-            if run.complete and outcome.metrics is None:
-                unreadable.append(f"{run.path}: {outcome.reason}")
+            if outcome.metrics is None and run.complete:
+                unreadable.append(f"{run}: {outcome.reason}")
                 continue
             if outcome.status == "missing" and in_use(run.path):
                 outcome.status = "running"
             # Without a record of its settings, nobody can say that a run differs from another only in its seed.
-            own = settings(run) or {"folder": str(run.path)}
+            own = settings(run) or {"folder": str(run)}
             texts = {
                 k: v if isinstance(v, str) else json.dumps(v, default=str).removesuffix(".0")
                 for k, v in own.items()
             }
-            rows.append({"run": str(run.path)} | outcome.results() | texts)
+            rows.append({"run": str(run)} | outcome.results() | texts)
             chosen.append(texts)
     if not rows:
         reasons = unreadable or ["no run found there (a run has metrics.json or failed.json)"]
@@ -198,6 +199,15 @@ def brought(rows: pd.DataFrame) -> set[str]:
         keys |= {*content, *(key.rpartition("/")[2] for entry in chosen for key in entry)} - {"dataset"}
     differing = [key for key in keys & {*rows} if rows[key].nunique(dropna=False) > 1]
     return {key for key in differing if rows.groupby("dataset")[key].nunique(dropna=False).max() == 1}
+
+
+def repeats(key: str, runs: pd.DataFrame) -> bool:
+    """Whether a setting such as loss.lipschitz is everywhere that of the run, among those whose option has it."""
+    setting = key.rpartition(".")[2]
+    if setting == key or setting not in runs:
+        return False
+    equal = runs[key] == runs[setting]
+    return bool((equal | runs[key].isna()).all()) and not tells_apart(key, runs.assign(**{key: equal}))
 
 
 def key_named(option: str, name: str, valid: Collection[str], shown: Sequence[str]) -> str:

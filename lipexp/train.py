@@ -19,7 +19,7 @@ from lipexp.loop import Checkpoint, Failure, fit
 from lipexp.members import Member, stack
 from lipexp.process import cpu_threads, holding_interrupts
 from lipexp.record import Metrics
-from lipexp.runs import RunFolder
+from lipexp.runs import NotFinite, RunFolder
 from lipexp.screen import Screen
 from lipexp.wording import shown_path
 
@@ -101,10 +101,15 @@ def train_many(
                 failure = last.failures[run]
                 folder.write_failure(failure.reason, failure.step)
                 ended.append(Trained(None, failure))
-            else:
+                continue
+            try:
                 ended.append(Trained(_write(member, folder, found, timing, device), None))
-                if figures:
-                    _draw(member, folder, found)
+            except NotFinite as error:  # such as a loss that overflows for test points only
+                folder.write_failure(str(error), runs.steps)
+                ended.append(Trained(None, Failure(str(error), runs.steps)))
+                continue
+            if figures:
+                _draw(member, folder, found)
     return ended
 
 

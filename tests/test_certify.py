@@ -267,7 +267,8 @@ def test_a_class_from_elsewhere_needs_trust(lipexp, run, target, monkeypatch, tm
     before = content(folder)
     done = lipexp("certify", str(folder))
     assert (done.code, len(done.err.splitlines())) == (2, 1)
-    assert f"._target_={own}: lies outside lipexp and runs code; pass trust (--trust)" in done.err
+    assert f"._target_={own}: is no class of lipexp." in done.err
+    assert " and may run code; pass trust (--trust)" in done.err
     assert not Path("imported").exists()
     assert content(folder) == before
     done = lipexp("certify", str(folder), "--trust")
@@ -290,12 +291,16 @@ BROKEN = {
     "two outputs": (saved(lambda s: s | TWO), "has 2 outputs; certify needs one"),
     "other inputs": (saved(lambda s: s | {"layers.0.weight": torch.ones(16, 5)}), "has 5 inputs, its dataset 2"),
     "no act": (replaced("act:", "ract:"), "act: needs an option with a _target_"),
-    "an interpolation to nowhere": (replaced("noise: 0.05", "noise: ${nowhere}"), "dataset: cannot be read"),
+    "an interpolation": (replaced("noise: 0.05", "noise: ${oc.env:HOME}"), "is not resolved"),
+    "regions below none": (
+        replaced("max_regions: 0", "max_regions: -5"),
+        "max_regions=-5: must be a whole number",
+    ),
     "no seed": (replaced("seed: 0", "seeed: 0"), "seed: must be a whole number"),
-    "another class": (replaced(TWO_MOONS, MSE), f"dataset._target_={MSE}: does not take these arguments"),
+    "another class": (replaced(TWO_MOONS, MSE), f"dataset._target_={MSE}: is no class of lipexp.datasets"),
     "an older schema": (recorded('{"schema": 1}'), "its schema is 1, this lipexp reads 2: train it again"),
-    "metrics that are cut": (recorded("{"), "no metrics.json that can be read"),
-    "metrics that are a list": (recorded("[]"), "no metrics.json that can be read"),
+    "metrics that are cut": (recorded("{"), "metrics.json cannot be read"),
+    "metrics that are a list": (recorded("[]"), "metrics.json cannot be read: it is no JSON object"),
     "an empty model": (lambda folder: (folder / "model.pt").write_bytes(b""), "is not a plain state dict"),
 }
 
@@ -311,6 +316,15 @@ def test_a_run_that_cannot_be_used_is_one_line_and_left_alone(lipexp, run, name)
     assert done.err.startswith(f"lipexp: {folder}: ")
     assert message in done.err
     assert content(folder) == before
+
+
+def test_names_from_elsewhere_do_not_reach_the_terminal_as_they_are(lipexp, run):
+    folder = run("max_regions=0", name="a\x1b[2J\nb")
+    (folder / ".hydra" / "hydra.yaml").unlink()
+    replaced("GroupSort", '"A\\e[31mB"')(folder)
+    for done in (lipexp("certify", str(folder)), lipexp("report", str(folder.parent))):
+        assert r"a\x1b[2J\nb" in done.out + done.err
+        assert (done.out + done.err).replace("\n", "").isprintable()
 
 
 BAD_INPUT = {

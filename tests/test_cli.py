@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import subprocess
@@ -12,9 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from commands import DEBUG, INLINE, SCRIPT, TINY, WAITING, ctrl_c, ended, metrics, start, wait_for
+from commands import BASIC, DEBUG, INLINE, SCRIPT, TINY, WAITING, ctrl_c, ended, metrics, start, wait_for
 
-from lipexp import cli
+from lipexp import cli, load
 from lipexp.config import conf_dir
 from lipexp.figures import run as figures_run
 
@@ -109,6 +110,49 @@ def test_a_run_replays_from_its_folder(lipexp, trained_run):
     for name in ("history", "gradients", "layers"):
         one, other = (pd.read_csv(Path(path, f"{name}.csv")) for path in (folder, "outputs/again/run"))
         pd.testing.assert_frame_equal(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", [(), ("-m", *BASIC), ("-m", INLINE)], ids=["one run", "basic", "stack"])
+def test_the_record_is_what_was_used_and_not_what_the_environment_says_today(lipexp, monkeypatch, mode):
+    Path("mine").mkdir()
+    Path("mine/bound.yaml").write_text("defaults: [config, _self_]\nlipschitz: ${oc.decode:${oc.env:BOUND}}\n")
+    command = ("train", *mode, "-cd", "mine", "-cn", "bound", *TINY)
+    where = ("hydra.run.dir=a/0", "hydra.sweep.dir=a")
+    monkeypatch.setenv("BOUND", "3")
+    assert lipexp(*command, *where).code == 0
+    assert "${" not in Path("a/0/.hydra/config.yaml").read_text()
+    for bound in ("7", None):
+        monkeypatch.setenv("BOUND", bound) if bound else monkeypatch.delenv("BOUND")
+        assert lipexp("certify", "a").code == 0
+        assert metrics(Path("a/0"))["certify"]["lipschitz"]["target"] == 3.0
+        assert "  L=3\n" in lipexp("report", "a").out
+        assert load("a/0").config["constraint"]["lipschitz"] == 3.0
+    if INLINE in mode:
+        monkeypatch.setenv("BOUND", "7")
+        assert "the configuration of a was another one" in lipexp(*command, *where, "resume=true").err
+        monkeypatch.setenv("BOUND", "3")
+        assert lipexp(*command, *where, "resume=true").code == 0
+
+
+INFINITE = """
+import torch
+from lipexp.losses import Hinge
+
+class Infinite(Hinge):
+    def forward(self, f, y):
+        return super().forward(f, y) / (f.dtype != torch.float64)  # only when it is evaluated
+"""
+
+
+@pytest.mark.parametrize("mode", [(), ("-m", INLINE)], ids=["one run", "stack"])
+def test_a_result_that_is_not_finite_is_a_failed_run(lipexp, mode):
+    Path("infinite.py").write_text(INFINITE)
+    done = lipexp(
+        "train", *mode, *TINY, "loss._target_=infinite.Infinite", "hydra.run.dir=a/0", "hydra.sweep.dir=a"
+    )
+    assert (done.code, done.err) == (1, "lipexp: train.loss is not finite at step 2 (a/0)\n")
+    assert json.loads(Path("a/0/failed.json").read_text()) == {"reason": "train.loss is not finite", "step": 2}
+    assert not Path("a/0/metrics.json").exists()
 
 
 def test_a_loss_that_turns_nan_fails_the_run_and_says_when(lipexp):

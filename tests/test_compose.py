@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import yaml
 from commands import BASIC, INLINE
+from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
 
 from lipexp import hydra_app
+from lipexp.config import plain
+from lipexp.runs import RunFolder
 from lipexp.sweep import executors, launch
 from lipexp.sweep.compose import Job
 from lipexp.sweep.plan import Plan
@@ -33,7 +37,11 @@ def jobs(monkeypatch) -> list[Job]:
 
     monkeypatch.setattr(launch, "make_plan", plan)
     monkeypatch.setattr(executors, "inline", write_only)
-    monkeypatch.setattr(hydra_app, "run_one", lambda config: None)  # by Hydra's own launcher
+
+    def write_config(config: DictConfig) -> None:  # by Hydra's own launcher
+        RunFolder(Path(HydraConfig.get().runtime.output_dir)).write_config(plain(config))
+
+    monkeypatch.setattr(hydra_app, "run_one", write_config)
     return composed
 
 
@@ -44,11 +52,12 @@ def compose_only(jobs, lipexp):
 
 
 def records(folder: Path) -> dict[str, dict[str, str]]:
-    """record -> file -> content, of a sweep's .hydra folders, whatever their name."""
-    return {
-        str(file.parent.relative_to(folder)): {file.name: file.read_text() for file in file.parent.iterdir()}
-        for file in folder.rglob("overrides.yaml")
-    }
+    """job -> file -> content, of the records of a sweep's jobs: .hydra/config.yaml, and Hydra's own, wherever."""
+    found: dict[str, dict[str, str]] = {}
+    for file in folder.rglob("*.yaml"):
+        if file.match(".hydra/config.yaml") or file.name in ("hydra.yaml", "overrides.yaml"):
+            found.setdefault(str(file.parent.parent.relative_to(folder)), {})[file.name] = file.read_text()
+    return found
 
 
 def without_launcher(text: str) -> dict[str, Any]:
@@ -74,7 +83,7 @@ SWEEPS = {
             "+act.more=''",
         ),
     ],
-    "interpolations": ["loss.margin=${lipschitz}", "seed=${hydra:job.num}", "+act.t='${now:%Y-%f}'"],
+    "interpolations": ["loss.margin=${lipschitz}", "seed=${hydra:job.num}", "+act.t='${now:%Y}'"],
     "groups, one of which brings others": [
         *("dataset=two_moons,absolute_value", "act=relu", "model={width:8}", "steps=5"),
     ],
@@ -110,14 +119,15 @@ def test_all_jobs_have_the_time_stamp_of_the_sweep(compose_only):
     subdir = "hydra.sweep.subdir=${hydra.job.num}-${now:%H-%M-%S-%f}"
     compose_only("seed=0,1", "act=relu,maxmin", subdir)
     (folder,) = Path("outputs").glob("*/*")
-    assert set(records(folder)) == {f"{job}-{folder.name}/.hydra" for job in range(4)}
+    assert set(records(folder)) == {f"{job}-{folder.name}" for job in range(4)}
 
 
 def test_a_job_sees_its_settings_resolved_as_under_hydra(compose_only, jobs):
     compose_only("seed=${hydra:job.num}", "loss.margin=${lipschitz}", "lipschitz=3,4")
     seen = [(job.resolved["seed"], job.resolved["loss"]["margin"]) for job in jobs]
     assert seen == [(0, 3.0), (1, 4.0)]
-    assert [job.config["seed"] for job in jobs] == ["${hydra:job.num}"] * 2
+    for job in jobs:
+        assert RunFolder(job.folder).config() == job.resolved
 
 
 class Listener(Callback):

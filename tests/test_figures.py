@@ -186,7 +186,7 @@ def test_a_claim_that_does_not_hold_is_said(lipexp, story):
 def test_a_run_that_cannot_be_read_is_named_and_not_drawn(lipexp, story):
     lipexp("figures", "short")
     (OUTPUT / "short.png").unlink()
-    for name, content in {"model.pt": b"half", "metrics.json": b"{", ".hydra/config.yaml": b"{"}.items():
+    for name, content in {"model.pt": b"half", "metrics.json": b"{}", ".hydra/config.yaml": b"{"}.items():
         whole = (RUN / name).read_bytes()
         (RUN / name).write_bytes(content)
         result = lipexp("figures", "short")

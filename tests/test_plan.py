@@ -74,7 +74,7 @@ def gpu(monkeypatch, request):
 )
 def test_caches_count_on_a_cpu_of_this_machine(gpu, executor, device, stacks, becomes, compose):
     content = OmegaConf.to_container(compose(f"device={device}", "model.width=64"), resolve=True)
-    jobs = [Job(n, (), content, {**content, "seed": n}, "", {}, Path(str(n))) for n in range(33)]
+    jobs = [Job(n, (), {**content, "seed": n}, "", {}, Path(str(n))) for n in range(33)]
     workers = 2 if executor == "auto" else None
     plan = make_plan(jobs, LauncherOptions(executor=executor, workers=workers, memory_gib=1), {})
     assert (len(plan.stacks), plan.executor) == (stacks, becomes)
@@ -84,6 +84,6 @@ def test_caches_count_on_a_cpu_of_this_machine(gpu, executor, device, stacks, be
 @pytest.mark.parametrize("gpu", [True], indirect=True)
 def test_auto_trains_several_stacks_on_a_gpu_here(gpu, compose):
     contents = [OmegaConf.to_container(compose(act), resolve=True) for act in ("act=relu", "act=abs")]
-    jobs = [Job(n, (), content, content, "", {}, Path(str(n))) for n, content in enumerate(contents)]
+    jobs = [Job(n, (), content, "", {}, Path(str(n))) for n, content in enumerate(contents)]
     plan = make_plan(jobs, LauncherOptions(workers=2), {})
     assert (plan.stacks, plan.executor) == ([[0], [1]], "inline")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -37,14 +38,26 @@ def test_metrics_are_read_as_they_were_written(folder, trained_run, tmp_path):
         ({"lipschitz": {}}, "Interval lacks 'p'"),
         ({"lipschitz": [1]}, r"Interval must be an object, not \[1\]"),
         ({"more": 1}, "Metrics does not know 'more'"),
+        ({"seed": "0"}, "Metrics.seed must be a whole number, not '0'"),
+        ({"test": {"loss": True}}, "Metrics.test must be a finite number, not True"),
+        ({"test": {"loss": 1e999}}, "Metrics.test must be a finite number, not inf"),
+        ({"train": [1]}, r"Metrics.train must be a list or an object, not \[1\]"),
     ],
 )
 def test_what_is_no_such_record_is_refused_in_one_line(folder, values, reason):
-    change(folder, **values)
-    with pytest.raises(ValueError, match=f"^{reason}$"):
+    (folder.path / "metrics.json").write_text(json.dumps(folder.read_json("metrics.json") | values))
+    with pytest.raises(ValueError, match=f"^metrics.json cannot be read: {reason}$"):
         Metrics.read(folder)
     assert Outcome.of(folder).status == "failed"
     assert Outcome.of(folder).reason.startswith("metrics.json cannot be read: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("q", 3), ("q", True), ("verdict", "FINE"), ("exact_box", {"value": 1})]
+)
+def test_what_an_interval_is_printed_from_is_checked(folder, key, value):
+    change(folder, lipschitz=folder.read_json("metrics.json")["lipschitz"] | {key: value})
+    assert "metrics.json cannot be read: " in Outcome.of(folder).reason
 
 
 def test_a_certificate_keeps_what_an_earlier_one_found_about_the_same_model(folder):
@@ -73,8 +86,13 @@ def test_an_outcome_is_what_the_files_tell(folder, tmp_path):
     assert "a bound is broken" in Outcome.of(folder).reason
     (tmp_path / "metrics.json").unlink()
     assert Outcome.of(folder) == Outcome("missing")
-    folder.write_failure("no luck", 3)
-    assert Outcome.of(folder) == Outcome("failed", "no luck", 3)
+    folder.write_failure("no\n\x1b[31mluck", 3)
+    assert Outcome.of(folder) == Outcome("failed", "no \\x1b[31mluck", 3)
+    (tmp_path / "metrics.json").write_text("{")  # torn: not a result, but the failure is known
+    assert Outcome.of(folder) == Outcome("failed", "no \\x1b[31mluck", 3)
+    (tmp_path / "failed.json").write_text("")
+    torn = Outcome.of(folder)
+    assert (torn.status, torn.reason.partition(":")[0]) == ("missing", "metrics.json cannot be read")
 
 
 def test_settings_name_options_by_the_choice_or_by_the_class_or_are_empty(run):

@@ -125,6 +125,21 @@ def test_settings_that_tell_rows_with_the_same_option_apart_are_columns(run, rep
     assert set(report().splitlines()[-1].split()[5:8]) == {"sgd", "4", "0.5"}
 
 
+def test_what_only_repeats_a_setting_of_the_run_is_no_column(run, report, table):
+    for seed, bound in enumerate((1.0, 2.0)):
+        run(
+            f"r{seed}",
+            0.8,
+            seed=seed,
+            change=dict.fromkeys(("lipschitz", "loss.lipschitz", "constraint.lipschitz"), bound),
+        )
+    run("m", 0.8, seed=2, metric="mse", change={"loss": {"_target_": "lipexp.losses.MSE"}}, chosen={"loss": "mse"})
+    assert "lipschitz" not in report()
+    assert not [key for key in table()[0] if key.endswith(".lipschitz") and key != "robustness.lipschitz"]
+    run("s", 0.8, seed=3, change={"loss.lipschitz": 5.0})
+    assert [row["loss.lipschitz"] for row in table()] == ["1", "2", "5", ""]
+
+
 def test_bounds_are_rounded_to_their_safe_side_and_lines_are_whole(run, report, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     run("a", 0.8, measured=0.99999, certified=0.99999999, change={"optim.lr": 0.123456789})
@@ -169,11 +184,11 @@ def test_folding_gives_mean_spread_count_and_worst(run, report, table):
 
 
 DIFFERENCES = [
-    *({"optim.lr": 0.010000000000000002}, {"lipschitz": 2.0}, {"constraint.lipschitz": 2.0}, {"loss.extra": None}),
+    *({"optim.lr": 0.010000000000000002}, {"lipschitz": 3.0}, {"constraint.lipschitz": 3.0}, {"loss.extra": None}),
     *(
         {"optim.betas": [0.9, 0.999]},
         {"act._target_": "mine.ReLU"},
-        {"loss.lipschitz": "${optim.lr}"},
+        {"loss.lipschitz": None},
         {"model": {}},
     ),
 ]

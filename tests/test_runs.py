@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import numpy as np
 import pytest
 
-from lipexp.runs import RunFolder, find
+from lipexp.runs import NotFinite, RunFolder, find
 
 
 def test_metrics_make_a_run_complete_and_a_failure_is_not_a_result(tmp_path):
@@ -22,8 +23,8 @@ def test_metrics_make_a_run_complete_and_a_failure_is_not_a_result(tmp_path):
 def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_json("metrics.json", {"seed": 1})
-    with pytest.raises(ValueError, match="Out of range float"):
-        folder.write_json("metrics.json", {"loss": float("nan")})
+    with pytest.raises(NotFinite, match=r"^a\.loss is not finite$"):
+        folder.write_json("metrics.json", {"a": {"loss": [[1.0, float("nan")]]}})
 
     class Figure:
         def savefig(self, path, **kwargs):
@@ -34,6 +35,27 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(tmp_path):
         folder.write_figure(Figure())
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
     assert folder.read_json("metrics.json") == {"seed": 1}
+
+
+def test_a_result_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda *given: (calls.append("fsync"), fsync(*given)))
+    monkeypatch.setattr(os, "replace", lambda *given: (calls.append("replace"), replace(*given)))
+    RunFolder(tmp_path).write_json("metrics.json", {})
+    RunFolder(tmp_path).write_model({})
+    assert calls == ["fsync", "replace"] * 2
+
+
+def test_what_is_torn_is_no_end(tmp_path):
+    folder = RunFolder(tmp_path)
+    for name in ("metrics.json", "failed.json"):
+        folder.write_json(name, {"reason": "no luck", "step": 1})
+        assert folder.ended
+        for torn in (b"", b'{"reason": "no', b"{" + bytes(100)):
+            (tmp_path / name).write_bytes(torn)
+            assert not folder.ended
+        (tmp_path / name).unlink()
 
 
 def test_tables_keep_every_digit(tmp_path):

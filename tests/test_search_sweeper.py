@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import shlex
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -222,9 +224,19 @@ def test_results_are_not_overwritten_and_another_search_is_not_continued(search)
     assert "is not empty; results are never overwritten" in refusal()
     assert "differs in: axes" in refusal("act=relu,maxmin", "resume=true")
     assert "differs in: settings, seed" in refusal("steps=3", "hydra.sweeper.seed=1", "resume=true")
+    assert refusal("act=relu,maxmin", "hydra.sweep.dir=foreign") == ""
+    with closing(sqlite3.connect("foreign/study.db")) as database:  # whose trials would go into command lines
+        database.execute(
+            """update trial_params set distribution_json = replace(distribution_json, 'relu', 'x.Y')"""
+        )
+        database.commit()
+    assert "differs in: trials" in refusal("act=relu,maxmin", "hydra.sweep.dir=foreign", "resume=true")
     with exclusive(Path("found")):
         assert "is in use by another lipexp process" in refusal("resume=true")
     Path("found/study.db").write_text("no database")
     assert "study.db cannot be read" in refusal("resume=true")
+    Path("found/study.db").unlink()
+    Path("found/study.db").symlink_to(Path("foreign/study.db").absolute())
+    assert "study.db cannot be read: it is a link out of found" in refusal("resume=true")
     Path("found/study.db").unlink()
     assert "is not empty" in refusal("resume=true")

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from lipexp.config import ConfigError
 from lipexp.members import build
+from lipexp.sweep.compose import Job
 from lipexp.sweep.options import LauncherOptions, SlurmOptions
+from lipexp.sweep.slurm.cluster import Cluster
+from lipexp.sweep.slurm.submitted import read, write
 
 EXECUTOR = "hydra.launcher.executor=slurm"
 
@@ -59,6 +63,30 @@ def test_an_installation_without_submitit(refused, monkeypatch):
 def test_a_stack_may_take_half_of_the_memory_of_its_slurm_job():
     assert LauncherOptions(executor="slurm", slurm=SlurmOptions(mem_gb=3)).memory(free=1) == 1.5 * 2**30
     assert LauncherOptions(executor="slurm", workers=4, memory_gib=0.25).memory(free=1) == 2**28
+
+
+def test_what_was_submitted_is_believed_only_with_classes_of_lipexp(compose, tmp_path):
+    """The submitted configuration replaces today's where conf/ has changed; it may come from elsewhere."""
+
+    def submitted(target: str) -> dict[int, Job]:
+        content = OmegaConf.to_container(compose(f"act._target_={target}"), resolve=True)
+        write(tmp_path / "slurm" / "submitted.json", {"7_0": [Job(0, ("seed=0",), content, "", {}, Path("s/0"))]})
+        return Cluster(tmp_path, tmp_path, SlurmOptions()).submitted_jobs()
+
+    (tmp_path / "slurm").mkdir()
+    assert submitted("lipexp.activations.GroupSort")[0].folder == Path("s/0")
+    with pytest.raises(ConfigError, match=r"the submitted one has a class of its own, os\.system"):
+        submitted("os.system")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", '{"../7": []}', '{"7_0": []}', '{"7_0": [{"index": "0"}]}', '{"7": 3}', "{", '{"7_0": [[]]}'],
+)
+def test_what_says_nothing_about_submitted_stacks_is_refused(tmp_path, text):
+    (tmp_path / "submitted.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"^resume=true: "):
+        read(tmp_path / "submitted.json")
 
 
 def test_the_device_of_another_machine_is_not_looked_for_here(compose, monkeypatch):

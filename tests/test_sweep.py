@@ -125,8 +125,8 @@ def test_resume_trains_what_is_missing_and_nothing_else(sweep):
     jobs = ("act.n_groups=8,5", "seed=0,1", "hydra.sweep.dir=s")
     assert sweep(*jobs, "resume=true").code == 1  # nothing is there yet: it begins
     shutil.copytree("s", "whole")
-    Path("s/1/metrics.json").unlink()
-    Path("s/3/failed.json").unlink()
+    Path("s/1/metrics.json").write_bytes(Path("s/1/metrics.json").read_bytes()[:99])  # as by a power failure
+    Path("s/3/failed.json").write_text("")
     kept = content(Path("s/0")) | content(Path("s/2"))
     done = sweep(*jobs, "resume=true")
     assert done.code == 1
@@ -162,6 +162,35 @@ def test_resume_of_something_else_is_refused_and_leaves_it_untouched(sweep):
         assert (done.code, len(done.err.splitlines())) == (2, 1), arguments
         assert reason in done.err
     assert content(Path()) == before
+
+
+def test_what_is_resumed_lies_in_its_folder(sweep, tmp_path):
+    """What is written through a link would land elsewhere, and a pipe in place of the lock would be waited for."""
+    assert sweep("seed=0,1", "hydra.sweep.dir=s").code == 0
+    shutil.move("s/1", "elsewhere")
+    Path("elsewhere/metrics.json").unlink()
+    before = content(Path("elsewhere"))
+    Path("s/1").symlink_to(tmp_path / "elsewhere")
+    refused = "lipexp: resume=true: s: 1 cannot be read: it is a link out of s\n"
+    assert sweep("seed=0,1", "hydra.sweep.dir=s", "resume=true")[::2] == (2, refused)
+    assert content(Path("elsewhere")) == before
+    Path("s/.lock").unlink()
+    os.mkfifo("s/.lock")
+    refused = "lipexp: hydra.sweep.dir=s: cannot be written: No such device or address\n"
+    assert sweep("seed=0,1", "hydra.sweep.dir=s", "resume=true")[::2] == (2, refused)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"stacks": [[0]]}, {"stacks": [[0, 7]]}, {"stacks": [[0], [0, 1]]}, {"jobs": [1, 2]}, {"run_bytes": "many"}],
+    ids=str,
+)
+def test_a_plan_that_makes_no_sense_is_refused(sweep, change):
+    assert sweep("seed=0,1", "hydra.sweep.dir=s").code == 0
+    plan = json.loads(Path("s/sweep.json").read_text())
+    Path("s/sweep.json").write_text(json.dumps(plan | change))
+    done = sweep("seed=0,1", "hydra.sweep.dir=s", "resume=true")
+    assert (done.code, done.err.startswith("lipexp: resume=true: s: sweep.json cannot be read: ")) == (2, True)
 
 
 def test_a_folder_in_use_is_refused(sweep):

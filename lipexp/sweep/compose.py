@@ -2,7 +2,7 @@
 
 Hydra composes every job from its files, which takes 0.1 s of CPU time each. The jobs of a sweep differ mostly in
 values, not in files. So here Hydra composes each set of options once, and a job is a copy of that configuration in
-which Hydra's own functions set the values. `.hydra/` holds what Hydra's launcher writes.
+which Hydra's own functions set the values. `.hydra/` holds what a run by itself leaves there.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
-from omegaconf._utils import get_omega_conf_dumper
 
 from lipexp.config import ConfigError
 from lipexp.gate import check_experiment
+from lipexp.runs import RunFolder, dump
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,7 @@ class Job:
 
     index: int
     overrides: tuple[str, ...]  # of the job alone, in the order of the command line
-    config: dict[str, Any]  # as it is written, with its interpolations
-    resolved: dict[str, Any]
+    resolved: dict[str, Any]  # its configuration, without interpolations
     hydra: str  # .hydra/hydra.yaml
     choices: Mapping[str, str]
     folder: Path  # absolute
@@ -47,10 +45,10 @@ class Job:
         return [(key.lstrip("+"), value) for key, _, value in pairs]
 
     def write_hydra_files(self) -> None:
-        """Hydra's own record of the run."""
+        """The configuration, and Hydra's own record of the run."""
         record = self.folder / ".hydra"
         record.mkdir(parents=True, exist_ok=True)
-        (record / "config.yaml").write_text(dump(self.config))
+        RunFolder(self.folder).write_config(self.resolved)
         (record / "hydra.yaml").write_text(self.hydra)
         (record / "overrides.yaml").write_text(dump(list(self.overrides)))
 
@@ -93,14 +91,12 @@ class Composer:
         tasks = [override for override in parsed if not override.is_hydra_override()]
         with flag_override(config, ["readonly", "struct"], [False, False]):
             _describe(config, index, tasks)
-        content, resolved, folder = self._carry_out(config)
-        record = content.pop("hydra")
+        record, resolved, folder = self._carry_out(config)
         _check_job_settings(record["job"])
         self._check_experiment(record)
         return Job(
             index=index,
             overrides=tuple(record["overrides"]["task"]),
-            config=content,
             resolved=resolved,
             hydra=dump({"hydra": record}),
             choices={str(group): str(option) for group, option in record["runtime"]["choices"].items()},
@@ -140,7 +136,7 @@ class Composer:
         return self._bases[overrides]
 
     def _carry_out(self, config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], Path]:
-        """What Hydra makes of a composed job: its content, the same resolved, and its folder."""
+        """What Hydra makes of a composed job: its own node, the rest resolved, and the folder."""
         running: Any = HydraConfig.instance()
         before = running.cfg
         running.cfg = config  # for the `hydra:` resolver; HydraConfig.set_config would copy it, which takes 5 ms
@@ -150,12 +146,13 @@ class Composer:
             with flag_override(config.hydra.runtime, ["readonly", "struct"], [False, False]):
                 config.hydra.runtime.output_dir = os.path.normpath(folder)
             content: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
-            task = OmegaConf.create({key: value for key, value in content.items() if key != "hydra"})
+            record = content.pop("hydra")
+            task = OmegaConf.create(content)
             OmegaConf.copy_cache(from_config=config, to_config=task)
             resolved: Any = OmegaConf.to_container(task, resolve=True)
         finally:
             running.cfg = before
-        return content, resolved, folder
+        return record, resolved, folder
 
 
 def in_folder(folder: Path) -> str:
@@ -184,15 +181,3 @@ def _describe(config: DictConfig, index: int, overrides: Sequence[Override]) -> 
         exclude_keys=style.exclude_keys,
     )
     config.hydra.job.id = config.hydra.job.num = index
-
-
-class _Dumper(yaml.CDumper):  # in C, five times as fast as OmegaConf's
-    """Writes as OmegaConf.to_yaml does."""
-
-
-_Dumper.add_representer(str, cast(Any, get_omega_conf_dumper().str_representer))
-
-
-def dump(content: Any) -> str:
-    """YAML as OmegaConf.to_yaml writes it, faster."""
-    return yaml.dump(content, default_flow_style=False, allow_unicode=True, sort_keys=False, Dumper=_Dumper)

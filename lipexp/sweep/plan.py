@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from lipexp.config import ConfigError, one_line
 from lipexp.process import holding_interrupts
+from lipexp.reading import LARGE_BYTES, Missing, Unreadable, read_record, refuse_links_out
 from lipexp.runs import write_file
 from lipexp.sweep.compose import Job
 from lipexp.sweep.options import LauncherOptions
@@ -86,13 +87,16 @@ class Plan:
             ConfigError: there is none, or it cannot be read.
         """
         try:
-            record = json.loads((folder / RECORD).read_text())
-            refused = {int(job): str(reason) for job, reason in record.pop("refused").items()}
-            return cls(**record, refused=refused)
-        except FileNotFoundError:
+            plan = read_record(cls, folder, RECORD, LARGE_BYTES)
+            planned = [job for stack in plan.stacks for job in stack] + list(plan.refused)
+            if sorted(planned) != list(range(len(plan.jobs))):
+                raise Unreadable(RECORD, "its stacks are not its jobs")
+            refuse_links_out(folder)
+        except Missing:
             raise ConfigError("resume", "true", f"{folder} holds no sweep that could be continued") from None
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise ConfigError("resume", "true", f"{folder / RECORD} cannot be read") from None
+        except Unreadable as error:
+            raise ConfigError("resume", "true", f"{folder}: {error}") from None
+        return plan
 
     def write(self, folder: Path) -> None:
         content = json.dumps(asdict(self))
@@ -138,6 +142,6 @@ def make_plan(jobs: Sequence[Job], options: LauncherOptions, made: dict[str, Any
 
 
 def digest(jobs: Iterable[Job]) -> str:
-    """Equal for jobs of equal configurations."""
-    content = json.dumps([job.config for job in jobs], default=str)
+    """Equal for jobs of equal configurations, all of them resolved."""
+    content = json.dumps([job.resolved for job in jobs], default=str)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from lipexp.reading import Unreadable, printable, read_record
 from lipexp.runs import RunFolder, write_file
 from lipexp.sweep.compose import Job
 
@@ -31,8 +32,9 @@ class Progress(NamedTuple):
     @classmethod
     def read(cls, file: Path) -> Progress | None:
         """What a `Reporter` has written; None before it starts."""
-        with suppress(OSError, ValueError, TypeError):  # a file that another machine replaces may be gone
-            return cls(**json.loads(file.read_text()))
+        with suppress(Unreadable):  # a file that another machine replaces may be gone
+            found = read_record(cls, file.parent, file.name)
+            return found._replace(live=found.live and printable(found.live))
         return None
 
 
@@ -56,5 +58,5 @@ class Reporter:
 
     def _write(self) -> None:
         text = json.dumps(self._progress._asdict())
-        write_file(self._file, lambda path: path.write_text(text))
+        write_file(self._file, lambda path: path.write_text(text), flush=False)
         self._written = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +27,7 @@ except ImportError:
 
 from lipexp.gate import LOCK, exclusive
 from lipexp.process import begin_work, holding_interrupts
+from lipexp.reading import LARGE_BYTES, Missing, Unreadable, plain_file, refuse_links_out
 from lipexp.record import Outcome
 from lipexp.runs import RunFolder, SweepFailed, write_csv
 from lipexp.screen import Screen
@@ -68,7 +70,8 @@ def search(context: HydraContext, master: DictConfig, arguments: Sequence[str]) 
             allowed = "is not empty; results are never overwritten (resume=true continues a search from study.db)"
             raise ConfigError("hydra.sweep.dir", folder, allowed)
         with exclusive(folder):
-            Search(space, options, launcher, composer, metric, folder, _study(folder, definition)).run()
+            study = _study(folder, definition, space)
+            Search(space, options, launcher, composer, metric, folder, study).run()
     except OSError as error:
         raise ConfigError("hydra.sweep.dir", folder, f"cannot be written: {error.strerror}") from None
 
@@ -90,21 +93,32 @@ def _launcher(master: DictConfig) -> LauncherOptions:
 
 
 @holding_interrupts()  # a library would turn a KeyboardInterrupt into an error of its own
-def _study(folder: Path, definition: Mapping[str, Any]) -> optuna.Study:
-    """The study in the folder's database, made or found there; raises ConfigError for another one, or for none."""
+def _study(folder: Path, definition: Mapping[str, Any], space: Space) -> optuna.Study:
+    """The study in the folder's database, made or found there; raises ConfigError for another one, or for none.
+
+    What its trials say goes into command lines, so they must be of this space.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file, direction = folder / "study.db", definition["direction"]
     # Not by a URL, in which some characters of a path have a meaning of their own.
     engine = {"creator": lambda: sqlite3.connect(file.absolute()), "poolclass": sqlalchemy.NullPool}
+    own = {key: repr(value) for key, value in definition.items() if key not in ("trials", "round")}
     try:
+        refuse_links_out(folder)
+        with suppress(Missing):
+            plain_file(folder, file.name, LARGE_BYTES)
         storage = optuna.storages.RDBStorage("sqlite://", engine)
         study = optuna.create_study(storage=storage, study_name="lipexp", direction=direction, load_if_exists=True)
-    except sqlalchemy.exc.SQLAlchemyError:
+        known, ends = study.user_attrs.get("definition", own), study.user_attrs.get("ends", [0])
+        trials = study.trials
+        if not (isinstance(known, dict) and ends[0] == 0 and all(a < b for a, b in pairwise(ends))):
+            raise ValueError("it holds no search")
+    except Unreadable as error:
+        raise ConfigError("resume", "true", f"{folder}: {error}") from None
+    except Exception:  # optuna and the database raise anything
         raise ConfigError("resume", "true", f"{file} cannot be read") from None
-    own = {key: repr(value) for key, value in definition.items() if key not in ("trials", "round")}
-    known = study.user_attrs.get("definition", own)
-    if known != own:
-        differing = ", ".join(key for key in own if known.get(key) != own[key])
+    if known != own or any(trial.distributions != space.axes for trial in trials):
+        differing = ", ".join(key for key in own if known.get(key) != own[key]) or "trials"
         raise ConfigError("resume", "true", f"{folder} holds another search, which differs in: {differing}")
     study.set_user_attr("definition", own)
     return study

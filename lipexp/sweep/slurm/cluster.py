@@ -13,8 +13,9 @@ from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
-from lipexp.config import ConfigError
+from lipexp.config import GROUPS, ConfigError, is_of_the_house
 from lipexp.display import StackDisplay, SweepDisplay
+from lipexp.reading import LARGE_BYTES, Unreadable, printable, read_bytes
 from lipexp.sweep.compose import Job, in_folder
 from lipexp.sweep.options import SlurmOptions
 from lipexp.sweep.progress import REPORT_SECONDS, Progress, Reporter, missing
@@ -110,7 +111,20 @@ class Cluster:
         self._news: list[tuple[str, int | None]] = []
 
     def submitted_jobs(self) -> dict[int, Job]:
-        """The jobs as they were composed when they were submitted."""
+        """The jobs as they were composed when they were submitted.
+
+        Raises:
+            ConfigError: they have classes from outside lipexp, which a folder from elsewhere must not bring along.
+        """
+        for job in (job for jobs in self._submitted.values() for job in jobs):
+            for group in GROUPS:
+                node = job.resolved.get(group)
+                target = str(node.get("_target_")) if isinstance(node, dict) else "none"
+                if not is_of_the_house(target, group):
+                    allowed = (
+                        f"the configuration has changed, and the submitted one has a class of its own, {target}"
+                    )
+                    raise ConfigError("resume", "true", allowed)
         self._news.append(("the configuration has changed; the sweep goes on with the submitted one", None))
         return {job.index: job for jobs in self._submitted.values() for job in jobs}
 
@@ -209,8 +223,9 @@ class Cluster:
     def _end_of_log(self, number: str) -> str:
         """The last lines of a log, indented, after its name."""
         for log in (self._folder / f"{number}_0_log.{stream}" for stream in ("err", "out")):
-            with suppress(OSError):
-                lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            with suppress(Unreadable):
+                text = read_bytes(self._folder, log.name, LARGE_BYTES).decode(errors="replace")
+                lines = [printable(line.rstrip()) for line in text.splitlines() if line.strip()]
                 if lines:
                     return "\n    ".join([f"; {shown_path(log)} ends:", *lines[-LOG_LINES:]])
         return "; it left no log"

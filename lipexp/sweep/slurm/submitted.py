@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lipexp.config import ConfigError
+from lipexp.reading import LARGE_BYTES, Missing, parse, read_json
 from lipexp.runs import write_file
 from lipexp.sweep.compose import Job
 
@@ -52,16 +53,15 @@ def read(file: Path) -> dict[str, list[Job]]:
         ConfigError: the file cannot be read.
     """
     try:
-        stacks = json.loads(file.read_text())
-        return {number: [_job(**entry) for entry in jobs] for number, jobs in stacks.items()}
-    except FileNotFoundError:
+        stacks = read_json(file.parent, file.name, LARGE_BYTES)
+        for number, jobs in stacks.items():
+            if not (re.fullmatch(r"\d+(_\d+)?", number) and isinstance(jobs, list) and jobs):
+                raise ValueError(f"{number!r:.40} is no SLURM job with its stack")
+        return {number: [parse(Job, entry) for entry in jobs] for number, jobs in stacks.items()}
+    except Missing:
         return {}
-    except (ValueError, TypeError, AttributeError):
-        raise ConfigError("resume", "true", f"{file} cannot be read") from None
-
-
-def _job(overrides: Sequence[str], folder: str, **rest: Any) -> Job:
-    return Job(overrides=tuple(overrides), folder=Path(folder), **rest)
+    except ValueError as error:
+        raise ConfigError("resume", "true", f"{file.parent}: {error}") from None
 
 
 def write(file: Path, stacks: Mapping[str, Sequence[Job]]) -> None:
