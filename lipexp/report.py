@@ -117,7 +117,7 @@ def read(folders: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
         for number, run in enumerate(map(RunFolder, found)):
             waiting_for(f"reading the runs: {number} of {len(found)}")
             outcome = Outcome.of(run)
-            if outcome.metrics is None and run.complete:
+            if outcome.metrics is None and (run.complete or (outcome.reason and not run.failed)):
                 unreadable.append(f"{run}: {outcome.reason}")
                 continue
             if outcome.status == "missing" and in_use(run.path):
