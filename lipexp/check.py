@@ -11,10 +11,9 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
 
 from lipexp.arguments import Parser
-from lipexp.config import GROUPS, ConfigError, conf_dir, one_line, plain
+from lipexp.config import GROUPS, ConfigError, conf_dir, content, one_line
 from lipexp.explain import explain
 from lipexp.gate import checked_overrides
 from lipexp.hydra_app import register_schemas
@@ -66,8 +65,7 @@ def composed(overrides: Sequence[str], folder: str | None = None) -> tuple[dict[
         config = compose("config", overrides=[*own, *overrides], return_hydra_config=True)
     running: Any = HydraConfig.instance()
     running.cfg = config  # for the resolver `hydra:`
-    content = plain(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
-    return content, dict(config.hydra.runtime.choices)
+    return content(config), dict(config.hydra.runtime.choices)
 
 
 def named(overrides: Sequence[str]) -> list[str]:

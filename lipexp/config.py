@@ -175,6 +175,17 @@ def plain(node: Any) -> dict[str, Any]:
     return {str(key): value for key, value in dict(resolved or {}).items()}
 
 
+def content(config: DictConfig) -> dict[str, Any]:
+    """A composed configuration without Hydra's own node, resolved; values have the types of the schema."""
+    found: dict[str, Any] = {}
+    for key in map(str, config):
+        if key != "hydra":
+            # From the configuration itself, whose nodes are typed: "3" of an environment variable becomes 3.0.
+            node = MISSING if OmegaConf.is_missing(config, key) else config[key]
+            found[key] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    return found
+
+
 def instantiate(node: Any, group: str, *, trust: bool = True) -> Any:
     """The object that the configuration node of `group` describes.
 

@@ -24,7 +24,7 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, flag_override
 
-from lipexp.config import GROUPS, SETTINGS, ConfigError, no_such, one_of
+from lipexp.config import GROUPS, SETTINGS, ConfigError, content, no_such, one_of
 from lipexp.explain import explain
 from lipexp.process import begin_work
 from lipexp.reading import careful, printable
@@ -198,10 +198,9 @@ def check_composed(config: DictConfig, choices: dict[str, Any], loader: Any) -> 
             "hydra.output_subdir", config.hydra.output_subdir, "must stay .hydra, where runs are read"
         )
     check_experiment(choices, loader)
-    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     text = repr(OmegaConf.to_container(config, resolve=False))
-    for key in map(str, own):
-        if key not in SETTINGS and f"${{{key}" not in text:  # others can refer to it
+    for key in map(str, config):
+        if key not in ("hydra", *SETTINGS) and f"${{{key}" not in text:  # others can refer to it
             raise ConfigError(key, None, no_such("setting", key, SETTINGS))
 
 
@@ -255,8 +254,7 @@ class Gate(Callback):
                 raise ConfigError(
                     "experiment", config.hydra.runtime.choices.get("experiment"), "is a sweep, which needs -m"
                 )
-            own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-            Gate.member = build(own, config.hydra.runtime.choices)
+            Gate.member = build(content(config), config.hydra.runtime.choices)
             self._claim("hydra.run.dir", Path(config.hydra.run.dir), locked=False)
 
         _or_exit(check)

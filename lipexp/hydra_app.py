@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from lipexp.config import ConfigError, Settings, conf_dir, one_line, plain
+from lipexp.config import ConfigError, Settings, conf_dir, content, one_line
 from lipexp.explain import explain
 from lipexp.gate import Gate, checked, complain
 from lipexp.process import Terminated, begin_work, has_begun
@@ -102,7 +102,7 @@ def run_one(config: DictConfig) -> None:
     if sweeping and folder.ended:  # Hydra's own launcher does not look
         raise RunFailed(f"hydra.sweep.subdir: gives two jobs the same folder, {shown}")
     try:
-        folder.write_config(plain(config))  # in place of Hydra's, which leaves interpolations
+        folder.write_config(content(config))  # in place of Hydra's, which leaves interpolations
         member = Gate.member or build(config, running.runtime.choices)
         display.header(member)
         (trained,) = train_many([member], [folder], display, figures=not sweeping)

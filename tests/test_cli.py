@@ -115,7 +115,7 @@ def test_a_run_replays_from_its_folder(lipexp, trained_run):
 @pytest.mark.parametrize("mode", [(), ("-m", *BASIC), ("-m", INLINE)], ids=["one run", "basic", "stack"])
 def test_the_record_is_what_was_used_and_not_what_the_environment_says_today(lipexp, monkeypatch, mode):
     Path("mine").mkdir()
-    Path("mine/bound.yaml").write_text("defaults: [config, _self_]\nlipschitz: ${oc.decode:${oc.env:BOUND}}\n")
+    Path("mine/bound.yaml").write_text("defaults: [config, _self_]\nlipschitz: ${oc.env:BOUND}\n")
     command = ("train", *mode, "-cd", "mine", "-cn", "bound", *TINY)
     where = ("hydra.run.dir=a/0", "hydra.sweep.dir=a")
     monkeypatch.setenv("BOUND", "3")

@@ -22,7 +22,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
 
-from lipexp.config import ConfigError
+from lipexp.config import ConfigError, content
 from lipexp.gate import check_experiment
 from lipexp.runs import RunFolder, dump
 
@@ -145,11 +145,8 @@ class Composer:
             folder = Path(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir)).absolute()
             with flag_override(config.hydra.runtime, ["readonly", "struct"], [False, False]):
                 config.hydra.runtime.output_dir = os.path.normpath(folder)
-            content: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
-            record = content.pop("hydra")
-            task = OmegaConf.create(content)
-            OmegaConf.copy_cache(from_config=config, to_config=task)
-            resolved: Any = OmegaConf.to_container(task, resolve=True)
+            record: Any = OmegaConf.to_container(config.hydra, resolve=False, enum_to_str=True)
+            resolved = content(config)
         finally:
             running.cfg = before
         return record, resolved, folder
