@@ -71,9 +71,9 @@ class Problem(NamedTuple):
     box: tuple[Tensor, Tensor]  # low and high (D,), of the data
     measured: Maximum
     max_regions: int  # to be enumerated; 0: none
-    best: float | None = None  # what is proven so far; None: prove it whether that helps or not
-    gap: float = 1e-3  # upper / lower - 1, below which a method that searches may stop
-    seconds: float = 60.0  # after which it must
+    best: float | None = None  # the smallest bound proven so far; None: one method alone is asked for
+    gap: float = 1e-3  # a method that searches may stop where certified / measured - 1 is at most this
+    seconds: float = 60.0  # after which a method must stop, with what it has
     report: Callable[[str], None] | None = None  # is told the method and how far it is
 
 
