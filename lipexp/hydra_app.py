@@ -60,6 +60,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except SweepFailed as error:
         failures.extend(RunFailed(line) for line in error.failures)
+    except BrokenPipeError:  # the reader of --help or --cfg has gone
+        raise
     except Exception as error:  # Hydra may raise anything at bad input
         expected = isinstance(error, HydraException | OmegaConfBaseException)
         if not expected and has_begun() and {"-m", "--multirun"} & set(arguments):

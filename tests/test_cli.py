@@ -182,7 +182,7 @@ def test_ctrl_c_is_one_line_and_130(tmp_path):
 
 
 def test_a_reader_that_goes_ends_the_command_without_a_word(trained_run):
-    for command in (["--help"], ["report", trained_run()]):
+    for command in (["--help"], ["train", "--help"], ["report", trained_run()]):
         reader, writer = os.pipe()
         os.close(reader)
         done = subprocess.run([SCRIPT, *command], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
