@@ -79,10 +79,8 @@ def train_many(
         for folder in folders:  # so that others can tell a run that is trained from one that was killed
             with suppress(OSError):  # a file system without locks
                 held.enter_context(folder.locked())
-        runs = stack(members)
-        held.enter_context(
-            cpu_threads(config.threads)
-        )  # drawing data may load libraries with threads of their own
+        runs = stack(members)  # before threads are limited, since drawing data may load libraries that have some
+        held.enter_context(cpu_threads(config.threads))
         evaluator = Evaluator(runs, display.stage)
         with display.training(runs.steps):
             last = fit(runs, evaluate, display.tick, device)
