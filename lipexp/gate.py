@@ -318,6 +318,6 @@ def _or_exit(check: Callable[[], None]) -> None:
     raise SystemExit(2)
 
 
-def complain(message: object) -> None:
-    """One line on stderr."""
-    print(f"lipexp: {printable(str(message))}", file=sys.stderr)
+def complain(message: object, *more: str) -> None:
+    """One line on stderr, and perhaps further ones, such as the end of a log."""
+    print(f"lipexp: {printable(str(message))}", *map(printable, more), sep="\n", file=sys.stderr)

@@ -70,8 +70,10 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     finally:
         Gate.release()
-    for failure in refused or failures:
-        complain(failure)
+    for refusal in refused:
+        complain(refusal)
+    for failure in failures:
+        complain(*str(failure).split("\n"))
     return 2 if refused else int(bool(failures))
 
 
