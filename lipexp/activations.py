@@ -290,7 +290,7 @@ class GroupSort(Activation):
             raise ConfigError("model.width", width, f"must be a multiple of act.n_groups={self.n_groups}")
         size = self.size(width)
         if width % size:
-            spelled = "act.group_size" if self.group_size is not None else "act's group size, MaxMin's"
+            spelled = "act.group_size" if self.group_size is not None else "act's group size,"
             raise ConfigError("model.width", width, f"must be a multiple of {spelled} {size}")
 
     def forward(self, z: Tensor) -> Tensor:

@@ -262,9 +262,9 @@ def certify(folder: RunFolder, options: argparse.Namespace, screen: Screen, whic
                 finding = examine(run, options, lambda text: waiting_for(f"{which}{folder.path}: {text}"))
         for line in described(folder, finding, radii, options.attack):
             screen.show(line)
-        if finding.robustness is not None and finding.robustness.columns is not None:
+        largest = record.certify(folder, finding.section(radii))
+        if largest and finding.robustness is not None and finding.robustness.columns is not None:
             folder.write_columns("certify_radii", finding.robustness.columns)
-        record.certify(folder, finding.section(radii))
     except ConfigError as error:
         print(f"lipexp: {folder}: {error}", file=sys.stderr)
         return 2
@@ -330,7 +330,7 @@ def _bound(proof: Proof) -> str:
 
 
 def _attack_lines(found: Attack) -> Iterator[str]:
-    power = ", ".join(f"{fraction:.1%} at {times:g} times it" for times, fraction in found.power.items())
+    power = ", ".join(f"{100 * fraction:.3g} % at {times:g} times it" for times, fraction in found.power.items())
     yield f"attack on {found.points} points: {len(found.flips)} flipped within their radius; {power}"
     for flip in found.flips[:RECORDED]:
         yield f"counterexample: test point {flip.index}, {flip.point}, has f = {flip.f!r}, radius {flip.radius!r}"

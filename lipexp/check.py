@@ -18,6 +18,7 @@ from lipexp.explain import explain
 from lipexp.gate import checked_overrides
 from lipexp.hydra_app import register_schemas
 from lipexp.process import cpu_threads
+from lipexp.screen import Screen
 
 HELP = """\
 OVERRIDE is what `lipexp train` takes, such as act=mine. Groups that are named are checked, and how the whole
@@ -84,20 +85,18 @@ def check(content: dict[str, Any], choices: dict[str, Any], groups: Sequence[str
         raise
     except Exception as error:  # a user's class may raise anything
         raise ConfigError(", ".join(groups), None, f"cannot be built: {one_line(error)}") from None
-    broken = 0
+    broken, screen = 0, Screen()
     for group in (*groups, "run"):
-        print(f"{group}={choices[group]}" if group in choices else "the whole run")
+        screen.show(f"{group}={choices[group]}" if group in choices else "the whole run")
         for law in LAWS[group]:
             try:
                 reason = law(subject)
-                print(
-                    f"  {'holds' if reason is None else '-':<6}  {statement(law)}"
-                    + (f" ({reason})" if reason else "")
-                )
+                verdict = "holds" if reason is None else "-"
+                screen.show(f"  {verdict:<6}  {statement(law)}{f' ({reason})' if reason else ''}")
             except Exception as error:  # a user's class may raise anything
                 broken += 1
-                print(f"  BROKEN  {statement(law)}")
-                print(f"          {error if isinstance(error, Broken) else one_line(error)}")
+                screen.show(f"  BROKEN  {statement(law)}")
+                screen.show(f"          {error if isinstance(error, Broken) else one_line(error)}")
     if broken:
         print(f"lipexp: {broken} {'law is' if broken == 1 else 'laws are'} broken", file=sys.stderr)
     return int(broken > 0)

@@ -136,7 +136,7 @@ class SweepDisplay:
         """
         self._runs = stacks
         sizes = sorted(set(stacks), reverse=True)
-        split = ", ".join(f"{stacks.count(runs)} of {count(runs, 'run')}" for runs in sizes)
+        split = ", ".join(f"{stacks.count(runs)} × {count(runs, 'run')}" for runs in sizes)
         parts = [count(jobs, "job")]
         parts += [f"{done} done before"] if done else []
         parts += [f"{count(len(stacks), 'stack')} ({split})"] if stacks else []

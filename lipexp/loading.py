@@ -93,6 +93,8 @@ class LoadedRuns(Sequence[LoadedRun]):
 def load(path: str | PathLike[str], trust: bool = False) -> LoadedRun | LoadedRuns:
     """See `lipexp.load`."""
     folder = RunFolder(Path(path))
+    if not folder.path.is_dir():
+        raise ConfigError("run", path, "is no folder" if folder.path.exists() else "does not exist")
     if not folder.complete and not folder.failed:
         runs = LoadedRuns(folder.path, trust)
         if len(runs):

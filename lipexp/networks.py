@@ -277,7 +277,8 @@ class Network(nn.Module):
     |-----------------------|---------------------------------------------------------------------------------|
     | a tensor (B, D)       | a tensor (B, C), as any module: of the number type of its weights, as its input |
     | a numpy array (B, D)  | a numpy array (B, C) of the number type of its weights                          |
-    | a DataFrame, D columns| a DataFrame with the same index and the column f, or f0, f1, … for several      |
+    | a DataFrame           | a DataFrame with the same index and the column f, or f0, f1, … for several; it  |
+    |                       | has the columns x0, x1, …, as in gradients.csv, or just D columns in that order |
 
     `torch.jit.trace` and `torch.export` take it.
     """
@@ -294,6 +295,11 @@ class Network(nn.Module):
         if isinstance(x, Tensor):
             return super().__call__(x)
         weight: Any = self.layers[0].weight
+        names = [f"x{i}" for i in range(weight.shape[1])]
+        if hasattr(x, "columns") and set(names) & set(x.columns):
+            if not set(names) <= set(x.columns):
+                raise ValueError(f"the network takes the columns {', '.join(names)}, not {', '.join(map(str, x))}")
+            x = x[names]
         points = torch.as_tensor(np.ascontiguousarray(x), dtype=weight.dtype, device=weight.device)
         if np.ndim(x) != 2 or points.shape[1] != weight.shape[1]:
             raise ValueError(f"the network takes points (B, {weight.shape[1]}), not {np.shape(x)}")

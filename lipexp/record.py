@@ -160,17 +160,24 @@ class Failure:
     step: int
 
 
-def certify(folder: RunFolder, found: Certification) -> None:
-    """Put the findings of `lipexp certify` into metrics.json.
+def certify(folder: RunFolder, found: Certification) -> bool:
+    """Put the findings of `lipexp certify` into metrics.json; returns whether its radii are the largest so far.
 
-    Results of earlier calls for the same model.pt that this call did not recompute, such as an attack, are kept.
+    What an earlier call proved better for the same model.pt, by another method, stays, and so does its attack.
     """
     with folder.locked():
         metrics = Metrics.read(folder)
         old = metrics.certify
+        best = found
         if old is not None and old.model_sha256 == found.model_sha256:
-            found = dataclasses.replace(found, bounds=old.bounds | found.bounds, attack=found.attack or old.attack)
+            known, new = old.lipschitz.certified, found.lipschitz.certified
+            best = old if known is not None and (new is None or known < new) else found
+            attack = found.attack or (old.attack if best is old or known == new else None)
+            found = dataclasses.replace(
+                best, bounds=old.bounds | found.bounds, broken_layers=found.broken_layers, attack=attack
+            )
         dataclasses.replace(metrics, certify=found).write(folder)
+        return best is not old
 
 
 # A run as a row --------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from lipexp.arguments import Parser
 from lipexp.config import ConfigError, conf_dir, no_such
 from lipexp.record import Outcome, settings
 from lipexp.runs import RunFolder, find, write_file
-from lipexp.screen import CONTROL, Screen
+from lipexp.screen import CONTROL, Screen, Wide
 from lipexp.tasks import METRICS
 from lipexp.wording import above, below, count
 
@@ -233,7 +233,7 @@ def ordered(rows: pd.DataFrame, key: str | None = None) -> pd.DataFrame:
 
 def shown(rows: pd.DataFrame, columns: Sequence[str], by: Sequence[str], root: str = "") -> tuple[str, Table]:
     """What is the same in every row, and the table of all else; `by` are columns that it has in any case."""
-    table = Table(show_edge=False, box=None, pad_edge=False)
+    table = Wide(show_edge=False, box=None, pad_edge=False)
     records = rows.astype(object).where(rows.notna(), None).to_dict("records")
     cells, same = [], []
     for key in columns:
@@ -253,6 +253,7 @@ def shown(rows: pd.DataFrame, columns: Sequence[str], by: Sequence[str], root: s
             table.add_column(Text("\n".join(heading.split())), justify=justify, no_wrap=key != "status")
     for row in zip(*cells, strict=True):
         table.add_row(*row)
+    table.repeated = len(by) or 1
     return "  ".join(same), table
 
 
@@ -261,6 +262,8 @@ def cell(row: dict[Any, Any], key: str, root: str) -> str:
     value = row[key]
     if value is None:
         return ""
+    if key == "lipschitz" and row[MEASURED] is not None and row[TARGET] is None:
+        return ""  # no bound was asked for
     if key == "run":
         return os.path.relpath(value, root)
     if key == "status" and row["reason"]:

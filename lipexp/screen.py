@@ -36,6 +36,12 @@ INNER_SPACE = re.compile(r"(?<=[^\s,;]) (?=[^\s≤<(])")  # a space within a par
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(10), *range(11, 32), *range(127, 160))}
 
 
+class Wide(Table):
+    """A table whose first columns name its rows: where it is broken, each part has them."""
+
+    repeated = 1
+
+
 class Screen(Console):
     """Standard output, or standard error with `stderr`."""
 
@@ -71,15 +77,17 @@ class Screen(Console):
         return text.encode(self.encoding, LEGIBLE).decode(self.encoding)
 
     def _parts(self, table: Table) -> Iterator[Table]:
-        """The table, or where a terminal is too narrow several, each with the first column and some others."""
-        first, *rest = table.columns
+        """The table, or where a terminal is too narrow several, each with its first columns and some others."""
+        repeated = getattr(table, "repeated", 1)
+        first, rest = table.columns[:repeated], table.columns[repeated:]
         part = copy.copy(table)
-        part.columns = [first]
+        part.columns = first
         for column in rest:
-            if len(part.columns) > 1 and self.is_terminal and _least([*part.columns, column], TEXT) > self.width:
+            wide = _least([*part.columns, column], TEXT) > self.width
+            if len(part.columns) > len(first) and self.is_terminal and wide:
                 yield part
                 part = copy.copy(table)
-                part.columns = [first]
+                part.columns = first
             part.columns = [*part.columns, column]
         yield part
 
@@ -140,7 +148,8 @@ class _Line(ProgressColumn):
             parts.append(Text(f"{task.completed:>{len(f'{task.total:.0f}')}.0f}/{task.total:.0f}"))
             left = None if task.finished else task.time_remaining
             parts += [] if left is None else [Text(str(timedelta(seconds=int(left))))]
-        room = self.screen.width - sum(len(part) + GAP for part in parts)
+        # Less than the whole width, since a terminal shows ^C behind the line, which must not wrap then.
+        room = self.screen.width - 3 - sum(len(part) + GAP for part in parts)
         live = ""
         for piece in PIECES.split(self.screen.spelled(str(task.fields.get("live", "")))):
             if len(f"{live}{piece}".rstrip()) > room:

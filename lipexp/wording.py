@@ -34,8 +34,8 @@ def gradient_line(gradient: GradientNorm) -> str:
         for key, value in gradient.data_max.items()
     )
     return (
-        f"over the data: median ‖∇f‖{SUBSCRIPT[gradient.q]} {gradient.median:.4g}, "
-        f"5 % to 95 %: {gradient.p05:.4g} to {gradient.p95:.4g}\n"
+        f"over the data: median ‖∇f‖{SUBSCRIPT[gradient.q]} {below(gradient.median)}, "
+        f"5 % to 95 %: {below(gradient.p05)} to {below(gradient.p95)}\n"
         f"largest there: {largest}"
     )
 

@@ -15,7 +15,7 @@ BAR = "[ ━╸╺]+"
 NUMBER = re.compile(r"[\d.:]*\d")
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("width", [63, 80, 120])
 def test_the_lines_of_a_sweep_are_whole_at_any_width(width):
     console = screen(width)
     display = SweepDisplay(console)
@@ -28,10 +28,10 @@ def test_the_lines_of_a_sweep_are_whole_at_any_width(width):
                 stack.tick(54_321)
         stack.stage("proving: run 127 of 128")
     lines = shown(console)[2:]  # below the header
-    assert max(map(len, lines)) <= width
+    assert max(map(len, lines)) <= width - 3  # ^C may follow
     allowed = {"8", "99", "100", "0", "54321", "100000", "0.8642", "0.8613", "127", "128"}
     assert {number for line in lines for number in NUMBER.findall(line) if ":" not in number} <= allowed
-    live = "test accuracy best 0.8642" + ", median 0.8613" * (width > 60)
+    live = "test accuracy best 0.8642" + ", median 0.8613" * (width > 63)
     for text in (f"stack  99 of 100{BAR}54321/100000  {live}", f"{BAR}54321/100000  proving: run 127 of 128"):
         assert any(re.search(text, line) for line in lines)
 
@@ -45,7 +45,7 @@ def test_the_line_of_a_stack_that_has_ended_is_taken_away():
             display.update(number, 0, 100, None)
         display.update(0, 100, None, None, True)
         display.died(1)
-    assert "5 jobs, 2 stacks (1 of 3 runs, 1 of 2 runs), about 1.2 MB a run, 2 processes" in shown(console)[0]
+    assert "5 jobs, 2 stacks (1 × 3 runs, 1 × 2 runs), about 1.2 MB a run, 2 processes" in shown(console)[0]
     assert not any("100/100" in line for line in shown(console))
     assert any("stack 2 of 2, 2 runs: its worker process died" in line for line in shown(console))
 

@@ -136,10 +136,17 @@ def test_a_network_takes_tensors_arrays_and_tables(trained_run, overrides):
         assert (type(found), found.dtype) == (np.ndarray, np.float32)
         np.testing.assert_array_equal(found, f.numpy())
     pd.testing.assert_frame_equal(run.network(table), pd.DataFrame(f.numpy(), index=table.index, columns=["f"]))
-    assert run.network.double()(table.to_numpy()).dtype == np.float64
-    for points in (np.zeros(2), np.zeros((3, 4)), table[["x0"]]):
+    for named in (run.table("gradients").loc[table.index], table[["x1", "x0"]]):  # by their names
+        np.testing.assert_array_equal(run.network(named), f.numpy())
+    np.testing.assert_array_equal(run.network(table.set_axis(["a", "b"], axis=1)), f.numpy())  # in their order
+    with pytest.raises(ValueError, match=r"^the network takes the columns x0, x1, not x0$"):
+        run.network(table[["x0"]])
+    with pytest.raises(ConfigError, match=r"^run=nowhere: does not exist$"):
+        lipexp.load("nowhere")
+    for points in (np.zeros(2), np.zeros((3, 4)), table.iloc[:, :1].set_axis(["a"], axis=1)):
         with pytest.raises(ValueError, match=r"^the network takes points \(B, 2\), not \("):
             run.network(points)
+    assert run.network.double()(table.to_numpy()).dtype == np.float64
 
 
 @pytest.mark.parametrize("overrides", [(), FREE, ("act=fullsort",)], ids=str)

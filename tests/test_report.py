@@ -84,6 +84,15 @@ def test_the_best_run_comes_first_in_its_task_and_failed_runs_last_with_their_re
     assert "a bound is broken" in printed.splitlines()[-2]
 
 
+def test_a_run_without_a_bound_has_no_l(run, report):
+    run("a", 0.9, measured=0.5)
+    run("b", 0.8, seed=1, target=None, chosen={"constraint": "none"})
+    lines = report().splitlines()
+    (heading,) = (line for line in lines if line.startswith("run "))
+    place = heading.index(" L ") + 1
+    assert {line[:1]: line[place].strip() for line in lines if line[:2] in ("a ", "b ")} == {"a": "1", "b": ""}
+
+
 def test_any_column_or_key_sorts(run, report):
     run("a", 0.9, seed=10, measured=0.5, median=0.3, within=0.7)
     run("b", 0.8, "groupsort", seed=9, measured=0.4, median=0.1, within=0.6)

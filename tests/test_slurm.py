@@ -91,7 +91,7 @@ def test_the_stacks_are_one_array_and_end_as_with_the_local_executor(sweep):
     done = sweep(*jobs, *SLURM)
     assert (done.code, done.err) == (0, "")
     first, second, *lines = done.out.splitlines()
-    assert first.startswith("lipexp train -m  32 jobs, 4 stacks (4 of 8 runs)")
+    assert first.startswith("lipexp train -m  32 jobs, 4 stacks (4 × 8 runs)")
     assert re.fullmatch(r"SLURM job \d+: 4 stacks submitted", second)
     shown = sorted(line for line in lines if line.startswith("stack "))
     assert [line[:20] for line in shown] == [f"stack {n} of 4, 8 runs" for n in (1, 2, 3, 4)]

@@ -207,6 +207,7 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_trains_the_rest(sweep):
     Path("interrupts").touch()
     done = sweep(TWO_STACKS, "hydra.sweep.dir=s")
     assert (done.code, done.err) == (130, "lipexp: interrupted\n")
+    assert done.out.endswith("\nthe same command with hydra.sweep.dir=s resume=true trains the rest\n")
     assert statuses(Path("s")) == ["ok", "missing"]
     Path("interrupts").unlink()
     assert sweep(TWO_STACKS, "hydra.sweep.dir=s", "resume=true").code == 0
@@ -222,7 +223,7 @@ def test_the_limit_splits_a_sweep_and_the_screen_says_so(sweep):
     done = sweep("seed=range(3)", f"hydra.launcher.memory_gib={2.5 * run_bytes / 2**30}")
     first, *lines = done.out.splitlines()
     size = f"about {run_bytes / 1e6:.2g} MB a run"
-    assert first == f"lipexp train -m  3 jobs, 2 stacks (1 of 2 runs, 1 of 1 run), {size}"
+    assert first == f"lipexp train -m  3 jobs, 2 stacks (1 × 2 runs, 1 × 1 run), {size}"
     assert [line.partition(":")[0] for line in lines[:2]] == ["stack 1 of 2, 1 run", "stack 2 of 2, 2 runs"]
 
 

@@ -115,6 +115,7 @@ class Sweep:
         done = sum(not self._missing(job) for job in self.jobs if job not in plan.refused)
         display = SweepDisplay()
         display.header(len(self.jobs), done, [len(stack) for stack in stacks], plan.run_bytes, processes)
+        interrupted = False
         try:
             with display.progress():
                 if self.cluster is not None and stacks:
@@ -123,13 +124,23 @@ class Sweep:
                     executors.in_processes(stacks, processes, display)
                 else:
                     executors.inline(stacks, display, self.made)
+        except KeyboardInterrupt:
+            interrupted = True
+            raise
         finally:
             outcomes = [self._outcome(job) for job in self.jobs.values()]
             rows = [row(job, outcome) for job, outcome in zip(self.jobs.values(), outcomes, strict=True)]
             write_csv(self.folder / "sweep.csv", rows)
             overrides = dict.fromkeys(key for job in self.jobs.values() for key, _ in job.settings)
             display.result(rows, list(overrides), self.folder / "sweep.csv", self.options.table)
+            if interrupted and any(outcome.status == "missing" for outcome in outcomes):
+                display.say(f"the same command with {self._continued} trains the rest")
         return outcomes
+
+    @property
+    def _continued(self) -> str:
+        """The overrides with which the command goes on."""
+        return f"{shlex.quote(in_folder(self.resumed_in))} resume=true"
 
     def _outcome(self, job: Job) -> Outcome:
         outcome = Outcome.of(RunFolder(job.folder))
@@ -152,7 +163,7 @@ class Sweep:
         if missing and self.cluster is None:
             lines.append(
                 f"{count(missing, 'job')} {'is' if missing == 1 else 'are'} missing: a worker process died, "
-                f"or found no room; {shlex.quote(in_folder(self.resumed_in))} resume=true trains the rest"
+                f"or found no room; {self._continued} trains the rest"
             )
         return lines
 

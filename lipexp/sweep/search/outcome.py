@@ -17,7 +17,9 @@ from lipexp.runs import write_file
 from lipexp.screen import Screen
 from lipexp.sweep.compose import Composer
 from lipexp.sweep.search.space import Space
-from lipexp.wording import shown_path
+from lipexp.wording import count, shown_path
+
+SHOWN = 5  # trials in the table
 
 
 def ranked(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
@@ -33,11 +35,13 @@ def show(folder: Path, study: optuna.Study, space: Space, metric: str) -> None:
     for name in ("trial", metric, *space.axes):
         table.add_column(name.replace(".", ".\n", 1), justify="right", vertical="bottom", no_wrap=True)
     best = ranked(study)
-    for trial in best[:5]:
+    for trial in best[:SHOWN]:
         settings = map(trial.params.get, space.axes)
         cells = (f"{setting:.4g}" if isinstance(setting, float) else str(setting) for setting in settings)
         table.add_row(str(trial.number), f"{trial.value:.6g}", *cells)
     screen = Screen()
+    if len(best) > SHOWN:
+        screen.show(f"the best {SHOWN} of {count(len(best), 'trial')}:")
     screen.show(table)
     if best[0].value != best[-1].value:
         with screen.waiting("the importance of each axis"):
