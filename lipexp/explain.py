@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 from yaml import MarkedYAMLError
 
 from lipexp.config import no_such, one_line
+from lipexp.runs import flat
 
 
 def explain(error: BaseException) -> str:
@@ -69,6 +71,10 @@ def _unknown_key(error: HydraException, cause: BaseException) -> str:
     depth = next((i for i, part in enumerate(parts) if part == str(getattr(cause, "key", ""))), len(parts) - 1)
     prefix, last = ".".join(parts[:depth]), parts[depth]
     allowed = [str(name) for name in parent if name not in ("hydra", "_target_")]
+    leaves: Any = OmegaConf.to_container(parent, resolve=False)
+    deeper = [leaf for leaf in flat(leaves) if leaf.endswith(f".{last}") and not leaf.startswith("hydra.")]
+    if deeper and not prefix:
+        return f"{key}: no such setting; did you mean {deeper[0]}?{where}"
     return f"{key}: {no_such('setting', last, allowed, f'{prefix}.' if prefix else '')}{where}"
 
 

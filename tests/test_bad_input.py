@@ -11,6 +11,7 @@ from commands import INLINE, TINY, content
 BAD_INPUT = {
     "loss=hing": "loss=hing: no such option; did you mean loss=hinge? (bce, ",
     "los=hinge": "los: no such setting; did you mean loss?",
+    "lr=0.1": "lr: no such setting; did you mean optim.lr?",
     "loss.margn=1": "loss.margn: no such setting; did you mean loss.margin?",
     "loss=null": "loss=null: needs one option",
     "loss=bce,hinge": "loss=bce,hinge: several values are a sweep, which needs -m",
