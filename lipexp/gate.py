@@ -13,7 +13,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -305,7 +305,8 @@ class Gate(Callback):
         """Let go of the folders made for this command, and remove those that are still empty."""
         cls._held.close()
         for folder in cls._claimed:
-            RunFolder(folder).discard_if_empty()
+            with suppress(OSError):  # a disk that can only be read by now
+                RunFolder(folder).discard_if_empty()
 
 
 def _or_exit(check: Callable[[], None]) -> None:

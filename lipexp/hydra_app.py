@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
@@ -122,9 +123,12 @@ def run_one(config: DictConfig) -> None:
         raise RunFailed(f"{error} ({shown})") from None
     except Exception as error:  # a user's class may raise anything
         reason = one_line(error)
-        log.exception("the run ended with an error")
+        with suppress(OSError):  # the disk may be full
+            log.exception("the run ended with an error")
         _write_failure(folder, reason, display.step)
-        raise RunFailed(f"{reason} (traceback in {Path(shown, f'{running.job.name}.log')})") from error
+        written = f"{running.job.name}.log"
+        where = f"traceback in {Path(shown, written)}" if (folder.path / written).is_file() else shown
+        raise RunFailed(f"{reason} ({where})") from error
     if trained.metrics is None:
         assert trained.failure is not None
         raise RunFailed(f"{trained.failure.reason} at step {trained.failure.step} ({shown})")

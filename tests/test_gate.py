@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import shlex
 import signal
@@ -165,18 +166,22 @@ def test_what_failed_for_want_of_room_is_trained_by_resume(lipexp, mine, executo
     assert statuses(Path("a=b")) == ["ok"] * 3
 
 
-def test_a_failure_that_cannot_be_written_down_is_one_line_more(lipexp, mine, monkeypatch):
+@pytest.mark.parametrize("logged", [True, False])
+def test_a_failure_that_cannot_be_written_down_is_one_line_more(lipexp, mine, monkeypatch, logged):
     def write(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(RunFolder, "write_failure", write)
+    if not logged:
+        monkeypatch.setattr(logging.FileHandler, "_open", write)
     mine("bad", "import torch\nclass Bad(torch.nn.Module):\n    norms = (2,)\n    def forward(self, x): 1 / 0\n")
     done = lipexp("train", *TINY, "act=relu", "act._target_=bad.Bad", "hydra.job.name=mine")
     assert done.code == 1
     lines = done.err.splitlines()
     assert "failed.json cannot be written: No space left on device" in lines[0]
-    (log,) = Path("outputs").rglob("mine.log")
-    assert lines[1:] == [f"lipexp: ZeroDivisionError: division by zero (traceback in {log})"]
+    (folder,) = Path("outputs").glob("*/*")
+    where = f"traceback in {folder}/mine.log" if logged else str(folder)
+    assert lines[1:] == [f"lipexp: ZeroDivisionError: division by zero ({where})"]
 
 
 def test_a_class_that_changes_the_folder_does_not_move_the_results(lipexp, mine, monkeypatch):
