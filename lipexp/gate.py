@@ -109,9 +109,7 @@ def checked_overrides(lines: Sequence[str], sweep: bool) -> list[str]:
         HydraException: one that cannot be read.
     """
     parsed = OverridesParser.create().parse_overrides(list(lines))
-    files = any(
-        o.is_sweep_override() and (o.key_or_group in GROUPS or "experiment" in o.key_or_group) for o in parsed
-    )
+    files = any(o.is_sweep_override() and o.key_or_group in (*GROUPS, "experiment") for o in parsed)
     seen: dict[Any, bool] = {}  # -> it is swept
     found, jobs = [], 1
     for line, override in zip(lines, parsed, strict=True):

@@ -92,3 +92,10 @@ def test_the_spheres_follow_the_norm_of_the_constraint_and_no_other_is_taken(com
         assert build(compose("dataset=cones", "constraint=linf", f"constraint.p={p}")).parts["dataset"].p == p
     with pytest.raises(ConfigError, match=r"^dataset\.p=inf: must be the norm that constraint=Spectral is for"):
         build(compose("dataset=cones", "dataset.p=inf"))
+
+
+def test_another_seed_draws_other_points(make, dataset_option):
+    one, other = (
+        make("dataset", f"dataset={dataset_option}").draw(np.random.SeedSequence(seed)) for seed in (3, 4)
+    )
+    assert not np.array_equal(one.train_x, other.train_x)

@@ -63,3 +63,11 @@ def test_a_class_without_samples_has_mean_zero():
     f = torch.tensor([[1.0, 3.0]])
     assert difference_of_means(f, torch.ones_like(f)).item() == 2
     assert difference_of_means(f, torch.zeros_like(f)).item() == -2
+
+
+def test_gradients_are_finite_for_outputs_of_any_size(make, loss_option):
+    """The law asks it of a user's loss up to some 30 only, which an exponential one can meet."""
+    loss = make("loss", f"loss={loss_option}")
+    for outputs in (1e4 * F, (1e4 * F).float()):
+        (gradient,) = torch.autograd.grad(loss(outputs.requires_grad_(), Y.to(outputs.dtype)).sum(), outputs)
+        assert torch.isfinite(gradient).all()

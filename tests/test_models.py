@@ -34,3 +34,10 @@ def test_every_initial_singular_value_is_one_and_layers_are_views_of_the_paramet
 def test_an_mlp_has_its_depth_and_width():
     assert MLP(width=5, depth=1).shapes(2, 1) == [(5, 2), (1, 5)]
     assert MLP(width=5, depth=3).shapes(2, 4) == [(5, 2), (5, 5), (5, 5), (4, 5)]
+
+
+def test_another_seed_starts_elsewhere(make, model_option):
+    model = make("model", f"model={model_option}")
+    shapes = model.shapes(2, 1)
+    one, other = (model.initial(shapes, torch.Generator().manual_seed(seed)) for seed in (3, 4))
+    assert not torch.equal(one, other)
