@@ -109,7 +109,10 @@ class Evaluator:
         """(train, test) loss and metric of each run for outputs f (K, N)."""
         columns = []
         for f_part, y in zip(self._split(f), self._split(self.y), strict=True):
-            loss, score = self.stack.loss(f_part, y).mean(dim=1), self.stack.task.score(f_part, y)
+            loss, score = (
+                self.stack.loss(f_part, y).mean(dim=1),
+                self.stack.task.scores[self.stack.task.metric](f_part, y),
+            )
             columns.append(zip(loss.tolist(), score.tolist(), strict=True))
         train, test = (
             [dict(zip(("loss", self.stack.task.metric), row, strict=True)) for row in c] for c in columns

@@ -25,7 +25,7 @@ from lipexp.config import (
     whole,
 )
 from lipexp.constraints import Constraint
-from lipexp.datasets import Data, Dataset
+from lipexp.datasets import SPLITS, Data, Dataset
 from lipexp.loop import Stack, Streams
 from lipexp.losses import Loss, as_loss
 from lipexp.models import Model
@@ -97,7 +97,9 @@ def build(
     for width, _ in member.shapes[:-1]:
         act.check_width(width)
     if member.shapes[0][1] != dataset.n_inputs or member.shapes[-1][0] != dataset.n_outputs:
-        allowed = f"must lead from {dataset.n_inputs} inputs to {dataset.n_outputs} output, not by {member.shapes}"
+        allowed = (
+            f"must lead from {dataset.n_inputs} inputs to {dataset.n_outputs} outputs, not by {member.shapes}"
+        )
         raise ConfigError("model", names["model"], allowed)
     constraint.check(act, names["act"])
     return member
@@ -126,11 +128,11 @@ def part(node: Any, group: str, name: str, trust: bool = True) -> Any:
         allowed = f"cannot be used as {group}: it does not derive from {base.__module__}.{base.__name__}"
         raise ConfigError(group, name, allowed)
     if isinstance(found, Dataset):
-        one_of(f"{group}.task", found.task, list(TASKS))
-        if found.n_outputs != 1:
-            raise ConfigError(group, name, f"has {found.n_outputs} outputs; only one is supported so far")
-        for count in ("n_inputs", "n_train", "n_test"):
+        task = TASKS[one_of(f"{group}.task", found.task, list(TASKS))]
+        for count in ("n_inputs", "n_outputs", *(f"n_{split}" for split in SPLITS)):
             whole(f"{group}.{count}", getattr(found, count), least=1)
+        if found.n_outputs > 1 and not task.several and task.has_classes:
+            raise ConfigError(group, name, f"has {found.n_outputs} outputs; {found.task} needs one")
     return found
 
 
@@ -182,7 +184,8 @@ def run_bytes(member: Member) -> int:
     dataset = member.parts["dataset"]
     features = sum(n_out for n_out, _ in member.shapes)
     parameters = sum(n_out * (n_in + 1) for n_out, n_in in member.shapes)
-    points = (dataset.n_train + dataset.n_test) * (8 * dataset.n_inputs + 40)
+    n_points = sum(getattr(dataset, f"n_{split}") for split in SPLITS)
+    points = n_points * (8 * dataset.n_inputs * dataset.n_outputs + 40)
     return 4 * (8 * member.config.batch_size * features + 12 * parameters) + 8 * points
 
 
@@ -239,16 +242,20 @@ def drawn(dataset: Dataset, stream: np.random.SeedSequence, name: str) -> Data:
     if not isinstance(arrays, tuple) or len(arrays) != len(Data._fields):
         raise ConfigError("dataset", name, f"must draw lipexp.datasets.Data, not {type(arrays).__name__}")
     data = Data(*(np.asarray(array, dtype=np.float32) for array in arrays))
-    for split, n in (("train", dataset.n_train), ("test", dataset.n_test)):
-        for what, shape in ((f"{split}_x", (n, dataset.n_inputs)), (f"{split}_y", (n,))):
+    task = TASKS[dataset.task]
+    of_target = () if dataset.n_outputs == 1 or task.has_classes else (dataset.n_outputs,)
+    for split in SPLITS:
+        n = getattr(dataset, f"n_{split}")
+        for what, shape in ((f"{split}_x", (n, dataset.n_inputs)), (f"{split}_y", (n, *of_target))):
             array = getattr(data, what)
             if array.shape != shape:
                 allowed = f"draws {what} of shape {array.shape}, but declares {shape}"
                 raise ConfigError("dataset", name, allowed)
             if not np.isfinite(array).all():
                 raise ConfigError("dataset", name, f"draws {what} with numbers that are not finite")
-        targets = getattr(data, f"{split}_y")
-        if TASKS[dataset.task].has_classes and not np.isin(targets, (0, 1)).all():
-            allowed = f"draws targets that are not {TASKS[dataset.task].targets}, as {dataset.task} needs"
+        _, targets = data.part(split)
+        n_classes = dataset.n_outputs if task.several else 2
+        if task.has_classes and not np.isin(targets, range(n_classes)).all():
+            allowed = f"draws targets that are not {task.targets}, as {dataset.task} needs"
             raise ConfigError("dataset", name, allowed)
     return data

@@ -1,28 +1,41 @@
 """Tasks: what the targets of a dataset mean, and what follows from that for the whole program.
 
-Shapes: K runs, N points. Outputs f and targets y are (K, N) tensors; nothing here imports torch.
+Shapes: K runs, N points, C outputs. Outputs f and targets y are tensors (K, N). Several outputs are an f of shape
+(K, N, C), and so is y for a regression with several targets. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Score = Callable[["Tensor", "Tensor"], "Tensor"]  # f, y -> (K,)
+
 
 @dataclass(frozen=True)
 class Task:
     """One kind of problem."""
 
-    metric: str  # its name in metrics.json, under `train` and `test`
+    scores: Mapping[str, Score]  # in metrics.json, beside the loss of each part of the data; first the metric
     larger_is_better: bool
-    score: Callable[[Tensor, Tensor], Tensor]  # f, y -> (K,) the metric
     targets: str  # what y may be, for messages
-    has_classes: bool  # y is 0 or 1
-    decides: bool  # f > 0 predicts class 1, so that a point has a certified radius
+    has_classes: bool  # y is 0, 1, ...
+    decides: bool  # the outputs predict a class, so that a point has a certified radius
+    several: bool = False  # there is an output for each class, of which the largest decides
+
+    @property
+    def metric(self) -> str:
+        """The name of what is compared and optimised."""
+        return next(iter(self.scores))
+
+
+def squeezed(f: Tensor) -> Tensor:
+    """Outputs (K, N, C) as losses and scores take them: (K, N) where C is 1."""
+    return f.squeeze(-1) if f.shape[-1] == 1 else f
 
 
 def accuracy(f: Tensor, y: Tensor) -> Tensor:
@@ -30,8 +43,25 @@ def accuracy(f: Tensor, y: Tensor) -> Tensor:
     return ((f > 0) == (y > 0.5)).double().mean(dim=1)
 
 
+def accuracy_of_largest(f: Tensor, y: Tensor) -> Tensor:
+    """The fraction of points whose largest output is that of their class."""
+    return (f.argmax(dim=-1) == y).double().mean(dim=1)
+
+
 def mean_squared_error(f: Tensor, y: Tensor) -> Tensor:
-    return (f - y).square().mean(dim=1)
+    """The mean of (f - y)^2, over the points and over the targets."""
+    return (f - y).square().flatten(1).mean(dim=1)
+
+
+def r2(f: Tensor, y: Tensor) -> Tensor:
+    """The coefficient of determination 1 - sum (f - y)^2 / sum (y - mean y)^2, the mean of all targets'.
+
+    As in scikit-learn it is 1 or 0 for a target that is constant, whether that is met or not.
+    """
+    rest = (f - y).square().sum(dim=1)
+    total = (y - y.mean(dim=1, keepdim=True)).square().sum(dim=1)
+    share = rest / total.masked_fill(total == 0, 1)
+    return (1 - share.where(total > 0, (rest > 0).to(share))).reshape(len(f), -1).mean(dim=1)
 
 
 def difference_of_means(f: Tensor, y: Tensor) -> Tensor:
@@ -47,8 +77,13 @@ def class_weights(y: Tensor) -> Tensor:
 
 
 TASKS = {
-    "classification": Task("accuracy", True, accuracy, "0 and 1", has_classes=True, decides=True),
-    "transport": Task("score", True, difference_of_means, "0 and 1", has_classes=True, decides=False),
-    "regression": Task("mse", False, mean_squared_error, "any number", has_classes=False, decides=False),
+    "classification": Task({"accuracy": accuracy}, True, "0 and 1", has_classes=True, decides=True),
+    "multiclass": Task(
+        {"accuracy": accuracy_of_largest}, True, "0, 1, ..., C - 1", has_classes=True, decides=True, several=True
+    ),
+    "transport": Task({"score": difference_of_means}, True, "0 and 1", has_classes=True, decides=False),
+    "regression": Task(
+        {"mse": mean_squared_error, "r2": r2}, False, "any number", has_classes=False, decides=False
+    ),
 }
 METRICS = {task.metric: task.larger_is_better for task in TASKS.values()}  # -> larger is better
