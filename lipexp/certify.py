@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 
@@ -99,7 +98,7 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
     network = constraint.prove(run.baked)
     streams = Streams.of(whole("seed", run.config.get("seed"), least=0))
     data = drawn(dataset, streams.data, type(dataset).__name__)
-    x = torch.from_numpy(np.concatenate([data.train_x, data.test_x])).double().unsqueeze(0)  # (1, N, D)
+    x = torch.from_numpy(data.x).double().unsqueeze(0)  # (1, N, D)
     chain = Chain.of(constraint, len(network.layers))
     report("measuring")
     scanned = scan(network, x)

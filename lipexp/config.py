@@ -43,6 +43,8 @@ class Settings:
     steps: int = MISSING
     batch_size: int = MISSING
     eval_every: int = MISSING
+    keep: str = MISSING
+    patience: int = MISSING
     device: str = MISSING
     threads: int = MISSING
     radii: list[float] = MISSING

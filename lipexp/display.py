@@ -17,7 +17,7 @@ from rich.table import Table
 
 from lipexp.process import holding_interrupts
 from lipexp.screen import Screen
-from lipexp.tasks import METRICS
+from lipexp.tasks import METRICS, SPLITS
 from lipexp.wording import below, count, gradient_line, interval_line, robustness_line, shown_path
 
 if TYPE_CHECKING:
@@ -36,12 +36,14 @@ class Display:
         self.screen = screen or Screen()
         self.brief = brief
         self.step = 0
+        self._steps = 0
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
     def header(self, member: Member) -> None:
         """What is trained, on what, under which bound."""
         config, names = member.config, member.names
+        self._steps = config.steps
         lipschitz = member.parts["constraint"].lipschitz
         bound = "no bound" if lipschitz is None else f"L = {lipschitz:g}"
         line = f"{names['dataset']}  {names['act']}  {names['constraint']} ({bound})  {names['loss']}"
@@ -76,7 +78,7 @@ class Display:
         row = rows[0]
         if not row:
             return
-        metric = next(f"test_{key}" for key in METRICS if f"test_{key}" in row)
+        metric = next(f"val_{key}" for key in METRICS if f"val_{key}" in row)
         steepest = "?" if row["grad_max"] is None else below(row["grad_max"])
         live = f"loss {row['train_loss']:.4g}  {metric.replace('_', ' ')} {row[metric]:.4g}  max ‖∇f‖ {steepest}"
         self.stage(live)
@@ -91,6 +93,8 @@ class Display:
     def result(self, metrics: Metrics, folder: Path) -> None:
         """The result of one run."""
         if not self.brief:
+            if metrics.step < self._steps:
+                self.screen.show(f"kept: the network after {metrics.step} steps, the best on validation")
             self.screen.show(result_table(metrics))
             self.screen.show(gradient_line(metrics.gradient_norm))
             if metrics.robustness is not None:
@@ -246,11 +250,11 @@ def live_summary(rows: Sequence[Mapping[str, float | None]]) -> str:
     sound = [row for row in rows if row]
     if not sound:
         return "all failed"
-    metric = next(key for key in METRICS if f"test_{key}" in sound[0])
-    values = sorted((float(row[f"test_{metric}"] or 0) for row in sound), reverse=METRICS[metric])
+    metric = next(key for key in METRICS if f"val_{key}" in sound[0])
+    values = sorted((float(row[f"val_{metric}"] or 0) for row in sound), reverse=METRICS[metric])
     best = values[0]
     failed = f", {len(rows) - len(sound)} failed" if len(sound) < len(rows) else ""
-    return f"test {metric} best {best:.4g}, median {median(values):.4g}{failed}"
+    return f"val {metric} best {best:.4g}, median {median(values):.4g}{failed}"
 
 
 SHOWN_ROWS = 40  # of a sweep's table, and as many failed ones; sweep.csv has them all
@@ -280,11 +284,11 @@ def next_command(folder: Path, swept: Sequence[str]) -> str:
 
 
 def result_table(metrics: Metrics) -> Table:
-    """Loss and metric on the train and the test points."""
+    """Loss and scores on the three parts of the data."""
     table = Table(show_edge=False, box=None, pad_edge=False, header_style="bold")
     table.add_column("")
-    for split in ("train", "test"):
+    for split in SPLITS:
         table.add_column(split, justify="right")
     for key in metrics.test:
-        table.add_row(key, *(f"{scores[key]:.6g}" for scores in (metrics.train, metrics.test)))
+        table.add_row(key, *(f"{getattr(metrics, split)[key]:.6g}" for split in SPLITS))
     return table

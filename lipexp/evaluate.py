@@ -5,8 +5,9 @@ Shapes: K runs, N points, D inputs. Everything here is computed in float64 from 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lipexp import record
-from lipexp.loop import Checkpoint, Stack, generator
+from lipexp.loop import Checkpoint, Stack, Value, generator
 from lipexp.measured import Points, overall, sources, steepest
 from lipexp.measured.ascent import starts
 from lipexp.measured.gradients import Maximum, Scan, largest, norms, scan
@@ -23,6 +24,7 @@ from lipexp.networks import BakedNetwork
 from lipexp.norms import dual, norm_name
 from lipexp.proven import Certificate, Chain, Problem, prove, prove_quickly
 from lipexp.proven.radii import Robustness, assess
+from lipexp.tasks import SPLITS
 
 NORMS = (1.0, 2.0, float("inf"))
 NOTHING = Maximum(0.0, ())  # a lower bound before anything is measured
@@ -33,8 +35,8 @@ class Evaluation:
     """What is known of one finished run."""
 
     network: BakedNetwork  # K = 1
-    train: dict[str, float]  # loss and metric
-    test: dict[str, float]
+    step: int  # that it is from
+    scores: dict[str, dict[str, float]]  # train, val, test -> loss and scores
     gradient_norm: record.GradientNorm
     certificate: Certificate
     measured: Maximum
@@ -53,40 +55,49 @@ class Evaluator:
 
     def __init__(self, stack: Stack, report: Callable[[str], None] = lambda text: None) -> None:
         self.stack, self.report = stack, report
-        self.n_train = len(stack.data[0].train_x)
-        self.x = _stacked([np.concatenate([data.train_x, data.test_x]) for data in stack.data])  # (K, N, D)
-        self.y = _stacked([np.concatenate([data.train_y, data.test_y]) for data in stack.data])  # (K, N)
-        self._last: tuple[Checkpoint, Scan] | None = None
+        sizes = {split: len(stack.data[0].part(split)[0]) for split in SPLITS}
+        ends = dict(zip(SPLITS, accumulate(sizes.values()), strict=True))
+        self.split = np.repeat(SPLITS, list(sizes.values()))  # (N,) of each point
+        self.parts = {split: slice(end - sizes[split], end) for split, end in ends.items()}
+        self.x = _stacked([data.x for data in stack.data])  # (K, N, D)
+        self.y = _stacked([data.y for data in stack.data])  # (K, N), or (K, N, C) for several targets
+        self._last: tuple[Checkpoint, bool, Scan] | None = None
 
     def history(self, checkpoint: Checkpoint) -> list[dict[str, float | None]]:
-        """One line of history.csv per run; failed runs get an empty one."""
+        """One line of history.csv per run; runs that have failed, or stopped before, get an empty one."""
         scanned = self._scan(checkpoint)
         scores = self._scores(scanned.f)
         metric = self.stack.task.metric
         rows: list[dict[str, float | None]] = []
         for run in range(len(self.x)):
-            if run in checkpoint.failures:
+            if run in checkpoint.failures or run in checkpoint.stopped:
                 rows.append({})
                 continue
-            train, test = scores[run]
-            network = checkpoint.network.run(run)
+            val, network = scores[run]["val"], checkpoint.network.run(run)
             steepest = largest(network, self.x[run], scanned.gradient[run], self.stack.constraint.q)
             rows.append(
                 {
                     "step": checkpoint.step,
-                    "train_loss": train["loss"],
-                    "test_loss": test["loss"],
-                    f"test_{metric}": test[metric],
+                    "train_loss": scores[run]["train"]["loss"],
+                    "val_loss": val["loss"],
+                    f"val_{metric}": val[metric],
                     "grad_max": steepest.value if steepest else None,
                     "certified": prove_quickly(self._problem(network, run)).value,
                 }
             )
         return rows
 
+    def value(self, row: Mapping[str, float | None]) -> Value | None:
+        """How good the run of a line of history.csv is on validation: by its metric, among equals by its loss."""
+        metric, loss = row.get(f"val_{self.stack.task.metric}"), row.get("val_loss")
+        if metric is None or loss is None:
+            return None
+        return (metric if self.stack.task.larger_is_better else -metric, -loss)
+
     def final(self, checkpoint: Checkpoint) -> list[Evaluation | None]:
         """The evaluation of each run, None for failed ones."""
         self.report("measuring")
-        scanned = self._scan(checkpoint)
+        scanned = self._scan(checkpoint, final=True)
         generators = [generator(s.search) for s in self.stack.streams]
         points = sources(checkpoint.network, self.x, scanned, self.stack.constraint.q, generators)
         scores = self._scores(scanned.f)
@@ -97,31 +108,26 @@ class Evaluator:
             found.append(None if failed else self._evaluation(checkpoint, run, scanned, points, scores[run]))
         return found
 
-    def _scan(self, checkpoint: Checkpoint) -> Scan:
-        """f and its gradients at the data. The last checkpoint is reported twice, and scanned once."""
-        if self._last is None or self._last[0] is not checkpoint:
-            is_last = checkpoint.step == self.stack.steps  # only the final report has the hidden gradients
-            hidden_q = dual(self.stack.constraint.hidden_p) if is_last else None
-            self._last = (checkpoint, scan(checkpoint.network, self.x, hidden_q))
-        return self._last[1]
+    def _scan(self, checkpoint: Checkpoint, final: bool = False) -> Scan:
+        """f and its gradients at the data, for the final report with the hidden gradients.
 
-    def _scores(self, f: Tensor) -> list[tuple[dict[str, float], dict[str, float]]]:
-        """(train, test) loss and metric of each run for outputs f (K, N)."""
-        columns = []
-        for f_part, y in zip(self._split(f), self._split(self.y), strict=True):
-            loss, score = (
-                self.stack.loss(f_part, y).mean(dim=1),
-                self.stack.task.scores[self.stack.task.metric](f_part, y),
-            )
-            columns.append(zip(loss.tolist(), score.tolist(), strict=True))
-        train, test = (
-            [dict(zip(("loss", self.stack.task.metric), row, strict=True)) for row in c] for c in columns
-        )
-        return list(zip(train, test, strict=True))
+        The last checkpoint is reported twice, and scanned once where it is also the one that is kept.
+        """
+        final = final or checkpoint.step == self.stack.steps
+        if self._last is None or self._last[0].network is not checkpoint.network or (final and not self._last[1]):
+            hidden_q = dual(self.stack.constraint.hidden_p) if final else None
+            self._last = (checkpoint, final, scan(checkpoint.network, self.x, hidden_q))
+        return self._last[2]
 
-    def _split(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The train and the test part of (K, N)."""
-        return values[:, : self.n_train], values[:, self.n_train :]
+    def _scores(self, f: Tensor) -> list[dict[str, dict[str, float]]]:
+        """Loss and scores of each run, for train, val and test, with outputs f (K, N)."""
+        found: list[dict[str, dict[str, float]]] = [{} for _ in self.x]
+        functions = {"loss": lambda f, y: self.stack.loss(f, y).mean(dim=1), **self.stack.task.scores}
+        for split, part in self.parts.items():
+            values = {name: score(f[:, part], self.y[:, part]).tolist() for name, score in functions.items()}
+            for run, of_run in enumerate(found):
+                of_run[split] = {name: value[run] for name, value in values.items()}
+        return found
 
     def _problem(self, network: BakedNetwork, run: int, measured: Maximum = NOTHING) -> Problem:
         chain = Chain.of(self.stack.constraint, len(network.layers), run)
@@ -147,7 +153,7 @@ class Evaluator:
         run: int,
         scanned: Scan,
         points: Points,
-        scores: tuple[dict[str, float], dict[str, float]],
+        scores: dict[str, dict[str, float]],
     ) -> Evaluation:
         network, q = checkpoint.network.run(run), self.stack.constraint.q
         by = steepest(network, points, run, q)
@@ -156,14 +162,14 @@ class Evaluator:
         at_data = {norm: norms(scanned.gradient[run], norm) for norm in NORMS}  # (N,) each
         robustness = None
         if self.stack.task.decides:
-            test_x, test_y = self.x[run, self.n_train :], self.y[run, self.n_train :]
+            test_x, test_y = self.x[run, self.parts["test"]], self.y[run, self.parts["test"]]
             chain = certificate.chain
             robustness = assess(network, test_x, test_y, chain.p, certificate.value, certificate.reason)
         x = self.x[run].numpy()
         return Evaluation(
             network=network,
-            train=scores[0],
-            test=scores[1],
+            step=checkpoint.kept[run] if checkpoint.kept else checkpoint.step,
+            scores=scores,
             gradient_norm=self._gradient_norm(network, run, scanned, by, at_data[q]),
             certificate=certificate,
             measured=measured,
@@ -174,7 +180,7 @@ class Evaluator:
             ),
             robustness=robustness,
             gradients={
-                "split": np.where(np.arange(len(x)) < self.n_train, "train", "test"),
+                "split": self.split,
                 **{f"x{i}": x[:, i] for i in range(x.shape[1])},
                 "y": self.y[run].numpy().astype(np.int64 if self.stack.task.has_classes else np.float64),
                 "f": scanned.f[run].numpy(),

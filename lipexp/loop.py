@@ -25,7 +25,7 @@ from lipexp.losses import Loss
 from lipexp.models import Model, unflatten
 from lipexp.networks import Affine, BakedNetwork, inputs_and_output
 from lipexp.optim import Optimiser
-from lipexp.tasks import Task
+from lipexp.tasks import Task, squeezed
 
 TICK = 20  # steps between two calls of `tick`
 
@@ -64,6 +64,8 @@ class Stack:
     steps: int
     batch_size: int
     eval_every: int  # 0: only before the first and after the last step
+    keep: str = "last"  # the network of a run that is kept: the last one, or the best one on validation
+    patience: int = 0  # a run stops after so many checkpoints that are no better on validation; 0: never
     max_regions: int = 0  # to be enumerated at the end
 
 
@@ -81,6 +83,51 @@ class Checkpoint:
     step: int
     network: BakedNetwork
     failures: dict[int, Failure] = field(default_factory=dict)  # run -> failure; its parameters are zero
+    stopped: frozenset[int] = frozenset()  # the runs that stopped before; they have the parameters of then
+    kept: Sequence[int] = ()  # in the end: the step that the network of each run is from, unless it is `step`
+
+
+Value = tuple[float, ...]  # how good a network is on validation: larger is better, the first number counts most
+
+
+class Selection:
+    """What `keep` and `patience` choose on validation: the parameters of each run to be kept, and who has stopped.
+
+    A run that has stopped is frozen: it keeps its parameters, and the others go on as if it were not there.
+    """
+
+    def __init__(self, stack: Stack, parameters: Tensor) -> None:
+        self.best_only, self.patience = stack.keep == "best", stack.patience
+        self.parameters = parameters  # (K, P), those in training
+        self.kept = parameters.clone() if self.best_only else parameters  # (K, P)
+        self.steps = [0] * len(parameters)  # that they are from
+        self.best: dict[int, Value] = {}
+        self.waited = [0] * len(parameters)  # checkpoints since the best one
+        self.stopped: set[int] = set()
+        self._at_rest: Tensor | None = None  # (S, P) the parameters of the runs that have stopped
+
+    def look(self, step: int, values: Sequence[Value | None] | None) -> None:
+        """Take note of the value of each run at `step`; None for one that has failed."""
+        for run, value in enumerate(values or ()):
+            if value is None or run in self.stopped:
+                continue
+            better = run not in self.best or value > self.best[run]
+            if better:
+                self.best[run] = value
+            self.waited[run] = 0 if better else self.waited[run] + 1
+            if better or not self.best_only:
+                self.steps[run] = step
+            if better and self.best_only:
+                self.kept[run] = self.parameters[run]
+            if self.patience and self.waited[run] >= self.patience:
+                self.stopped.add(run)
+        if self.stopped:
+            self._at_rest = self.parameters[sorted(self.stopped)].clone()
+
+    def freeze(self) -> None:
+        """Undo the last step of the runs that have stopped."""
+        if self._at_rest is not None:
+            self.parameters[sorted(self.stopped)] = self._at_rest
 
 
 class Trainer:
@@ -126,7 +173,7 @@ class Trainer:
         x, y = (part.flatten(0, 1).index_select(0, index.flatten()) for part in (self.x, self.y))
         weights = stack.constraint.apply(self.layers)
         f = inputs_and_output(weights, self.act, x.unflatten(0, index.shape))[1]
-        loss = self.loss(f.squeeze(-1), y.unflatten(0, index.shape)).mean(dim=1)  # (K,)
+        loss = self.loss(squeezed(f), y.unflatten(0, index.shape)).mean(dim=1)  # (K,)
         leaves = [part for layer in self.layers for part in layer]
         # Parameters that a user's class cuts off from the loss get a zero gradient, instead of an error.
         gradients = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
@@ -139,22 +186,25 @@ class Trainer:
 
 def fit(
     stack: Stack,
-    evaluate: Callable[[Checkpoint], None],
+    evaluate: Callable[[Checkpoint], Sequence[Value | None] | None],
     tick: Callable[[int], None] = lambda step: None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Checkpoint:
-    """Train a stack of runs and return its last checkpoint.
+    """Train a stack of runs and return the networks that are kept, as a checkpoint.
 
     Args:
-        evaluate: called with the baked networks before the first step, every `eval_every` steps and at the end.
+        evaluate: called with the baked networks before the first step, every `eval_every` steps and at the end;
+            returns how good each run is on validation, None for one that has failed. Only `keep` and `patience`
+            need that.
         tick: called with the number of finished steps every few steps, for a progress display.
     """
     trainer = Trainer(stack, device, dtype)
     parameters = trainer.parameters
+    selection = Selection(stack, parameters)
     failures: dict[int, Failure] = {}
 
-    def checkpoint(step: int) -> Checkpoint:
+    def checkpoint(step: int, parameters: Tensor = parameters) -> Checkpoint:
         finite = torch.isfinite(parameters).all(dim=1)  # (K,)
         for run in (~finite).nonzero().flatten().tolist():
             failures.setdefault(run, Failure("the parameters are no longer finite", step))
@@ -164,22 +214,26 @@ def fit(
         for run in range(len(parameters)):
             if not network.is_finite(run):
                 failures.setdefault(run, Failure("the network does not fit into float32", step))
-        return Checkpoint(step, network, dict(failures))
+        kept = selection.steps if selection.best_only or selection.patience else ()
+        return Checkpoint(step, network, dict(failures), frozenset(selection.stopped), kept)
 
     current = checkpoint(0)
-    evaluate(current)
+    selection.look(0, evaluate(current))
     losses: list[Tensor] = []  # (K,) each, of the steps since the last checkpoint
     for step in range(1, stack.steps + 1):
         losses.append(trainer.step())
+        selection.freeze()
         if step == stack.steps or (stack.eval_every and step % stack.eval_every == 0):
             _note_failures(losses, step, failures)
             losses.clear()
             current = checkpoint(step)
-            evaluate(current)
-            if len(failures) == len(stack.streams):
+            selection.look(step, evaluate(current))
+            if len(failures) + len(selection.stopped - failures.keys()) == len(stack.streams):
                 break
         if step % TICK == 0:
             tick(step)
+    if selection.best_only:
+        return checkpoint(current.step, selection.kept)
     return current
 
 

@@ -25,12 +25,12 @@ from lipexp.config import (
     whole,
 )
 from lipexp.constraints import Constraint
-from lipexp.datasets import SPLITS, Data, Dataset
+from lipexp.datasets import Data, Dataset
 from lipexp.loop import Stack, Streams
 from lipexp.losses import Loss, as_loss
 from lipexp.models import Model
 from lipexp.optim import Optimiser
-from lipexp.tasks import TASKS
+from lipexp.tasks import SPLITS, TASKS
 
 BASES = {"dataset": Dataset, "constraint": Constraint, "model": Model, "optim": Optimiser}
 
@@ -143,11 +143,12 @@ def _settings(content: Mapping[str, Any]) -> Settings:
     config = Settings(**{key: content[key] for key in SETTINGS})
     whole("seed", config.seed, least=0)
     lipschitz_constant("lipschitz", config.lipschitz)
-    for key, least in (("steps", 0), ("batch_size", 1), ("eval_every", 0), ("max_regions", 0)):
+    for key, least in (("steps", 0), ("batch_size", 1), ("eval_every", 0), ("patience", 0), ("max_regions", 0)):
         whole(key, content[key], least=least)
     whole("threads", config.threads, least=1, most=1024)
     for radius in config.radii:
         number("radii", radius, above=0)
+    one_of("keep", config.keep, ["last", "best"])
     one_of("device", config.device, ["auto", "cpu", "cuda"])
     return config
 
@@ -219,6 +220,8 @@ def stack(members: Sequence[Member]) -> Stack:
         steps=config.steps,
         batch_size=config.batch_size,
         eval_every=config.eval_every,
+        keep=config.keep,
+        patience=config.patience,
         max_regions=config.max_regions,
     )
 

@@ -15,10 +15,10 @@ from typing import Annotated, Any, TypedDict, get_type_hints
 from lipexp.config import GROUPS
 from lipexp.reading import Missing, Unreadable, parse, printable, read_record
 from lipexp.runs import RunFolder, flat
-from lipexp.tasks import TASKS
+from lipexp.tasks import SPLITS, TASKS
 
 METRICS, FAILURE = "metrics.json", "failed.json"
-SCHEMA = 2  # of metrics.json; raised when its content changes
+SCHEMA = 3  # of metrics.json; raised when its content changes
 
 Norm = Annotated[int | str, (1, 2, "inf")]
 Verdict = Annotated[str, ("PASS", "FAIL", "OPEN")]
@@ -115,8 +115,10 @@ class Metrics:
     """metrics.json."""
 
     seed: int
-    train: dict[str, float]  # loss and the task's metric
-    test: dict[str, float]
+    step: int  # after which the network that is kept was reached
+    train: dict[str, float]  # loss and the task's scores, on the points that it has learnt from
+    val: dict[str, float]  # on those that settings and checkpoints are chosen on
+    test: dict[str, float]  # on those that nothing is chosen on
     gradient_norm: GradientNorm
     lipschitz: Interval
     robustness: Robustness | None  # None where nothing is classified
@@ -232,7 +234,7 @@ def settings(folder: RunFolder) -> dict[str, Any]:
 
 def numeric_keys(task: str, radii: Iterable[float]) -> list[str]:
     """The dotted keys of all numbers that a finished run of this task records, for the goal of a search."""
-    keys = [f"{split}.{name}" for split in ("train", "test") for name in ("loss", TASKS[task].metric)]
+    keys = [f"{split}.{name}" for split in SPLITS for name in ("loss", *TASKS[task].scores)]
     if TASKS[task].decides:
         keys += [f"robustness.certified_accuracy.{radius_name(radius)}" for radius in radii]
     sections = {"gradient_norm": GradientNorm, "lipschitz": Interval, "robustness": Robustness}

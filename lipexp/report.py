@@ -31,20 +31,26 @@ from lipexp.wording import above, below, count
 
 MEASURED, CERTIFIED, TARGET = "lipschitz.measured", "lipschitz.certified", "lipschitz.target"
 Q, VERDICT = "lipschitz.q", "lipschitz.verdict"
+CHOSEN = {f"val.{metric}": larger for metric, larger in METRICS.items()}  # by which rows are ordered
 TESTED = {f"test.{metric}": larger for metric, larger in METRICS.items()}  # -> larger is better
-BEST_HIGH = (*(metric for metric, larger in METRICS.items() if larger), "radius")  # parts of keys end in them
+BEST_HIGH = (
+    *(metric for metric, larger in METRICS.items() if larger),
+    "r2",
+    "radius",
+)  # parts of keys end in them
 UPPER = (".certified", ".product", ".exact", ".exact_box.value", "robustness.lipschitz")  # upper bounds end so
 LOWER = (".measured", "gradient_norm.max", ".median_radius")  # and lower bounds so
 CHOICES = ["dataset", "act", "constraint", "loss"]  # the groups that are columns of every table
 UNFINISHED = ["missing", "running"]  # statuses of runs that have neither a result nor a failure
-PLAIN = [*TESTED, MEASURED, CERTIFIED, Q, VERDICT, "status"]
-FOLDED = [*TESTED, "n", "worst", MEASURED, CERTIFIED, Q, VERDICT, "failed", *UNFINISHED]
+PLAIN = [*CHOSEN, *TESTED, MEASURED, CERTIFIED, Q, VERDICT, "status"]
+FOLDED = [*CHOSEN, *TESTED, "n", "worst", MEASURED, CERTIFIED, Q, VERDICT, "failed", *UNFINISHED]
 HEADINGS = {"lipschitz": "L"} | {key: key.removeprefix("lipschitz.").replace(".", " ") for key in PLAIN}
 SPREAD = "± "  # and the key of a mean: its sample deviation
-FOLDED_AS = {**dict.fromkeys(TESTED, "mean"), MEASURED: "max", CERTIFIED: "max"}
+FOLDED_AS = {**dict.fromkeys([*CHOSEN, *TESTED], "mean"), MEASURED: "max", CERTIFIED: "max"}
 
 HELP = """\
 KEYS are groups or settings, such as act,optim.lr; whatever else tells two rows apart follows them.
+The best on validation comes first: what is chosen by test scores makes them look better than they are.
 KEY is a column or any key of metrics.json, such as gradient_norm.median (of folded rows its mean): accuracies,
 scores and radii from the largest, all else from the smallest, failed runs last. What is the same in every row is
 named once, above the table; what only the dataset decides, such as the loss that it brings, is left out.
@@ -219,9 +225,12 @@ def key_named(option: str, name: str, valid: Collection[str], shown: Sequence[st
 
 
 def ordered(rows: pd.DataFrame, key: str | None = None) -> pd.DataFrame:
-    """Failed rows last; the others by `key`, or best first by their metric: numbers, then words, then blanks."""
+    """Failed rows last; the others by `key`, or best first by their metric on validation, which chooses.
+
+    Numbers come before words, and blanks last.
+    """
     places: list[Any] = [rows["status"] != "ok"]
-    for each in [key] if key else TESTED:
+    for each in [key] if key else CHOSEN:
         numbers, known = pd.to_numeric(rows[each], errors="coerce"), rows[each].notna()
         best_high: Any = any(part.endswith(BEST_HIGH) for part in each.split("."))
         if each == "worst":
@@ -275,7 +284,7 @@ def cell(row: dict[Any, Any], key: str, root: str) -> str:
     elif key.endswith(UPPER) or key.startswith("certify.bounds."):
         text = above(value, row[TARGET])
     else:
-        text = f"{value:#.4g}" if key in (*TESTED, "worst") else f"{value:.4g}"
+        text = f"{value:#.4g}" if key in (*CHOSEN, *TESTED, "worst") else f"{value:.4g}"
     spread = row.get(SPREAD + key)
     return text if spread is None else f"{text} ± {spread:.2g}"
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+SPLITS = ("train", "val", "test")  # the parts of the data: learnt from; chosen on; reported once
+
 Score = Callable[["Tensor", "Tensor"], "Tensor"]  # f, y -> (K,)
 
 

@@ -15,7 +15,7 @@ import torch
 import lipexp
 from lipexp.config import one_line
 from lipexp.evaluate import Evaluation, Evaluator
-from lipexp.loop import Checkpoint, Failure, fit
+from lipexp.loop import Checkpoint, Failure, Value, fit
 from lipexp.members import Member, stack
 from lipexp.process import cpu_threads, holding_interrupts
 from lipexp.record import Metrics
@@ -66,7 +66,7 @@ def train_many(
     history: list[list[Mapping[str, float | None]]] = [[] for _ in members]
     evaluating = 0.0
 
-    def evaluate(checkpoint: Checkpoint) -> None:
+    def evaluate(checkpoint: Checkpoint) -> list[Value | None]:
         nonlocal evaluating
         before = time.perf_counter()
         rows = evaluator.history(checkpoint)
@@ -74,6 +74,7 @@ def train_many(
             past += [row] if row else []
         display.checkpoint(checkpoint.step, rows)
         evaluating += time.perf_counter() - before
+        return [evaluator.value(row) for row in rows]
 
     with ExitStack() as held:
         for folder in folders:  # so that others can tell a run that is trained from one that was killed
@@ -121,8 +122,10 @@ def _write(
         folder.write_columns("radii", found.robustness.columns)
     metrics = Metrics(
         seed=int(member.config.seed),
-        train=found.train,
-        test=found.test,
+        step=found.step,
+        train=found.scores["train"],
+        val=found.scores["val"],
+        test=found.scores["test"],
         gradient_norm=found.gradient_norm,
         lipschitz=found.certificate.interval(found.measured),
         robustness=None if found.robustness is None else found.robustness.summary(member.config.radii),

@@ -31,7 +31,8 @@ settings.register_profile("lipexp", deadline=None, max_examples=40, derandomize=
 settings.load_profile("lipexp")
 
 CONF = config.conf_dir()
-SMALL = ("model.width=8", "dataset.n_train=64", "dataset.n_test=32", "batch_size=32", "steps=30", "eval_every=0")
+SIZES = ("dataset.n_train=64", "dataset.n_val=32", "dataset.n_test=32")
+SMALL = ("model.width=8", *SIZES, "batch_size=32", "steps=30", "eval_every=0")
 
 Choice = tuple[str, ...]  # an option as overrides, such as ("constraint=linf", "constraint.p=1")
 

@@ -7,12 +7,11 @@ To add one: a class derived from `Dataset`, or from `Generated` for one that can
 file in conf/dataset/.
 """
 
-from lipexp.datasets.base import SPLITS, Data, Dataset, Finite, Generated
+from lipexp.datasets.base import Data, Dataset, Finite, Generated
 from lipexp.datasets.bundled import DigitsParity
 from lipexp.datasets.synthetic import AbsoluteValue, Cones, TwoMoons, on_sphere
 
 __all__ = [
-    "SPLITS",
     "AbsoluteValue",
     "Cones",
     "Data",

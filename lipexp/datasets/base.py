@@ -13,8 +13,6 @@ from lipexp.config import ConfigError, whole
 
 Array = npt.NDArray[np.float32]
 
-SPLITS = ("train", "val", "test")  # learnt from; chosen on; reported once
-
 
 class Data(NamedTuple):
     """The training, validation and test data of one run."""

@@ -33,9 +33,10 @@ def run_figure(run: Evaluation, names: Mapping[str, str]) -> Figure:
             figure = _curve(run, points, classes)
         else:
             figure = _distributions(run, points, classes)
-        metric = next(key for key in run.test if key != "loss")
+        scores = run.scores["test"]
+        metric = next(key for key in scores if key != "loss")
         subject = ", ".join(names[group] for group in ("dataset", "act", "constraint", "loss"))
-        figure.suptitle(f"{subject}\ntest {metric} {run.test[metric]:.4g}, {_interval(run)}", fontsize=8.5)
+        figure.suptitle(f"{subject}\ntest {metric} {scores[metric]:.4g}, {_interval(run)}", fontsize=8.5)
         figure.draw_without_rendering()  # axes of equal scale find their place in a second pass of the layout
     return figure
 

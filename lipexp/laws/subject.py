@@ -20,6 +20,7 @@ from lipexp.runs import flat
 # Small enough for a law to take a moment; what a class does not know is left out.
 SMALL: dict[str, Any] = {
     "dataset.n_train": 64,
+    "dataset.n_val": 32,
     "dataset.n_test": 32,
     "batch_size": 32,
     "steps": 30,
@@ -120,7 +121,7 @@ class Subject:
     def points(self) -> Tensor:
         """(N, D) float64, the data of the first run."""
         data = self.member.drawn(Streams.of(0))
-        return torch.from_numpy(np.concatenate([data.train_x, data.test_x])).double()
+        return torch.from_numpy(data.x).double()
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Normally distributed float64 numbers."""

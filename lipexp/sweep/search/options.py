@@ -12,7 +12,8 @@ from lipexp.record import numeric_keys
 from lipexp.sweep.options import typed
 from lipexp.tasks import METRICS, TASKS
 
-LARGER_IS_BETTER = METRICS | {"certified_accuracy": True, "median_radius": True, "loss": False}
+WARNING = "chosen on the test set, whose scores then look better than those of new data"
+LARGER_IS_BETTER = METRICS | {"r2": True, "certified_accuracy": True, "median_radius": True, "loss": False}
 
 
 @dataclass
@@ -40,7 +41,7 @@ class SearchOptions:
 
     def goal(self, task: str, radii: Iterable[float]) -> tuple[str, str]:
         """The metric and its direction, for runs of this task; raises ConfigError if one of them is not known."""
-        metric, keys = self.metric or f"test.{TASKS[task].metric}", numeric_keys(task, radii)
+        metric, keys = self.metric or f"val.{TASKS[task].metric}", numeric_keys(task, radii)
         if metric not in keys:
             raise ConfigError("hydra.sweeper.metric", metric, no_such("number in metrics.json", metric, keys))
         known = [LARGER_IS_BETTER[word] for word in metric.split(".") if word in LARGER_IS_BETTER]
@@ -49,3 +50,8 @@ class SearchOptions:
                 "hydra.sweeper.direction", "null", f"must be given for {metric}: maximize or minimize"
             )
         return metric, self.direction or ("maximize" if known[-1] else "minimize")
+
+
+def is_of_test(metric: str) -> bool:
+    """Whether a key of metrics.json is a number of the test set, on which nothing should be chosen."""
+    return "test" in metric.split(".")

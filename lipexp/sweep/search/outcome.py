@@ -16,6 +16,7 @@ from lipexp.process import holding_interrupts
 from lipexp.runs import write_file
 from lipexp.screen import Screen
 from lipexp.sweep.compose import Composer
+from lipexp.sweep.search.options import WARNING, is_of_test
 from lipexp.sweep.search.space import Space
 from lipexp.wording import count, shown_path
 
@@ -48,6 +49,8 @@ def show(folder: Path, study: optuna.Study, space: Space, metric: str) -> None:
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
             shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
         screen.show("importance: " + "  ".join(f"{key} {share:.2f}" for key, share in shares.items()))
+    if is_of_test(metric):
+        screen.show(f"{metric}: {WARNING}")
     if failed := len(study.trials) - len(best):
         screen.show(f"{failed} of {len(study.trials)} trials have no value; sweep.csv says why")
     for name in ("experiment/best.yaml", "search.png", "sweep.csv"):
@@ -70,6 +73,7 @@ def write_best(folder: Path, study: optuna.Study, space: Space, metric: str, com
             OmegaConf.update(content, key, value)
     content.defaults = defaults
     seeds = f", the mean of {len(space.seeds)} seeds" if len(space.seeds) > 1 else ""
+    seeds += f" ({WARNING})" if is_of_test(metric) else ""
     text = (
         "# @package _global_\n"
         f"# lipexp train -cd {shlex.quote(shown_path(folder))} experiment=best\n"
@@ -115,5 +119,7 @@ def write_picture(folder: Path, study: optuna.Study, space: Space, metric: str) 
             ax.set_xlabel(key or "trial")
             ax.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.5)
         figure.supylabel(metric, fontsize="medium")
+        if is_of_test(metric):
+            figure.suptitle(WARNING, fontsize="small")
         panels[""].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         write_file(folder / "search.png", lambda path: figure.savefig(path, format="png"))

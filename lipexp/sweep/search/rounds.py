@@ -35,7 +35,7 @@ from lipexp.sweep import executors
 from lipexp.sweep.compose import Composer, in_folder
 from lipexp.sweep.launch import MANY, Sweep, refuse_callbacks, row
 from lipexp.sweep.options import LauncherOptions
-from lipexp.sweep.search.options import SearchOptions
+from lipexp.sweep.search.options import WARNING, SearchOptions, is_of_test
 from lipexp.sweep.search.outcome import ranked, show, write_best, write_picture
 from lipexp.sweep.search.space import Space
 from lipexp.wording import count
@@ -60,6 +60,8 @@ def search(context: HydraContext, master: DictConfig, arguments: Sequence[str]) 
 
     member = build(first.resolved, first.choices, here=launcher.executor != "slurm")
     metric, direction = options.goal(member.parts["dataset"].task, member.config.radii)
+    if is_of_test(metric):
+        Screen(stderr=True).show(f"lipexp: hydra.sweeper.metric={metric}: {WARNING}; default: validation")
     definition = vars(space) | vars(options) | {"metric": metric, "direction": direction}
     folder = Path(master.hydra.sweep.dir)
     begin_work()
