@@ -14,6 +14,7 @@ from omegaconf import MISSING, DictConfig
 from lipexp.activations import as_activation
 from lipexp.config import (
     GROUPS,
+    ROOMS,
     SETTINGS,
     ConfigError,
     Settings,
@@ -125,7 +126,7 @@ def part(node: Any, group: str, name: str, trust: bool = True) -> Any:
         return as_loss(found, name)
     base = BASES[group]
     if not isinstance(found, base):
-        allowed = f"cannot be used as {group}: it does not derive from {base.__module__}.{base.__name__}"
+        allowed = f"cannot be used as {group}: it does not derive from {'.'.join(ROOMS[group])}"
         raise ConfigError(group, name, allowed)
     if isinstance(found, Dataset):
         task = TASKS[one_of(f"{group}.task", found.task, list(TASKS))]

@@ -19,7 +19,15 @@ import torch
 
 SCRIPT = str(Path(sys.executable).with_name("lipexp"))
 DEBUG = ("experiment=debug", "device=cpu")
-TINY = (*DEBUG, "steps=2", "max_regions=0", "dataset.n_train=64", "dataset.n_test=32", "batch_size=32")
+TINY = (
+    *DEBUG,
+    "steps=2",
+    "max_regions=0",
+    "dataset.n_train=64",
+    "dataset.n_val=32",
+    "dataset.n_test=32",
+    "batch_size=32",
+)
 INLINE = "hydra.launcher.executor=inline"
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e[+-]?\d+)?")
 BASIC = ("hydra/launcher=basic", "hydra/sweeper=basic")

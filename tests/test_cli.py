@@ -40,8 +40,8 @@ def test_metrics_say_what_the_tables_say(trained_run):
     found = metrics(trained_run())
     gradients, history = (pd.read_csv(trained_run() / f"{name}.csv") for name in ("gradients", "history"))
     assert list(gradients.columns) == ["split", "x0", "x1", "y", "f", "grad_1", "grad_2", "grad_inf"]
-    assert gradients["split"].value_counts().to_dict() == {"train": 200, "test": 200}
-    for split in ("train", "test"):
+    assert gradients["split"].value_counts().to_dict() == {"train": 200, "val": 200, "test": 200}
+    for split in ("train", "val", "test"):
         part = gradients[gradients["split"] == split]
         accuracy = ((part["f"] > 0) == (part["y"] == 1)).mean()
         hinge = (0.5 - (2 * part["y"] - 1) * part["f"]).clip(lower=0).mean()
@@ -53,7 +53,7 @@ def test_metrics_say_what_the_tables_say(trained_run):
     assert list(history["step"]) == [0, 10, 20]
     assert history["certified"].iloc[-1] == lipschitz["product"]
     assert (history["grad_max"] <= history["certified"]).all()
-    assert history["test_accuracy"].iloc[-1] == found["test"]["accuracy"]
+    assert history["val_accuracy"].iloc[-1] == found["val"]["accuracy"]
     assert found["model_sha256"] == hashlib.sha256((trained_run() / "model.pt").read_bytes()).hexdigest()
 
 

@@ -9,7 +9,7 @@ from conftest import CONF, defaults_of, leaf, options, part
 from omegaconf import OmegaConf
 
 from lipexp.check import composed
-from lipexp.config import GROUPS, Settings, plain
+from lipexp.config import GROUPS, ROOMS, Settings, plain
 from lipexp.members import build
 
 
@@ -19,8 +19,8 @@ def test_options_are_classes_of_one_module_and_one_option_of_each_spells_out_the
     for option in options(group):
         arguments = plain(leaf(group, option))
         kind = type(part((f"{group}={option}",)))
-        assert arguments.pop("_target_") == f"{kind.__module__}.{kind.__name__}"
-        assert kind.__module__.startswith(f"lipexp.{group}")  # act -> activations, loss -> losses, optim -> optim
+        assert arguments.pop("_target_") == f"{ROOMS[group][0]}.{kind.__name__}"
+        assert f"{kind.__module__}.".startswith(f"{ROOMS[group][0]}.")
         found = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
         spelled.setdefault(kind, []).append(found)
     for kind, found in spelled.items():

@@ -24,14 +24,14 @@ def test_the_lines_of_a_sweep_are_whole_at_any_width(width):
         for number in (7, 98, 99):
             stack = StackDisplay(display.update, number)
             with stack.training(100_000):
-                stack.checkpoint(0, [{"test_accuracy": value} for value in (0.8613, 0.8642, 0.7001)])
+                stack.checkpoint(0, [{"val_accuracy": value} for value in (0.8613, 0.8642, 0.7001)])
                 stack.tick(54_321)
         stack.stage("proving: run 127 of 128")
     lines = shown(console)[2:]  # below the header
     assert max(map(len, lines)) <= width - 3  # ^C may follow
     allowed = {"8", "99", "100", "0", "54321", "100000", "0.8642", "0.8613", "127", "128"}
     assert {number for line in lines for number in NUMBER.findall(line) if ":" not in number} <= allowed
-    live = "test accuracy best 0.8642" + ", median 0.8613" * (width > 63)
+    live = "val accuracy best 0.8642" + ", median 0.8613" * (width > 63)
     for text in (f"stack  99 of 100{BAR}54321/100000  {live}", f"{BAR}54321/100000  proving: run 127 of 128"):
         assert any(re.search(text, line) for line in lines)
 
@@ -52,13 +52,13 @@ def test_the_line_of_a_stack_that_has_ended_is_taken_away():
 
 def test_what_follows_the_last_step_of_a_run_is_said():
     for stage, said in (
-        ("", "loss 0.5  test mse 0.25  max ‖∇f‖ 0.9999"),
+        ("", "loss 0.5  val mse 0.25  max ‖∇f‖ 0.9999"),
         ("proving: exact, 120,000 regions",) * 2,
     ):
         console = screen()
         display = Display(screen=console)
         with display.training(100):
-            display.checkpoint(100, [{"train_loss": 0.5, "test_mse": 0.25, "grad_max": 0.99999}])
+            display.checkpoint(100, [{"train_loss": 0.5, "val_mse": 0.25, "grad_max": 0.99999}])
             if stage:
                 display.stage(stage)
         assert any(f"100/100  {said}" in line for line in shown(console))
@@ -78,16 +78,16 @@ def test_the_table_has_the_best_first_and_the_failed_last():
     found = {"status": "ok", "reason": "", "lipschitz.verdict": "PASS", **results}
     rows = [
         {"job": 0, "status": "failed", "reason": "no luck", "seed": "0", "act": "relu"},
-        {"job": 1, "seed": "1", "act": "relu", **found, "test.accuracy": 0.7},
+        {"job": 1, "seed": "1", "act": "relu", **found, "val.accuracy": 0.7},
         {"job": 2, "status": "missing", "reason": "", "seed": "2", "act": "relu"},
-        *({"job": i, "seed": "3", "act": "relu", **found, "test.accuracy": 1 - i / 100} for i in range(3, 60)),
+        *({"job": i, "seed": "3", "act": "relu", **found, "val.accuracy": 1 - i / 100} for i in range(3, 60)),
     ]
     console = screen(terminal=False)
     SweepDisplay(console).result(rows, ["seed", "act"], Path("my runs/sweep.csv"), table=True)
     lines = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
     assert lines[:4] == [
         "measured=0.5 certified=0.5001 verdict=PASS",
-        "test",
+        "val",
         "job seed accuracy status",
         "3 3 0.9700 ok",
     ]

@@ -49,7 +49,7 @@ def test_a_classifier_is_drawn_with_both_classes_and_labelled_levels(drawn):
     assert sorted(map(tuple, points)) == sorted(map(tuple, columns[["x0", "x1"]].to_numpy()))
     assert len(ax.texts) >= 4
     assert "0" in [text.get_text() for text in ax.texts]
-    assert f"test accuracy {found.test['accuracy']:.4g}" in figure.get_suptitle()
+    assert f"test accuracy {found.scores['test']['accuracy']:.4g}" in figure.get_suptitle()
     assert "‖∇f‖₂: measured" in figure.get_suptitle()
     assert ax.get_aspect() == 1
 

@@ -18,7 +18,15 @@ from omegaconf import OmegaConf
 from lipexp.config import GROUPS
 from lipexp.runs import flat
 
-SIZES = ("model.width", "model.depth", "dataset.n_train", "dataset.n_test", "dataset.n_inputs", "batch_size")
+SIZES = (
+    "model.width",
+    "model.depth",
+    "dataset.n_train",
+    "dataset.n_val",
+    "dataset.n_test",
+    "dataset.n_inputs",
+    "batch_size",
+)
 HYDRA = (
     *(
         "hydra.run.dir",

@@ -236,9 +236,9 @@ class Lattice(TwoMoons):
     """Points with whole coordinates, of which many coincide; the same for every seed."""
 
     def draw(self, stream):
-        x = np.random.default_rng(0).integers(0, 4, size=(96, 2)).astype(np.float32)
+        x = np.random.default_rng(0).integers(0, 4, size=(128, 2)).astype(np.float32)
         y = (x.sum(axis=1) > 3).astype(np.float32)
-        return tuple(np.split(part, [64])[i] for i in range(2) for part in (x, y))  # a tuple does as well
+        return tuple(np.split(part, [64, 96])[i] for i in range(3) for part in (x, y))  # a tuple does as well
 
 
 class Planar(MLP):
@@ -256,7 +256,7 @@ class Planar(MLP):
 
 
 SOUND = [
-    ("dataset", Lattice, {"n_train": 64, "n_test": 32}),
+    ("dataset", Lattice, {"n_train": 64, "n_val": 32, "n_test": 32}),
     ("model", Planar, {"width": 8, "depth": 2}),
     ("loss", lambda f, y: ((1 - 2 * y) * f).exp(), {}),
 ]

@@ -82,3 +82,63 @@ def test_no_steps_leaves_the_initial_network_and_no_global_generator_is_touched(
     assert torch.equal(before, torch.get_rng_state())
     initial = runs.model.initial(runs.shapes, generator(Streams.of(0).weights))
     assert torch.equal(torch.cat([part.flatten() for layer in stored for part in layer]), initial)
+
+
+VALUES = {  # of three runs, at the steps 0, 10, 20, 30 and 40; larger is better
+    "falls": [5, 4, 3, 2, 1],
+    "rises": [1, 2, 3, 4, 5],
+    "peaks": [1, 6, 2, 3, 7],
+}
+
+
+@pytest.mark.parametrize(
+    ("keep", "patience", "kept", "seen"),
+    [
+        ("last", 0, [40, 40, 40], [5, 5, 5]),
+        ("best", 0, [0, 40, 40], [5, 5, 5]),
+        ("last", 2, [20, 40, 30], [3, 5, 4]),
+        ("best", 2, [0, 40, 10], [3, 5, 4]),
+    ],
+)
+def test_a_run_keeps_what_validation_chooses_and_stops_without_disturbing_the_others(
+    member, keep, patience, kept, seen
+):
+    def weights(network, run):
+        return torch.cat([part[run].flatten() for layer in network.layers for part in layer])
+
+    runs = stack([member("steps=40", "eval_every=10", "constraint=spectral", f"seed={s}") for s in range(3)])
+    alike = []  # the networks of all steps, of runs that nothing stops
+    fit(runs, lambda checkpoint: alike.append(checkpoint.network))
+    runs.keep, runs.patience, looked = keep, patience, [0, 0, 0]
+
+    def evaluate(checkpoint):
+        step = checkpoint.step // 10
+        for run in range(3):
+            looked[run] += run not in checkpoint.stopped
+            frozen = checkpoint.stopped and run in checkpoint.stopped
+            expected = alike[seen[run] - 1 if frozen else step]
+            assert torch.equal(weights(checkpoint.network, run), weights(expected, run))
+        return [(values[step],) for values in VALUES.values()]
+
+    last = fit(runs, evaluate)
+    assert looked == seen
+    assert (list(last.kept) or [last.step] * 3) == kept
+    for run, step in enumerate(kept):
+        assert torch.equal(weights(last.network, run), weights(alike[step // 10], run))
+
+
+def test_a_stack_ends_when_all_of_its_runs_have_stopped(member):
+    runs = stack([member("steps=40", "eval_every=10", "patience=1", f"seed={s}") for s in range(2)])
+    seen = []
+    last = fit(runs, lambda checkpoint: seen.append(checkpoint.step) or [(0.0,), (-checkpoint.step,)])
+    assert (seen, last.step) == ([0, 10], 10)
+
+
+def test_the_best_on_validation_has_the_best_metric_and_among_equals_the_smallest_loss(member):
+    evaluator = Evaluator(stack([member("steps=1")]))
+    rows = [
+        {"val_accuracy": accuracy, "val_loss": loss} for accuracy, loss in ((0.9, 0.1), (0.9, 0.2), (0.8, 0.0))
+    ]
+    values = [evaluator.value(row) for row in rows]
+    assert values == sorted(values, reverse=True)
+    assert evaluator.value({}) is None

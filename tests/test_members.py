@@ -64,7 +64,7 @@ class Moons(TwoMoons):
     """Moons that change what they draw or declare."""
 
     def __init__(self, n_outputs=1, task="classification", per_run=(), **drawn):
-        super().__init__(n_train=64, n_test=32)
+        super().__init__(n_train=64, n_val=32, n_test=32)
         self.n_outputs, self.task, self.per_run, self.drawn = n_outputs, task, per_run, drawn
 
     def draw(self, stream):
@@ -105,7 +105,7 @@ REFUSED = [
     ("model", "Narrow", {}, "must lead from 2 inputs to 1 output"),
     ("constraint", "Forgetful", {}, "names slack in per_run, but has no number of that name"),
     ("dataset", "Moons", {"per_run": ["size"]}, "names size in per_run, but has no number of that name"),
-    ("dataset", "Moons", {"n_outputs": 2}, "has 2 outputs; only one is supported so far"),
+    ("dataset", "Moons", {"n_outputs": 2}, "has 2 outputs; classification needs one"),
     ("dataset", "Moons", {"test_x": [[0.0]] * 32}, r"draws test_x of shape \(32, 1\), but declares \(32, 2\)"),
     ("dataset", "Moons", {"test_y": [[0]] * 32}, r"draws test_y of shape \(32, 1\), but declares \(32,\)"),
     ("dataset", "Moons", {"train_y": [0] * 65}, r"draws train_y of shape \(65,\), but declares \(64,\)"),
@@ -130,8 +130,10 @@ def test_modules_of_torch_work_as_they_are(member):
     runs = stack([member("constraint=none", f"seed={seed}", **nodes) for seed in range(2)])
     evaluator, last = Evaluator(runs), fit(runs, lambda checkpoint: None)
     for run, row in enumerate(evaluator.history(last)):
-        f = last.network.double(evaluator.x)[run, 64:, 0]
-        assert row["test_loss"] == pytest.approx(float(torch.nn.HuberLoss()(f, evaluator.y[run, 64:])), rel=1e-9)
+        f = last.network.double(evaluator.x)[run, evaluator.parts["val"], 0]
+        assert row["val_loss"] == pytest.approx(
+            float(torch.nn.HuberLoss()(f, evaluator.y[run, evaluator.parts["val"]])), rel=1e-9
+        )
 
 
 COUNTED = """

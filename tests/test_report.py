@@ -35,7 +35,8 @@ def run(trained_run, tmp_path, monkeypatch, capsys):
         if score is None:
             folder.write_failure(results.get("reason", "not finite"), step=2)
             return folder.path
-        content = trained.read_json("metrics.json") | {"test": {"loss": 0.5, metric: score}}
+        scores = {"loss": 0.5, metric: score}
+        content = trained.read_json("metrics.json") | {"val": scores, "test": scores}
         for key, value in {"measured": 0.75, "certified": 0.9999971, "within": 0.5, **results}.items():
             content["gradient_norm" if key == "median" else "lipschitz"][key] = value
         content["robustness"]["certified_accuracy"] = {"0.25": content["lipschitz"].pop("within")}
@@ -115,10 +116,19 @@ def test_what_is_the_same_everywhere_is_named_once_above_the_table(run, report):
     assert first.startswith("2 runs under ")
     shared = ["dataset=two_moons", "act=relu", "constraint=spectral", "loss=hinge", "L=1", "measured=0.75"]
     assert same.split("  ") == [*shared, "certified=0.999998", "q=2", "verdict=PASS", "status=ok"]
-    assert last.split() == ["a", "1", "0.8000"]
+    assert last.split() == ["a", "1", "0.8000", "0.8000"]
     run("c", seed=3)
     assert "verdict=PASS" in report().splitlines()[1]  # of those that have one
-    assert report("outputs/a").splitlines()[-1].split() == ["a", "0.8000", "0.75", "0.999998", "2", "PASS", "ok"]
+    assert report("outputs/a").splitlines()[-1].split() == [
+        "a",
+        "0.8000",
+        "0.8000",
+        "0.75",
+        "0.999998",
+        "2",
+        "PASS",
+        "ok",
+    ]
 
 
 def test_settings_that_tell_rows_with_the_same_option_apart_are_columns(run, report):
@@ -155,8 +165,15 @@ def test_bounds_are_rounded_to_their_safe_side_and_lines_are_whole(run, report, 
     run("b", 0.9, seed=1, measured=0.12349, certified=0.5)
     run("c", reason="many words " * 20)
     *_, b, a, c = report().splitlines()
-    assert b.split()[3:5] == ["0.9000", "0.1234"]
-    assert a.split()[2:] == ["0.123456789", "0.8000", "0.9999", "0.99999999", "ok"]  # 1 would be the target itself
+    assert b.split()[3:6] == ["0.9000", "0.9000", "0.1234"]
+    assert a.split()[2:] == [
+        "0.123456789",
+        "0.8000",
+        "0.8000",
+        "0.9999",
+        "0.99999999",
+        "ok",
+    ]  # 1 would be the target itself
     assert c.endswith(" ".join(["many words"] * 20))
 
 
@@ -187,7 +204,7 @@ def test_folding_gives_mean_spread_count_and_worst(run, report, table):
     assert (relu["lipschitz.measured.max"], relu["lipschitz.certified.max"]) == ("0.75", "0.875")
     assert (groupsort["worst"], groupsort["failed"], groupsort["lipschitz.verdict"]) == ("0.7", "0", "OPEN")
     line = report("--by", "act").splitlines()[-2]
-    assert line.split() == ["relu", "0.8900", "±", "0.085", "3", "0.8000", "0.75", "0.875", "PASS", "1"]
+    assert line.split() == ["relu", *["0.8900", "±", "0.085"] * 2, "3", "0.8000", "0.75", "0.875", "PASS", "1"]
     by_worst = table("--by", "act,seed", "--sort", "worst")  # best first: the smallest mse, the largest accuracy
     assert [row["worst"] for row in by_worst] == ["0.97", "0.9", "0.8", "0.6", "0.7", ""]
 

@@ -41,7 +41,7 @@ def search(lipexp, monkeypatch):
 
     def call(accuracy: Callable[[dict[str, Any]], float | None], *arguments: str) -> Any:
         def run(sweep: Sweep) -> list[SimpleNamespace]:
-            rows = [{"test.accuracy": accuracy(job.resolved)} for job in sweep.jobs.values()]
+            rows = [{"val.accuracy": accuracy(job.resolved)} for job in sweep.jobs.values()]
             return [SimpleNamespace(results=lambda row=row: {"status": "ok", "reason": "", **row}) for row in rows]
 
         monkeypatch.setattr(Sweep, "run", run)
@@ -71,7 +71,7 @@ def test_hydras_grammar_as_distributions():
 
 
 def test_the_metric_and_its_direction_are_known():
-    for task, goal in (("regression", ("test.mse", "minimize")), ("transport", ("test.score", "maximize"))):
+    for task, goal in (("regression", ("val.mse", "minimize")), ("transport", ("val.score", "maximize"))):
         assert SearchOptions().goal(task, []) == goal
     for metric, direction in (("train.loss", "minimize"), ("robustness.certified_accuracy.0.4", "maximize")):
         assert SearchOptions(metric=metric).goal("classification", [0.4]) == (metric, direction)
@@ -84,7 +84,7 @@ def test_a_search_finds_a_bowl_and_the_importance_of_its_axes(search):
     values = pd.Series([trial.value for trial in trials()])
     assert values[20:].median() > values[:20].median() / 2
     assert float(done.out.split("importance: loss.margin ")[1].split()[0]) > 0.8
-    assert f"round 5 of 5: 40 trials, best test.accuracy {values.max():.6g} (trial {values.idxmax()})" in done.out
+    assert f"round 5 of 5: 40 trials, best val.accuracy {values.max():.6g} (trial {values.idxmax()})" in done.out
 
 
 def test_an_interrupted_search_goes_on_with_the_same_trials(search, monkeypatch):
@@ -117,7 +117,7 @@ def test_a_larger_number_of_random_trials_goes_on_where_the_search_ended(search)
     for number, rounds in ((3, [0, 0, 1]), (5, [0, 0, 1, 2, 2])):
         options = ("hydra.sweeper.sampler=random", "hydra.sweeper.round=2", f"hydra.sweeper.trials={number}")
         done = search(bowl, MARGIN, *options, "hydra.sweeper.direction=minimize", "resume=true")
-        assert f"{number} trials, best test.accuracy {min(trial.value for trial in trials()):.6g} " in done.out
+        assert f"{number} trials, best val.accuracy {min(trial.value for trial in trials()):.6g} " in done.out
         assert pd.read_csv("found/sweep.csv")["round"].tolist() == rounds
 
 
@@ -139,9 +139,9 @@ def test_trials_without_a_value_are_ordinary_unless_all_are(search):
     done = search(lambda config: 0.5 if config["lipschitz"] == 1 else None, *options)
     assert (done.code, "trials have no value; sweep.csv says why" in done.out) == (0, True)
     assert {trial.params["lipschitz"]: trial.state.name for trial in trials()} == {"1": "COMPLETE", "2": "PRUNED"}
-    assert set(pd.read_csv("found/sweep.csv").set_index("lipschitz")["reason"][2]) == {"test.accuracy is null"}
+    assert set(pd.read_csv("found/sweep.csv").set_index("lipschitz")["reason"][2]) == {"val.accuracy is null"}
     done = search(lambda config: None, *options, "hydra.sweep.dir=none")
-    assert (done.code, done.err) == (1, "lipexp: no trial has a value: test.accuracy is null\n")
+    assert (done.code, done.err) == (1, "lipexp: no trial has a value: val.accuracy is null\n")
 
 
 def test_the_picture_rings_the_best_trial_in_the_panel_of_each_axis(search, monkeypatch):
