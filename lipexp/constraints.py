@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -231,6 +232,8 @@ class Constraint(ABC):
     |                     | from hidden_p to hidden_p. Their product bounds the network                     |
     | `per_run`           | the arguments that may differ between the runs of a stack: each is an attribute |
     |                     | of the same name, a number that may become a (K,) tensor                        |
+    | `signs`             | (D,) of monotone features, 1 where f may only rise and -1 where it may only     |
+    |                     | fall, else 0; None: there are none. See `linear`                                |
     | `check(act, name)`  | refuses an activation that breaks the bound                                     |
     | `target(run)`       | L of one run                                                                    |
     | `bound(n_layers)`   | b, the norm that each layer may have                                            |
@@ -246,6 +249,7 @@ class Constraint(ABC):
     hidden_p: float = 2.0
     lipschitz: Any = None
     per_run: tuple[str, ...] = ()
+    signs: Tensor | None = None
 
     @property
     def q(self) -> float:
@@ -277,8 +281,26 @@ class Constraint(ABC):
         """(K,) or (1,) b, the norm that each of n layers may have, in float64; None: there is no bound."""
         if self.lipschitz is None:
             return None
+        return torch.tensor([even_split(float(budget), n_layers) for budget in self._budget], dtype=torch.float64)
+
+    @property
+    def _budget(self) -> Tensor:
+        """(K,) or (1,) in float64: L, with signs s a float32 number c just below L / (1 + ||s||_q)."""
         lipschitz = torch.as_tensor(self.lipschitz, dtype=torch.float64).reshape(-1)
-        return torch.tensor([even_split(float(value), n_layers) for value in lipschitz], dtype=torch.float64)
+        if self.signs is None:
+            return lipschitz
+        length = torch.linalg.vector_norm(self.signs.double(), ord=self.q)
+        return toward_zero(lipschitz / (1 + length) * (1 - 2.0**-20)).double()
+
+    def linear(self) -> Tensor | None:
+        """(K or 1, 1, D) A = c s^T, which is added to one output of layers of norm c; None without signs s.
+
+        With ||grad h||_q <= c for the layers h, each partial derivative of h is at most c, so that those of
+        f = h + c s^T x have the signs s; and ||grad f||_q <= c + c ||s||_q <= L.
+
+        Reference: Kitouni, Nolte and Williams 2023, "Expressive monotonic neural networks" (arXiv 2307.07512).
+        """
+        return None if self.signs is None else (self._budget.view(-1, 1, 1) * self.signs.double()).float()
 
     def start(self, layers: Sequence[Affine]) -> None:
         bound = self.bound(len(layers))
@@ -315,7 +337,8 @@ class Constraint(ABC):
             baked, proven = norm.bake(weight.detach().cpu(), bound)
             out.append(Affine(baked, (bound.view(-1, 1, 1) ** i * bias.detach().cpu().double()).float()))
             norms.append(proven)
-        return BakedNetwork(out, act, norms)
+        linear = self.linear()
+        return BakedNetwork(out, act, norms, None if linear is None else linear.expand(len(bound), -1, -1))
 
     def prove(self, network: BakedNetwork) -> BakedNetwork:
         """`network` with the norms of its layers proven from the stored numbers; inf for those of a broken run."""
@@ -324,7 +347,7 @@ class Constraint(ABC):
             [norm.proven(layer.weight[run]) if finite[run] else math.inf for run in range(network.n_runs)]
             for norm, layer in zip(self.norms(len(network.layers)), network.layers, strict=True)
         ]
-        return BakedNetwork(network.layers, network.act, norms)
+        return replace(network, norms=norms)
 
 
 def _stored(part: Tensor) -> Tensor:

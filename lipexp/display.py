@@ -52,7 +52,7 @@ class Display:
             self.screen.show(line)
             return
         self.screen.show(f"  {line}", bold="lipexp train")
-        shape = ", ".join(f"{key} {value}" for key, value in config.model.items() if key != "_target_")
+        shape = ", ".join(f"{key} {value}" for key, value in config.model.items() if key != "_target_" and value)
         self.screen.show(f"{names['model']} ({shape}), {config.steps} steps of {config.batch_size} points")
 
     @contextmanager

@@ -163,6 +163,8 @@ class Trainer:
             for layer in unflatten(self.parameters, stack.shapes)
         ]
         stack.constraint.start(self.layers)
+        linear = stack.constraint.linear()
+        self.linear = None if linear is None else linear.expand(len(starts), -1, -1).to(device, dtype)
         stack.optim.start(self.parameters)
         _keep_freed_memory()
 
@@ -172,7 +174,7 @@ class Trainer:
         index = (next(self._batches) + self._starts).to(self.x.device, non_blocking=True)  # (K, B)
         x, y = (part.flatten(0, 1).index_select(0, index.flatten()) for part in (self.x, self.y))
         weights = stack.constraint.apply(self.layers)
-        f = inputs_and_output(weights, self.act, x.unflatten(0, index.shape))[1]
+        f = inputs_and_output(weights, self.act, x.unflatten(0, index.shape), self.linear)[1]
         loss = self.loss(squeezed(f), y.unflatten(0, index.shape)).mean(dim=1)  # (K,)
         leaves = [part for layer in self.layers for part in layer]
         # Parameters that a user's class cuts off from the loss get a zero gradient, instead of an error.

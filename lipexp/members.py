@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import MISSING, DictConfig
+from torch import Tensor
 
 from lipexp.activations import as_activation
 from lipexp.config import (
@@ -29,7 +30,7 @@ from lipexp.constraints import Constraint
 from lipexp.datasets import Data, Dataset
 from lipexp.loop import Stack, Streams
 from lipexp.losses import Loss, as_loss
-from lipexp.models import Model
+from lipexp.models import Model, signs
 from lipexp.optim import Optimiser
 from lipexp.tasks import SPLITS, TASKS
 
@@ -49,6 +50,12 @@ class Member:
         """(out, in) of each weight matrix."""
         dataset: Dataset = self.parts["dataset"]
         return self.parts["model"].shapes(dataset.n_inputs, dataset.n_outputs)
+
+    @property
+    def signs(self) -> Tensor | None:
+        """(D,) the directions of monotone inputs; see `models.signs`."""
+        dataset: Dataset = self.parts["dataset"]
+        return signs(self.parts["model"], dataset.features, dataset.n_inputs)
 
     def drawn(self, streams: Streams) -> Data:
         """The data of this run."""
@@ -103,6 +110,12 @@ def build(
         )
         raise ConfigError("model", names["model"], allowed)
     constraint.check(act, names["act"])
+    if member.signs is not None:
+        if constraint.lipschitz is None:
+            raise ConfigError("model.monotone", plain(config.model)["monotone"], "needs a constraint")
+        if dataset.n_outputs != 1 or dataset.task == "transport":
+            allowed = f"is for one output that is fitted, not for dataset={names['dataset']}"
+            raise ConfigError("model.monotone", plain(config.model)["monotone"], allowed)
     return member
 
 
@@ -230,6 +243,8 @@ def stack(members: Sequence[Member]) -> Stack:
 def _stacked(group: str, members: Sequence[Member]) -> Any:
     """The object of `group` for all members: a copy of the first one's, with (K,) tensors for what may differ."""
     one = copy.deepcopy(members[0].parts[group])
+    if group == "constraint":
+        one.signs = members[0].signs
     for name in _per_run(one):
         values = [float(getattr(member.parts[group], name)) for member in members]
         setattr(one, name, torch.tensor(values, dtype=torch.float64))

@@ -9,12 +9,12 @@ To add one: a class derived from `Model`, and one file in conf/model/.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lipexp.config import whole
+from lipexp.config import ConfigError, no_such, whole
 from lipexp.networks import Affine
 
 Shapes = Sequence[tuple[int, int]]  # (out, in) of each weight matrix
@@ -28,7 +28,11 @@ class Model(ABC):
     | `shapes(n_inputs, n_outputs)`| (out, in) of each weight matrix; the activation stands between two     |
     | `initial(shapes, generator)` | (P,) the parameters of one run before training: weight and bias of     |
     |                              | each layer in turn, flattened                                          |
+    | `monotone`                   | 1 for the inputs along which f may only rise, -1 for those along which |
+    |                              | it may only fall, by the name of the feature or as x0, x1, ...         |
     """
+
+    monotone: Mapping[str, int] = {}
 
     @abstractmethod
     def shapes(self, n_inputs: int, n_outputs: int) -> list[tuple[int, int]]: ...
@@ -38,11 +42,22 @@ class Model(ABC):
 
 
 class MLP(Model):
-    """`depth` hidden layers of `width` features each, so depth + 1 weight matrices."""
+    """`depth` hidden layers of `width` features each, so depth + 1 weight matrices.
 
-    def __init__(self, width: int = 64, depth: int = 2) -> None:
+    Args:
+        monotone: see `Model`; it needs a constraint and one output, and costs the layers a part of L.
+    """
+
+    def __init__(self, width: int = 64, depth: int = 2, monotone: Mapping[str, int] | None = None) -> None:
         self.width = whole("width", width, least=1)
         self.depth = whole("depth", depth, least=1)
+        monotone = {} if monotone is None else monotone
+        if not isinstance(monotone, Mapping):
+            raise ConfigError("monotone", monotone, "must be a map from features to 1 or -1, such as {age: 1}")
+        for name, sign in monotone.items():
+            if sign not in (1, -1) or isinstance(sign, bool):
+                raise ConfigError(f"monotone.{name}", sign, "must be 1 (rises) or -1 (falls)")
+        self.monotone = dict(monotone)
 
     def shapes(self, n_inputs: int, n_outputs: int) -> list[tuple[int, int]]:
         sizes = [n_inputs, *[self.width] * self.depth, n_outputs]
@@ -58,6 +73,27 @@ class MLP(Model):
             rows.append(nn.init.orthogonal_(torch.empty(n_out, n_in), generator=generator).flatten())
             rows.append(torch.empty(n_out).uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator))
         return torch.cat(rows)
+
+
+def signs(model: Model, features: Sequence[str], n_inputs: int) -> Tensor | None:
+    """(D,) 1, -1 or 0 for each input: what `model.monotone` says of it; None where it says nothing.
+
+    Args:
+        features: the names of the inputs, if they have any.
+
+    Raises:
+        ConfigError: it names no input.
+    """
+    if not model.monotone:
+        return None
+    found = torch.zeros(n_inputs)
+    places = {f"x{i}": i for i in range(n_inputs)} | {name: i for i, name in enumerate(features)}
+    for name, sign in model.monotone.items():
+        if name not in places:
+            known = list(features) or [f"x{i}" for i in range(n_inputs)]
+            raise ConfigError("model.monotone", name, no_such("feature", name, known[:20]))
+        found[places[name]] = sign
+    return found
 
 
 def unflatten(parameters: Tensor, shapes: Shapes) -> list[Affine]:

@@ -62,15 +62,21 @@ class _Affine(torch.autograd.Function):
         )
 
 
-def inputs_and_output(layers: Sequence[Affine], act: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The input of every layer at points x (K, B, D), x itself first, and the outputs (K, B, C)."""
-    inputs = []
+def inputs_and_output(
+    layers: Sequence[Affine], act: nn.Module, x: Tensor, linear: Tensor | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """The input of every layer at points x (K, B, D), x itself first, and the outputs (K, B, C).
+
+    Args:
+        linear: (K, C, D) A: A x is added to the outputs.
+    """
+    points, inputs = x, []
     for i, layer in enumerate(layers):
         if i > 0 and not (layer.is_residual or layers[i - 1].is_residual):
             x = act(x)
         inputs.append(x)
         x = layer(x, act)
-    return inputs, x
+    return inputs, x if linear is None else torch.baddbmm(x, points, linear.mT)
 
 
 class LinearRegion(NamedTuple):
@@ -85,7 +91,8 @@ class LinearRegion(NamedTuple):
 class BakedNetwork:
     """K networks of one shape with their final, stored numbers: what is measured, proven, drawn, saved and loaded.
 
-    f = layer_n o act o ... o act o layer_1 with plain float32 weights on the CPU. Callers ask for outputs,
+    f = layer_n o act o ... o act o layer_1 with plain float32 weights on the CPU, plus A x where there is a linear
+    term A beside the layers, which makes a network monotone. Callers ask for outputs,
     gradients (by autograd through `inputs_and_output`), the linear region around a point and the proven norms.
     Proofs, and ascents to steep points, also look at the numbers in `layers`, where the network `is_plain`.
 
@@ -98,6 +105,7 @@ class BakedNetwork:
     norms: Sequence[
         Sequence[float]
     ] = ()  # norms[i][k]: proven for layer i of run k, as the constraint chains them
+    linear: Tensor | None = None  # (K, C, D) A, in float32
 
     def __repr__(self) -> str:
         sizes = " -> ".join(map(str, [self.n_inputs, *self.hidden_widths, self.n_outputs]))
@@ -122,7 +130,8 @@ class BakedNetwork:
     def run(self, k: int) -> BakedNetwork:
         """Network k alone, as K = 1."""
         layers = [type(layer)(*(part[k : k + 1] for part in layer)) for layer in self.layers]
-        return replace(self, layers=layers, norms=[[per_run[k]] for per_run in self.norms])
+        linear = None if self.linear is None else self.linear[k : k + 1]
+        return replace(self, layers=layers, norms=[[per_run[k]] for per_run in self.norms], linear=linear)
 
     @property
     def is_plain(self) -> bool:
@@ -132,28 +141,36 @@ class BakedNetwork:
     @cached_property
     def double(self) -> BakedNetwork:
         """The same numbers in float64."""
-        return replace(self, layers=[type(layer)(*(part.double() for part in layer)) for layer in self.layers])
+        layers = [type(layer)(*(part.double() for part in layer)) for layer in self.layers]
+        return replace(self, layers=layers, linear=None if self.linear is None else self.linear.double())
 
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs (K, B, C) at points (K, B, D) of the same number type."""
-        return inputs_and_output(self.layers, self.act, x)[1]
+        return inputs_and_output(self.layers, self.act, x, self.linear)[1]
 
     def inputs_and_output(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """The input of every layer at points x (K, B, D), x itself first, and the outputs (K, B, C)."""
-        return inputs_and_output(self.layers, self.act, x)
+        return inputs_and_output(self.layers, self.act, x, self.linear)
 
     def is_finite(self, k: int) -> bool:
         """Whether all numbers of network k are finite."""
-        return all(bool(torch.isfinite(part[k]).all()) for layer in self.layers for part in layer)
+        parts = [part for layer in self.layers for part in layer]
+        parts += [] if self.linear is None else [self.linear]
+        return all(bool(torch.isfinite(part[k]).all()) for part in parts)
 
     # Saving and loading ------------------------------------------------------------------------------------------
 
     def state_dict(self, k: int = 0) -> dict[str, Tensor]:
-        """The plain state dict of network k: `layers.<i>.weight` (out, in) and `layers.<i>.bias` (out,)."""
+        """The plain state dict of network k: `layers.<i>.weight` (out, in) and `layers.<i>.bias` (out,).
+
+        A linear term is `linear` (C, D).
+        """
         state = {}
         for i, (weight, bias) in enumerate(self.layers):
             state[f"layers.{i}.weight"] = weight[k].clone()
             state[f"layers.{i}.bias"] = bias[k, 0].clone()
+        if self.linear is not None:
+            state["linear"] = self.linear[k].clone()
         return state
 
     @classmethod
@@ -164,7 +181,7 @@ class BakedNetwork:
             ValueError: it is no state dict of such a network: what is missing, or does not fit.
         """
         layers: list[Affine] = []
-        names = set(state)
+        names = set(state) - {"linear"}
         while names:
             i = len(layers)
             parts: list[Tensor] = []
@@ -192,7 +209,13 @@ class BakedNetwork:
             layers.append(layer)
         if not layers:
             raise ValueError("there are no layers in it")
-        return cls(layers, act)
+        linear = state.get("linear")
+        if linear is None:
+            return cls(layers, act)
+        shape = (layers[-1].weight.shape[1], layers[0].weight.shape[2])
+        if not isinstance(linear, Tensor) or linear.dtype != torch.float32 or linear.shape != shape:
+            raise ValueError(f"linear is no float32 tensor of shape {shape}")
+        return cls(layers, act, linear=linear.detach()[None])
 
     # The linear region around a point ----------------------------------------------------------------------------
 
@@ -216,6 +239,8 @@ class BakedNetwork:
             np.add.at(back.T, active.index, (active.factor * gradient).T)
             gradient = back.dot(weight)
             exponent += weight_exponent + active.exponent
+        if self.linear is not None:
+            gradient, exponent = add((gradient, exponent), integers(self.linear[0].numpy()))
         x, x_exponent = integers(point)
         offset, lowest = add((output, output_exponent), (-gradient.dot(x), exponent + x_exponent))
         common = min(exponent, lowest)
@@ -286,6 +311,8 @@ class Network(nn.Module):
     def __init__(self, baked: BakedNetwork) -> None:
         super().__init__()
         shapes = [layer.weight.shape[1:] for layer in baked.layers]
+        self.linear: Tensor | None
+        self.register_buffer("linear", None if baked.linear is None else baked.linear[0].clone())
         self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_out, n_in in shapes)
         self.act = baked.act
         self.load_state_dict(baked.state_dict())
@@ -317,8 +344,9 @@ class Network(nn.Module):
         return f"Network({' -> '.join(map(str, sizes))}, {self.act.label}, {dtype})"
 
     def forward(self, x: Tensor) -> Tensor:
+        points = x
         for i, layer in enumerate(self.layers):
             if i > 0:
                 x = self.act(x.unsqueeze(0)).squeeze(0)  # an activation sees (K, B, H)
             x = layer(x)
-        return x
+        return x if self.linear is None else x + points @ self.linear.T
