@@ -25,7 +25,7 @@ from lipexp.losses import Loss
 from lipexp.models import Model, unflatten
 from lipexp.networks import Affine, BakedNetwork, inputs_and_output
 from lipexp.optim import Optimiser
-from lipexp.tasks import Task
+from lipexp.tasks import Task, squeezed
 
 TICK = 20  # steps between two calls of `tick`
 
@@ -126,7 +126,7 @@ class Trainer:
         x, y = (part.flatten(0, 1).index_select(0, index.flatten()) for part in (self.x, self.y))
         weights = stack.constraint.apply(self.layers)
         f = inputs_and_output(weights, self.act, x.unflatten(0, index.shape))[1]
-        loss = self.loss(f.squeeze(-1), y.unflatten(0, index.shape)).mean(dim=1)  # (K,)
+        loss = self.loss(squeezed(f), y.unflatten(0, index.shape)).mean(dim=1)  # (K,)
         leaves = [part for layer in self.layers for part in layer]
         # Parameters that a user's class cuts off from the loss get a zero gradient, instead of an error.
         gradients = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)

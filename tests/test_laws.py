@@ -190,9 +190,16 @@ BROKEN = [
     ("draws_what_it_declares", "dataset", moons(draw=lambda self, s: draw(TOO_MANY, s))),
     ("draws_the_same_from_the_same_stream", "dataset", moons(draw=lambda self, s: draw(self, s.spawn(1)[0]))),
     (
-        "keeps_training_and_test_apart",
+        "keeps_training_apart",
         "dataset",
         moons(draw=lambda self, s: (data := draw(self, s))._replace(test_x=data.train_x[:32])),
+    ),
+    (
+        "keeps_training_apart",
+        "dataset",
+        moons(
+            draw=lambda self, s: (data := draw(self, s))._replace(val_x=np.resize(data.train_x, data.val_x.shape))
+        ),
     ),
     ("starts_the_same_from_the_same_stream", "model", mlp(initial=lambda self, s, g: initial(self, s, None))),
     ("starts_the_same_from_the_same_stream", "model", mlp(initial=lambda self, s, g: initial(self, s, g)[1:])),
@@ -236,9 +243,9 @@ class Lattice(TwoMoons):
     """Points with whole coordinates, of which many coincide; the same for every seed."""
 
     def draw(self, stream):
-        x = np.random.default_rng(0).integers(0, 4, size=(96, 2)).astype(np.float32)
+        x = np.random.default_rng(0).integers(0, 4, size=(128, 2)).astype(np.float32)
         y = (x.sum(axis=1) > 3).astype(np.float32)
-        return tuple(np.split(part, [64])[i] for i in range(2) for part in (x, y))  # a tuple does as well
+        return tuple(np.split(part, [64, 96])[i] for i in range(3) for part in (x, y))  # a tuple does as well
 
 
 class Planar(MLP):
@@ -256,7 +263,7 @@ class Planar(MLP):
 
 
 SOUND = [
-    ("dataset", Lattice, {"n_train": 64, "n_test": 32}),
+    ("dataset", Lattice, {"n_train": 64, "n_val": 32, "n_test": 32}),
     ("model", Planar, {"width": 8, "depth": 2}),
     ("loss", lambda f, y: ((1 - 2 * y) * f).exp(), {}),
 ]
