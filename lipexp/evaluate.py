@@ -18,11 +18,12 @@ from lipexp import record
 from lipexp.loop import Checkpoint, Stack, generator
 from lipexp.measured import Points, overall, sources, steepest
 from lipexp.measured.ascent import starts
-from lipexp.measured.gradients import Maximum, Scan, largest, norms, scan
+from lipexp.measured.gradients import Maximum, Scan, largest, operator_norms, scan
 from lipexp.networks import BakedNetwork
 from lipexp.norms import dual, norm_name
 from lipexp.proven import Certificate, Chain, Problem, prove, prove_quickly
-from lipexp.proven.radii import Robustness, assess
+from lipexp.proven.radii import Robustness, assess, decided
+from lipexp.tasks import squeezed
 
 NORMS = (1.0, 2.0, float("inf"))
 NOTHING = Maximum(0.0, ())  # a lower bound before anything is measured
@@ -70,7 +71,8 @@ class Evaluator:
                 continue
             train, test = scores[run]
             network = checkpoint.network.run(run)
-            steepest = largest(network, self.x[run], scanned.gradient[run], self.stack.constraint.q)
+            constraint = self.stack.constraint
+            steepest = largest(network, self.x[run], scanned.gradient[run], constraint.q, constraint.hidden_p)
             rows.append(
                 {
                     "step": checkpoint.step,
@@ -88,7 +90,8 @@ class Evaluator:
         self.report("measuring")
         scanned = self._scan(checkpoint)
         generators = [generator(s.search) for s in self.stack.streams]
-        points = sources(checkpoint.network, self.x, scanned, self.stack.constraint.q, generators)
+        q, h = self.stack.constraint.q, self.stack.constraint.hidden_p
+        points = sources(checkpoint.network, self.x, scanned, q, generators, h=h)
         scores = self._scores(scanned.f)
         found: list[Evaluation | None] = []
         for run in range(len(self.x)):
@@ -101,14 +104,14 @@ class Evaluator:
         """f and its gradients at the data. The last checkpoint is reported twice, and scanned once."""
         if self._last is None or self._last[0] is not checkpoint:
             is_last = checkpoint.step == self.stack.steps  # only the final report has the hidden gradients
-            hidden_q = dual(self.stack.constraint.hidden_p) if is_last else None
-            self._last = (checkpoint, scan(checkpoint.network, self.x, hidden_q))
+            hidden_p = self.stack.constraint.hidden_p if is_last else None
+            self._last = (checkpoint, scan(checkpoint.network, self.x, hidden_p))
         return self._last[1]
 
     def _scores(self, f: Tensor) -> list[tuple[dict[str, float], dict[str, float]]]:
-        """(train, test) loss and metric of each run for outputs f (K, N)."""
+        """(train, test) loss and metric of each run for outputs f (K, N, C)."""
         columns = []
-        for f_part, y in zip(self._split(f), self._split(self.y), strict=True):
+        for f_part, y in zip(self._split(squeezed(f)), self._split(self.y), strict=True):
             loss, score = (
                 self.stack.loss(f_part, y).mean(dim=1),
                 self.stack.task.scores[self.stack.task.metric](f_part, y),
@@ -149,16 +152,15 @@ class Evaluator:
         points: Points,
         scores: tuple[dict[str, float], dict[str, float]],
     ) -> Evaluation:
-        network, q = checkpoint.network.run(run), self.stack.constraint.q
-        by = steepest(network, points, run, q)
+        network, q, h = checkpoint.network.run(run), self.stack.constraint.q, self.stack.constraint.hidden_p
+        by = steepest(network, points, run, q, h)
         measured = overall(by)
         certificate = self._certificate(network, run, measured)
-        at_data = {norm: norms(scanned.gradient[run], norm) for norm in NORMS}  # (N,) each
+        jacobians = scanned.gradient[run]
+        at_data = {norm: operator_norms(jacobians, norm, h) for norm in defined(network, h)}  # (N,) each
         robustness = None
         if self.stack.task.decides:
-            test_x, test_y = self.x[run, self.n_train :], self.y[run, self.n_train :]
-            chain = certificate.chain
-            robustness = assess(network, test_x, test_y, chain.p, certificate.value, certificate.reason)
+            robustness = assess(network, decided(self.stack.data[run]), certificate)
         x = self.x[run].numpy()
         return Evaluation(
             network=network,
@@ -177,7 +179,7 @@ class Evaluator:
                 "split": np.where(np.arange(len(x)) < self.n_train, "train", "test"),
                 **{f"x{i}": x[:, i] for i in range(x.shape[1])},
                 "y": self.y[run].numpy().astype(np.int64 if self.stack.task.has_classes else np.float64),
-                "f": scanned.f[run].numpy(),
+                **by_output("f", scanned.f[run].numpy()),
                 **{f"grad_{norm_name(norm)}": values.numpy() for norm, values in at_data.items()},
             },
             layers=_layer_rows(certificate, network, [at_data[q], *(hidden[run] for hidden in scanned.hidden)]),
@@ -190,7 +192,7 @@ class Evaluator:
         low, median, high = at_data.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
         in_norm = {
             norm: by.get("data") if norm == q else largest(network, self.x[run], scanned.gradient[run], norm)
-            for norm in NORMS
+            for norm in defined(network, self.stack.constraint.hidden_p)
         }
         return record.GradientNorm(
             q=norm_name(q),
@@ -230,6 +232,16 @@ def _layer_rows(
             }
         )
     return rows
+
+
+def defined(network: BakedNetwork, h: float) -> Sequence[float]:
+    """The norms q in which gradients are measured: of several outputs only 2 where h is 2, their norm."""
+    return NORMS if network.n_outputs == 1 or np.isinf(h) else (2.0,)
+
+
+def by_output(name: str, values: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+    """Columns of values (N, C): `f` for one output, f0, f1, ... for several."""
+    return {name if values.shape[1] == 1 else f"{name}{c}": values[:, c] for c in range(values.shape[1])}
 
 
 def _stacked(arrays: Sequence[npt.NDArray[Any]]) -> Tensor:

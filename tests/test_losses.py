@@ -47,7 +47,9 @@ def test_every_loss_trains_at_every_l(trained, loss_option, lipschitz):
     data, losses = result.stack.data[0], []
     for checkpoint in (result.seen[0], result.checkpoint):
         scanned = scan(checkpoint.network, torch.from_numpy(data.train_x).unsqueeze(0))
-        losses.append(float(result.stack.loss(scanned.f, torch.from_numpy(data.train_y).double()[None]).mean()))
+        losses.append(
+            float(result.stack.loss(scanned.f.squeeze(-1), torch.from_numpy(data.train_y).double()[None]).mean())
+        )
     steepest = float(torch.linalg.vector_norm(scanned.gradient, dim=-1).max())
     assert not result.checkpoint.failures
     assert 0.5 * lipschitz < steepest <= lipschitz or losses[1] < 0.1 * losses[0]
