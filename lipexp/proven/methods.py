@@ -92,7 +92,13 @@ def by_regions(problem: Problem) -> Proof:
     low, high = (end.numpy() for end in problem.box)
     try:
         found = constants(
-            problem.network, (low, high), problem.chain.q, problem.max_regions, problem.seconds, problem.report
+            problem.network,
+            (low, high),
+            problem.chain.q,
+            problem.max_regions,
+            problem.seconds,
+            problem.report,
+            problem.chain.hidden_p,
         )
     except TooManyRegions as limit:
         return Proof(None, str(limit), gave_up=True)
@@ -106,12 +112,12 @@ def by_rows(problem: Problem) -> Proof:
     reason = rows.why_not_applicable(problem.network)
     if reason is not None:
         return Proof(None, reason)
-    return Proof(rows.bound(problem.network, problem.chain.q))
+    return Proof(rows.bound(problem.network, problem.chain.q, problem.chain.hidden_p))
 
 
 def by_eclipse(problem: Problem) -> Proof:
     """ECLipsE-Fast, for slopes in [0, 1] and the 2-norm, everywhere; see `semidefinite`."""
-    reason = semidefinite.why_not_applicable(problem.network, problem.chain.q)
+    reason = semidefinite.why_not_applicable(problem.network, problem.chain.q, problem.chain.hidden_p)
     return Proof(None, reason) if reason else _semidefinite(semidefinite.eclipse(problem.network))
 
 
@@ -121,7 +127,7 @@ def by_lipsdp(problem: Problem) -> Proof:
     Unless it is asked for alone, only where the gap is above 10 % and the matrix of moderate size: the time grows
     with the cube of that.
     """
-    reason = semidefinite.why_not_applicable(problem.network, problem.chain.q)
+    reason = semidefinite.why_not_applicable(problem.network, problem.chain.q, problem.chain.hidden_p)
     measured, size = problem.measured.value, semidefinite.size(problem.network)
     if reason is None and problem.best is not None:
         if problem.best <= WORTHWHILE * measured:

@@ -48,10 +48,12 @@ FALLS = 60  # attempts to find a feasible start
 LARGEST_EXCESS = 2.0**-6  # of a proven bound over the smallest one that its multipliers allow
 
 
-def why_not_applicable(network: BakedNetwork, q: float) -> str | None:
-    """Why these bounds do not hold for the network and the gradient norm q; None if they do."""
+def why_not_applicable(network: BakedNetwork, q: float, h: float = 2.0) -> str | None:
+    """Why these bounds do not hold for the gradient norm q and the norm h of several outputs; None if they do."""
     if q != 2:
         return "bounds the 2-norm of gradients only"
+    if network.n_outputs > 1 and h < 2:  # a larger h makes the norm of a Jacobian no larger
+        return "bounds several outputs in the 2-norm only"
     slopes = network.act.slopes
     if slopes is None:
         return f"{network.act.label} declares no slopes"
