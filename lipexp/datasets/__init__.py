@@ -10,6 +10,7 @@ file in conf/dataset/.
 from lipexp.datasets.base import SPLITS, Data, Dataset, Finite, Generated
 from lipexp.datasets.bundled import DigitsParity
 from lipexp.datasets.synthetic import AbsoluteValue, Cones, TwoMoons, on_sphere
+from lipexp.datasets.table import Table
 
 __all__ = [
     "SPLITS",
@@ -20,6 +21,7 @@ __all__ = [
     "DigitsParity",
     "Finite",
     "Generated",
+    "Table",
     "TwoMoons",
     "on_sphere",
 ]
