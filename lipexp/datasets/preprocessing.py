@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float64]
 
 def spelled(value: Any) -> str:
     """A category, or a class, as text: 1.0 is 1, as in a column of whole numbers of which some are missing."""
-    whole = isinstance(value, float | np.floating) and float(value).is_integer()
+    whole = isinstance(value, float | np.floating) and float(value).is_integer() and abs(float(value)) < 2**53
     return str(int(value)) if whole else str(value)
 
 

@@ -184,6 +184,10 @@ class Table(Dataset):
             seen = listed([shortened(one) for one in classes], 5)
             allowed = f"has {_counted(len(classes), 'value')} ({seen}); {task} needs {needed}"
             raise ConfigError("target", columns[0].name, allowed)
+        counts = columns[0].value_counts()
+        if counts.iloc[-1] < 3:
+            rare = f"class {shortened(counts.index[-1])} has {_counted(int(counts.iloc[-1]), 'row')}"
+            raise ConfigError("target", columns[0].name, f"{rare}; each needs 3, one for each part of the data")
         places = {value: place for place, value in enumerate(distinct)}
         return columns[0].map(places).to_numpy(dtype=np.float64), task, classes
 
@@ -271,7 +275,7 @@ class Table(Dataset):
         if types.is_datetime64_any_dtype(column) or all(DATE.fullmatch(str(value).strip()) for value in distinct):
             self._refuse(f"column {name!r} holds dates, such as {shortened(str(distinct[0]))}; {leave_out}")
         for value in distinct:
-            if not isinstance(value, str):
+            if not isinstance(value, str | int | float):
                 self._refuse(f"column {name!r} holds {type(value).__name__} objects; {leave_out}")
         readable = to_numeric(values, errors="coerce").notna()
         if readable.mean() > 0.5:
@@ -282,8 +286,10 @@ class Table(Dataset):
                 f"row {row + 1}, column {name!r}: {shortened(values[row])} stands among numbers; correct it, "
                 f"or take all for categories with dataset.categorical=[{name}]"
             )
-        if all(GROUPED.fullmatch(value.strip()) for value in distinct):
-            self._refuse(f"column {name!r} holds numbers such as {shortened(distinct[0])}; write them as 1234.5")
+        if all(GROUPED.fullmatch(str(value).strip()) for value in distinct):
+            self._refuse(
+                f"column {name!r} holds numbers such as {shortened(str(distinct[0]))}; write them as 1234.5"
+            )
         if len(distinct) == len(column):
             self._refuse(f"column {name!r} holds another text in every row; {leave_out}")
         return CATEGORY
