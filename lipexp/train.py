@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 
 import lipexp
 from lipexp.config import one_line
+from lipexp.datasets.preprocessing import FILE as PREPROCESSING
 from lipexp.evaluate import Evaluation, Evaluator
 from lipexp.loop import Checkpoint, Failure, Value, fit
 from lipexp.members import Member, stack
@@ -116,6 +118,9 @@ def _write(
     member: Member, folder: RunFolder, found: Evaluation, timing: Mapping[str, float], device: str
 ) -> Metrics:
     """Write the other files of a finished run but its picture, metrics.json last, and return its content."""
+    preprocessing = member.parts["dataset"].preprocessing
+    if preprocessing is not None:
+        folder.write_json(PREPROCESSING, dataclasses.asdict(preprocessing))
     folder.write_columns("gradients", found.gradients)
     folder.write_rows("layers", found.layers)
     if found.robustness is not None and found.robustness.columns is not None:

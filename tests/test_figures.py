@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import options
+from conftest import choice_of, options
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
@@ -87,7 +87,7 @@ def test_more_inputs_are_drawn_as_distributions(drawn):
 
 
 DRAWN = {
-    **{option: (f"dataset={option}",) for option in options("dataset")},
+    **{option: choice_of("dataset", option) for option in options("dataset")},
     "cones in 1-D": ("dataset=cones", "dataset.n_inputs=1"),
     "one cone": ("dataset=cones", "dataset.n_cones=1"),
     "cones in 5-D": ("dataset=cones", "dataset.n_inputs=5"),

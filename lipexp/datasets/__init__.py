@@ -10,6 +10,7 @@ file in conf/dataset/.
 from lipexp.datasets.base import Data, Dataset, Finite, Generated
 from lipexp.datasets.bundled import DigitsParity
 from lipexp.datasets.synthetic import AbsoluteValue, Circles, Cones, Spirals, TwoMoons, on_sphere
+from lipexp.datasets.table import Table
 
 __all__ = [
     "AbsoluteValue",
@@ -21,6 +22,7 @@ __all__ = [
     "Finite",
     "Generated",
     "Spirals",
+    "Table",
     "TwoMoons",
     "on_sphere",
 ]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from lipexp.config import ConfigError, whole
+
+if TYPE_CHECKING:
+    from lipexp.datasets.preprocessing import Preprocessing
 
 Array = npt.NDArray[np.float32]
 
@@ -58,6 +61,7 @@ class Dataset(ABC):
     | `features`     | a name for each input, if they have any                                               |
     | `classes`      | a name for each class, if they have any                                               |
     | `per_run`      | the arguments that may differ between the runs of a stack                             |
+    | `preprocessing`| what has turned a user's rows into the points, which is kept in the run's folder       |
     """
 
     task = ""
@@ -70,6 +74,7 @@ class Dataset(ABC):
     features: Sequence[str] = ()
     classes: Sequence[str] = ()
     per_run: tuple[str, ...] = ()
+    preprocessing: Preprocessing | None = None
 
     @abstractmethod
     def draw(self, stream: np.random.SeedSequence) -> Data: ...
