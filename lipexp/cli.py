@@ -16,6 +16,10 @@ from lipexp.process import ENDED, Terminated, begin_work, legible_output, silenc
 VERBS = {
     "train": ("lipexp.hydra_app", "train a network, or sweep over configurations with -m"),
     "certify": ("lipexp.certify", "prove the bounds of finished runs again, and try to refute them"),
+    "export": (
+        "lipexp.export",
+        "a finished run as one file for torch, TorchScript or ONNX, which needs no lipexp",
+    ),
     "report": ("lipexp.report", "one table of the runs under outputs/"),
     "figures": ("lipexp.figures", "draw the figures of the README, and check the claims they make"),
     "check": ("lipexp.check", "test the classes behind a configuration against the laws of their rooms"),
