@@ -12,7 +12,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from lipexp.constraints import Constraint
 from lipexp.datasets import Dataset
 from lipexp.loading import LoadedRun, load_run, part_of
 from lipexp.loop import Streams, generator
-from lipexp.measured import overall, sources, steepest
+from lipexp.measured import monotone, overall, sources, steepest
 from lipexp.measured.attack import RECORDED, Attack, attack
 from lipexp.measured.gradients import Maximum, scan
 from lipexp.members import drawn
+from lipexp.models import Model, signs
 from lipexp.networks import BakedNetwork
 from lipexp.process import cpu_threads
 from lipexp.proven import METHODS, Certificate, Chain, Problem, Proof, prove
@@ -37,9 +38,10 @@ from lipexp.proven.radii import Robustness, assess, decided
 from lipexp.runs import RunFolder, find
 from lipexp.screen import Screen
 from lipexp.tasks import TASKS
-from lipexp.wording import above, below, broken_bound, interval_line, robustness_line
+from lipexp.wording import above, below, broken_bound, interval_line, monotone_line, robustness_line
 
 CONTENTS = conf_dir() / "config.yaml"
+PAIRS = 100_000  # compared in an attack on a monotone network
 EFFORT = 8  # of the search in more than two dimensions; training takes 1
 
 HELP = """\
@@ -65,11 +67,18 @@ class Finding:
     broken_layers: list[str]
     by: dict[str, Maximum]  # source of points -> the steepest
     robustness: Robustness | None  # None where nothing is classified
+    monotone: record.Monotone | None  # None where it need not be
     attack: Attack | None
 
     @property
     def refuted(self) -> bool:
-        return self.interval.verdict == "FAIL" or (self.attack is not None and bool(self.attack.flips))
+        found = self.attack is not None and bool(self.attack.flips)
+        return self.interval.verdict == "FAIL" or found or self.breaks_direction
+
+    @property
+    def breaks_direction(self) -> bool:
+        """Whether it rises where it may only fall, or that is not proven."""
+        return self.monotone is not None and (not self.monotone.proven or bool(self.monotone.violations))
 
     def section(self, radii: Sequence[float]) -> record.Certification:
         """The section of metrics.json."""
@@ -82,6 +91,7 @@ class Finding:
             broken_layers=self.broken_layers,
             gradient_norm={source: found._asdict() for source, found in self.by.items()},
             robustness=None if self.robustness is None else self.robustness.summary(radii),
+            monotone=self.monotone,
             attack=None if self.attack is None else self.attack.record(),
         )
 
@@ -94,7 +104,9 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
     """
     dataset: Dataset = part_of(run.config, "dataset", options.trust)
     constraint: Constraint = part_of(run.config, "constraint", options.trust)
-    _check_network(run, dataset)
+    model: Model = part_of(run.config, "model", options.trust)
+    constraint.signs = signs(model, dataset.features, dataset.n_inputs)
+    _check_network(run, dataset, constraint)
     network = constraint.prove(run.baked)
     streams = Streams.of(whole("seed", run.config.get("seed"), least=0))
     data = drawn(dataset, streams.data, type(dataset).__name__)
@@ -128,6 +140,13 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
             (test_x, _), radius = parts["test"], robustness.of("test")["radius"]
             report(f"attacking {len(test_x):,} points")
             attacked = attack(network, test_x, radius, chain.p, generator(streams.search))
+    directions = None
+    if constraint.signs is not None:
+        directions = monotone.assess(network, points, 0, constraint.signs, model.monotone)
+        if options.attack:
+            report(f"comparing {PAIRS:,} pairs of points")
+            tried = monotone.violations(network, problem.box, constraint.signs, generator(streams.search), PAIRS)
+            directions = replace(directions, violations=tried)
     digest = hashlib.sha256(RunFolder(run.folder).model_bytes()).hexdigest()
     return Finding(
         digest,
@@ -137,17 +156,20 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
         _broken_layers(network, chain),
         by,
         robustness,
+        directions,
         attacked,
     )
 
 
-def _check_network(run: LoadedRun, dataset: Dataset) -> None:
+def _check_network(run: LoadedRun, dataset: Dataset, constraint: Constraint) -> None:
     """Raise ConfigError if its numbers are not finite, or it is no network for this dataset."""
     file, network = run.folder / "model.pt", run.baked
     if not network.is_finite(0):
         raise ConfigError("model.pt", file, "holds numbers that are not finite")
     if network.n_inputs != dataset.n_inputs:
         raise ConfigError("model.pt", file, f"has {network.n_inputs} inputs, its dataset {dataset.n_inputs}")
+    if (run.baked.linear is None) != (constraint.signs is None):
+        raise ConfigError("model.pt", file, "has a linear term, or lacks it, against model.monotone")
     if network.n_outputs != dataset.n_outputs:
         raise ConfigError("model.pt", file, f"has {network.n_outputs} outputs, its dataset {dataset.n_outputs}")
 
@@ -285,6 +307,8 @@ def failure(finding: Finding) -> str:
         return f"certified is above L: {', '.join(finding.broken_layers)}"
     if interval.verdict == "FAIL":
         return broken_bound(interval)
+    if finding.monotone is not None and finding.breaks_direction:
+        return monotone_line(finding.monotone)
     assert found is not None
     return f"{len(found.flips)} certified radii are refuted"
 
@@ -316,8 +340,10 @@ def described(folder: RunFolder, finding: Finding, radii: Sequence[float], attac
     yield from finding.broken_layers
     if finding.robustness is not None:
         yield robustness_line(finding.robustness.summary(radii))
-    elif attacked:
+    elif attacked and finding.monotone is None:
         yield "no attack: a regression has no radii"
+    if finding.monotone is not None:
+        yield monotone_line(finding.monotone)
     if finding.attack is not None:
         yield from _attack_lines(finding.attack)
 

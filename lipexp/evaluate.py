@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lipexp import record
 from lipexp.loop import Checkpoint, Stack, Value, generator
-from lipexp.measured import Points, overall, sources, steepest
+from lipexp.measured import monotone, overall, sources, steepest
 from lipexp.measured.ascent import starts
-from lipexp.measured.gradients import Maximum, Scan, largest, operator_norms, scan
+from lipexp.measured.gradients import Maximum, Points, Scan, largest, operator_norms, scan
 from lipexp.networks import BakedNetwork
 from lipexp.norms import dual, norm_name
 from lipexp.proven import Certificate, Chain, Problem, prove, prove_quickly
@@ -42,6 +42,7 @@ class Evaluation:
     measured: Maximum
     search: record.SearchedBox
     robustness: Robustness | None  # None where nothing is classified
+    monotone: record.Monotone | None  # None where it need not be
     gradients: dict[str, npt.NDArray[Any]]  # the columns of gradients.csv
     layers: list[dict[str, Any]]  # the rows of layers.csv
 
@@ -161,6 +162,7 @@ class Evaluator:
         network, q, h = checkpoint.network.run(run), self.stack.constraint.q, self.stack.constraint.hidden_p
         by = steepest(network, points, run, q, h)
         measured = overall(by)
+        signs = self.stack.constraint.signs
         certificate = self._certificate(network, run, measured)
         jacobians = scanned.gradient[run]
         at_data = {norm: operator_norms(jacobians, norm, h) for norm in defined(network, h)}  # (N,) each
@@ -181,6 +183,9 @@ class Evaluator:
                 int(self.stack.streams[run].search.generate_state(1, np.uint64)[0]),
             ),
             robustness=robustness,
+            monotone=None
+            if signs is None
+            else monotone.assess(network, points, run, signs, self.stack.model.monotone),
             gradients={
                 "split": self.split,
                 **{f"x{i}": x[:, i] for i in range(x.shape[1])},

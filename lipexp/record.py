@@ -97,6 +97,18 @@ class Robustness:
 
 
 @dataclass
+class Monotone:
+    """The features in which f = h + c s^T x may only rise or fall; it does where |dh/dx_k| <= c."""
+
+    features: dict[str, int]  # 1: f may only rise, -1: it may only fall
+    slope: float  # c
+    layers: float  # a proven bound on every |dh/dx_k|
+    smallest: float  # the smallest derivative of f in these directions that was seen, in float64
+    proven: bool
+    violations: int | None = None  # of the pairs that `lipexp certify --attack` tried
+
+
+@dataclass
 class SearchedBox:
     """Where gradients were searched."""
 
@@ -125,6 +137,7 @@ class Certification:
     broken_layers: list[str]
     gradient_norm: dict[str, Any]  # source -> the steepest point
     robustness: Robustness | None
+    monotone: Monotone | None
     attack: dict[str, Any] | None = None
 
 
@@ -140,6 +153,7 @@ class Metrics:
     gradient_norm: GradientNorm
     lipschitz: Interval
     robustness: Robustness | None  # None where nothing is classified
+    monotone: Monotone | None
     search: SearchedBox
     model_sha256: str
     timing: dict[str, float]

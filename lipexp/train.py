@@ -134,6 +134,7 @@ def _write(
         gradient_norm=found.gradient_norm,
         lipschitz=found.certificate.interval(found.measured),
         robustness=None if found.robustness is None else found.robustness.summary(member.config.radii),
+        monotone=found.monotone,
         search=found.search,
         model_sha256=folder.write_model(found.network.state_dict()),
         timing=dict(timing),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lipexp.record import GradientNorm, Interval, Robustness
+    from lipexp.record import GradientNorm, Interval, Monotone, Robustness
 
 SUBSCRIPT = {1: "₁", 2: "₂", "inf": "∞"}
 Link = tuple[str, float, str, str]  # of a chain: what stands before the number, the number, its text, and after it
@@ -56,6 +56,15 @@ def robustness_line(robustness: Robustness) -> str:
     if pairs is not None:
         line += f" (pairs of outputs: {below(pairs.smallest)} to {above(pairs.largest, None)})"
     return line if robustness.reason is None else f"{line} (none in float32: {robustness.reason})"
+
+
+def monotone_line(monotone: Monotone) -> str:
+    """`monotone: f rises with age: proven; slopes there of at least 0.002, measured`, and what an attack found."""
+    words = {1: "rises", -1: "falls"}
+    features = ", ".join(f"{words[sign]} with {name}" for name, sign in monotone.features.items())
+    line = f"monotone: f {features}: {'proven' if monotone.proven else 'NOT proven'}"
+    line += f"; slopes there of at least {below(monotone.smallest)}, measured"
+    return line if monotone.violations is None else f"{line}; {count(monotone.violations, 'violation')} found"
 
 
 def interval_line(lipschitz: Interval) -> str:

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from lipexp.measured.ascent import ascend
-from lipexp.measured.gradients import Maximum, Scan, grid, largest, operator_norms, scan
+from lipexp.measured.gradients import Maximum, Points, Scan, grid, largest, operator_norms, scan
 from lipexp.networks import Affine, BakedNetwork
-
-Points = dict[str, tuple[Tensor, Tensor]]  # source -> points (K, N, D) and the gradients (K, N, C, D) there
 
 
 def sources(

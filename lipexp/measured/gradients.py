@@ -34,6 +34,9 @@ _CANDIDATES = 8  # points tried in exact arithmetic before a source is given up;
 _CHUNK = 2**18  # features of one layer held at once while scanning: 2 MB in float64, which fit the cache
 
 
+Points = dict[str, tuple[Tensor, Tensor]]  # source -> points (K, N, D) and the gradients (K, N, C, D) there
+
+
 class Maximum(NamedTuple):
     """A lower bound on the Lipschitz constant and the point that shows it."""
 
@@ -170,7 +173,8 @@ def _nearby(point: Tensor) -> Iterator[Tensor]:
 def _norm_product(network: BakedNetwork) -> float:
     """About what rounding errors in the gradient are relative to, in the 2-norm and in the inf-norm."""
     matrices = [layer.weight[0].double().numpy() for layer in network.layers]
-    return max(math.prod(float(np.linalg.norm(matrix, q)) for matrix in matrices) for q in (None, math.inf))
+    product = max(math.prod(float(np.linalg.norm(matrix, q)) for matrix in matrices) for q in (None, math.inf))
+    return product + (0.0 if network.linear is None else float(network.linear.abs().sum()))
 
 
 def _estimate(network: BakedNetwork, point: Tensor, q: float, h: float) -> Maximum:

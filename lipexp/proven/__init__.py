@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from lipexp import record
 from lipexp.config import ConfigError
 from lipexp.measured.gradients import Maximum
-from lipexp.norms import norm_name
+from lipexp.norms import norm_name, round_up, row_norm_bound
 from lipexp.proven.methods import METHODS, ON_REQUEST, OVERFLOW, Chain, Problem, Proof
 
 __all__ = ["METHODS", "Certificate", "Chain", "Problem", "Proof", "prove", "prove_quickly"]
@@ -106,10 +107,19 @@ def prove(problem: Problem, method: str | None = None) -> Certificate:
 
 def _attempt(name: str, problem: Problem) -> Proof:
     """What a method proves: nothing where its bound is not finite, or where its arithmetic fails."""
-    if name != "product" and not problem.network.is_plain:
+    network = problem.network
+    if name != "product" and not network.is_plain:
         return Proof(None, "is for affine layers")
+    beside = 0.0
+    if network.linear is not None and name != "exact":  # whose linear maps have that term
+        if name in ON_REQUEST:
+            return Proof(None, "is for layers without a linear term beside them")
+        beside = row_norm_bound(network.linear[0].numpy(), problem.chain.q)
+        problem = problem._replace(network=replace(network, linear=None))
     try:
         proof = METHODS[name](problem)
+        if beside and proof.value is not None:
+            proof = proof._replace(value=round_up(Fraction(proof.value) + Fraction(beside)))
     except FAILURES as error:
         return Proof(None, f"fails numerically: {error}")
     return proof if proof.value is None or math.isfinite(proof.value) else Proof(None, OVERFLOW, best=proof.best)

@@ -112,6 +112,8 @@ def feature_constants(network: BakedNetwork, certificate: Certificate, pairs: Pa
         with np.errstate(over="ignore", invalid="ignore"):
             bounds.append(np.nextafter(np.outer(lengths, columns), math.inf) * np.outer(lengths > 0, columns > 0))
     found = np.fmin.reduce(bounds)
+    if network.linear is not None:
+        found = np.fmin(bounds[0], np.nextafter(found + np.abs(network.linear[0].double().numpy()), math.inf))
     if pairs is None:
         return found[0] if network.n_outputs == 1 else found
     of_pairs = np.zeros((network.n_outputs, network.n_outputs, network.n_inputs))

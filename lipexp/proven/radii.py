@@ -196,9 +196,11 @@ def _float32_error(
     proven = [norm for (norm,) in network.norms]
     if not set(network.act.norms) >= ALL_NORMS:  # the norm of the hidden spaces may be one of those that it lacks
         proven = [proven[0], *(row_norm_bound(layer.weight[0].numpy(), 1) for layer in network.layers[1:])]
-    moved = torch.from_numpy(radius)
+    farthest = moved = torch.from_numpy(radius)
     error = torch.zeros_like(moved)
-    for layer, norm, (h, unsure) in zip(network.layers, proven, inputs, strict=True):
+    for layer, norm, (h, unsure) in zip(_layers(network), proven, inputs, strict=True):
+        if network.linear is not None:  # whose term takes the points themselves
+            moved = torch.maximum(moved, farthest)
         errors = _layer_errors(FLOAT32, layer, h.abs() + (unsure + moved).unsqueeze(1), error)
         error = _longest(errors, math.inf)
         moved = moved * norm * (1 + 4 * UNIT_ROUNDOFF)
@@ -215,7 +217,9 @@ def _inputs(network: BakedNetwork, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]
     assert spread is not None
     norm, factor = spread
     h, error = x, x.new_zeros(len(x))
-    for i, layer in enumerate(network.layers):
+    for i, layer in enumerate(_layers(network)):
+        if network.linear is not None and i == len(network.layers) - 1:
+            h = torch.cat([h, x], dim=1)
         yield h, error
         errors = _layer_errors(FLOAT64, layer, h.abs() + error.unsqueeze(1), error, norm)
         h = torch.addmm(layer.bias[0, 0].double(), h, layer.weight[0].double().T)
@@ -227,6 +231,17 @@ def _inputs(network: BakedNetwork, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]
                 of_all = h.shape[1] ** (1 / norm)  # the norm of a vector of ones
                 error = (error + of_all * own) * (1 + 8 * UNIT_ROUNDOFF)
     yield h, errors
+
+
+def _layers(network: BakedNetwork) -> Sequence[Affine]:
+    """The layers; a linear term A beside them is added as W h + A x + b = [W A] [h x] + b.
+
+    In whatever order that is computed, it is one sum of products.
+    """
+    if network.linear is None:
+        return network.layers
+    *hidden, (weight, bias) = network.layers
+    return [*hidden, Affine(torch.cat([weight, network.linear], dim=2), bias)]
 
 
 def _layer_errors(

@@ -130,6 +130,7 @@ class Enumeration:
         self.dims = network.n_inputs
         self.weights = [layer.weight[0].numpy() for layer in network.layers]
         self.biases = [layer.bias[0, 0].numpy() for layer in network.layers]
+        self.linear = None if network.linear is None else network.linear[0].numpy().astype(np.float64)
         if self.dims == 1:  # a plane on which f does not depend on y
             self.weights[0] = np.concatenate([self.weights[0], np.zeros_like(self.weights[0])], axis=1)
         self.plane = Plane(self._exact_line)
@@ -338,7 +339,8 @@ class Enumeration:
             last = self.active[-1]
             active = ActiveMap(last.index[block], last.factor[block], last.exponent)
             before = self.maps.activated(self.cells.parent[block], active)
-        return before.affine(self.weights[-1], self.biases[-1])
+        maps = before.affine(self.weights[-1], self.biases[-1])
+        return maps if self.linear is None else maps.plus(self.linear)
 
     def _steepest(self, norm: Floats, among: Integers) -> Steepest:
         region = int(among[norm[among].argmax()])

@@ -83,6 +83,14 @@ class Maps:
         underflow = TINY * n_in * (self.size + self.error > 0)
         return _checked(value, SAFETY * error + underflow, SAFETY * error_2 + n_out * underflow)
 
+    def plus(self, linear: Floats) -> Maps:
+        """The maps of f(x) + A x, with A (H, D)."""
+        value = self.value.copy()
+        value[:, : linear.shape[1]] += linear.T
+        rounding = UNIT_ROUNDOFF * np.abs(value)
+        error = SAFETY * (self.error + rounding.max(axis=2))
+        return _checked(value, error, SAFETY * (self.error_2 + rounding.sum(axis=2)))
+
     def activated(self, parent: Integers, active: ActiveMap) -> Maps:
         """The maps behind an activation, for parts of the regions.
 
