@@ -213,6 +213,9 @@ def instantiate(node: Any, group: str, *, trust: bool = True) -> Any:
     missing = _import_failure(target)
     if missing is not None:
         raise ConfigError(option, target, f"cannot be used: {missing}")
+    for argument, value in arguments.items():
+        if value == MISSING:
+            raise ConfigError(f"{group}.{argument}", None, "must be set")
     try:
         if not own:
             with contextlib.chdir(os.getcwd()):  # which a user's class may change

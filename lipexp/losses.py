@@ -227,7 +227,7 @@ class MultiMargin(Loss):
     task = "multiclass"
     per_run = ("margin", "lipschitz")
 
-    def __init__(self, margin: float = 0.5, lipschitz: float = 1.0) -> None:
+    def __init__(self, margin: float = 0.25, lipschitz: float = 1.0) -> None:
         super().__init__()
         self.margin = number("margin", margin, least=0)
         self.lipschitz = lipschitz_constant("lipschitz", lipschitz)

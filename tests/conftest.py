@@ -31,9 +31,15 @@ settings.register_profile("lipexp", deadline=None, max_examples=40, derandomize=
 settings.load_profile("lipexp")
 
 CONF = config.conf_dir()
-SMALL = ("model.width=8", "dataset.n_train=64", "dataset.n_test=32", "batch_size=32", "steps=30", "eval_every=0")
+SIZES = ("dataset.n_train=64", "dataset.n_val=32", "dataset.n_test=32")
+SMALL = ("model.width=8", *SIZES, "batch_size=32", "steps=30", "eval_every=0")
 
 Choice = tuple[str, ...]  # an option as overrides, such as ("constraint=linf", "constraint.p=1")
+
+# The settings that an option has no default for.
+NEEDED: dict[str, Choice] = {
+    "dataset=npz": (f"dataset.path='{Path(__file__).with_name('arrays.npz')}'",),
+}
 
 
 def options(group: str) -> list[str]:
@@ -47,12 +53,18 @@ def leaf(group: str, option: str) -> DictConfig:
     return OmegaConf.create({"lipschitz": 1.0, group: content.get(group, content)})[group]
 
 
+def choice_of(group: str, option: str) -> Choice:
+    """An option, with what it needs."""
+    return (f"{group}={option}", *NEEDED.get(f"{group}={option}", ()))
+
+
 def choices_in(group: str) -> list[Choice]:
     """Every option of a group, and each input norm p of a constraint that has a choice."""
     found: list[Choice] = []
-    for choice in (f"{group}={option}" for option in options(group)):
-        norms = ("1", "2", "inf") if group == "constraint" and "p" in leaf(*choice.split("=")) else ()
-        found += [(choice, f"constraint.p={p}") for p in norms] or [(choice,)]
+    for option in options(group):
+        choice = choice_of(group, option)
+        norms = ("1", "2", "inf") if group == "constraint" and "p" in leaf(group, option) else ()
+        found += [(*choice, f"constraint.p={p}") for p in norms] or [choice]
     return found
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from conftest import CONF, defaults_of, leaf, options, part
-from omegaconf import OmegaConf
+from conftest import CONF, choice_of, defaults_of, leaf, options, part
+from omegaconf import MISSING, OmegaConf
 
 from lipexp.check import composed
-from lipexp.config import GROUPS, Settings, plain
+from lipexp.config import GROUPS, ROOMS, Settings, plain
 from lipexp.members import build
 
 
@@ -18,10 +18,11 @@ def test_options_are_classes_of_one_module_and_one_option_of_each_spells_out_the
     spelled = {}
     for option in options(group):
         arguments = plain(leaf(group, option))
-        kind = type(part((f"{group}={option}",)))
-        assert arguments.pop("_target_") == f"{kind.__module__}.{kind.__name__}"
-        assert kind.__module__.startswith(f"lipexp.{group}")  # act -> activations, loss -> losses, optim -> optim
+        kind = type(part(choice_of(group, option)))
+        assert arguments.pop("_target_") == f"{ROOMS[group][0]}.{kind.__name__}"
+        assert f"{kind.__module__}.".startswith(f"{ROOMS[group][0]}.")
         found = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+        found = {name: value for name, value in found.items() if value != MISSING}
         spelled.setdefault(kind, []).append(found)
     for kind, found in spelled.items():
         assert defaults_of(kind) in found

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import options
+from conftest import SIZES, choice_of, options
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
@@ -87,7 +87,7 @@ def test_more_inputs_are_drawn_as_distributions(drawn):
 
 
 DRAWN = {
-    **{option: (f"dataset={option}",) for option in options("dataset")},
+    **{option: choice_of("dataset", option) for option in options("dataset")},
     "cones in 1-D": ("dataset=cones", "dataset.n_inputs=1"),
     "one cone": ("dataset=cones", "dataset.n_cones=1"),
     "cones in 5-D": ("dataset=cones", "dataset.n_inputs=5"),
@@ -99,7 +99,7 @@ DRAWN = {
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_every_run_has_a_picture_in_which_no_text_is_cut_or_covered(drawn, name, monkeypatch):
-    figure, _ = drawn(*DRAWN[name], "dataset.n_test=200")
+    figure, _ = drawn(*DRAWN[name], *SIZES)
     drawn_texts: dict[Text, None] = {}  # not all that it holds: ticks beyond the ends of an axis are not drawn
     draw = Text.draw
 

@@ -7,21 +7,27 @@ To add one: a class derived from `Dataset`, or from `Generated` for one that can
 file in conf/dataset/.
 """
 
+from lipexp.datasets.arrays import Arrays
 from lipexp.datasets.base import SPLITS, Data, Dataset, Finite, Generated
-from lipexp.datasets.bundled import DigitsParity
+from lipexp.datasets.bundled import BreastCancer, Diabetes, Digits, DigitsParity, Wine
 from lipexp.datasets.synthetic import AbsoluteValue, Circles, Cones, Spirals, TwoMoons, on_sphere
 
 __all__ = [
     "SPLITS",
     "AbsoluteValue",
+    "Arrays",
+    "BreastCancer",
     "Circles",
     "Cones",
     "Data",
     "Dataset",
+    "Diabetes",
+    "Digits",
     "DigitsParity",
     "Finite",
     "Generated",
     "Spirals",
     "TwoMoons",
+    "Wine",
     "on_sphere",
 ]
