@@ -271,6 +271,7 @@ BAD_ARRAYS = [
     ({"x": np.where(X == 31, np.nan, X), "y": ONES}, r"x\[10, 1\] is nan, which is no finite number in float32"),
     ({"x": np.where(X == 31, 1e39, X), "y": ONES}, r"x\[10, 1\] is 1e\+39, which is no finite number in float32"),
     ({"x": X, "y": np.where(ONES, np.inf, 0.5)}, r"y\[1\] is inf, which is no finite number in float32"),
+    ({**SPLIT, "y_val": np.where(ONES, np.inf, 0.5)}, r"y_val\[1\] is inf, which is no finite number in float32"),
     ({"x": X, "y": 0 * ONES}, "y has 1 different values; multiclass needs 2 to 1,000"),
     ({"x": X, "y": X[:, 0].astype("M8[D]")}, r"y has the shape \(20,\) and the type datetime64\[D\]"),
     (

@@ -58,6 +58,8 @@ class Arrays(Finite):
             of_y = key.replace("x", "y")
             if arrays[of_y].shape[:1] != x[key].shape[:1]:
                 self._refuse(f"{key} has {len(x[key]):,} rows, but {of_y} has the shape {arrays[of_y].shape}")
+            if arrays[of_y].dtype.kind == "f":
+                self._numbers(of_y, arrays[of_y])
         self.x = self._joined(x)
         self.y = self._targets(self._joined({key: array for key, array in arrays.items() if key not in x}), task)
         self.n_points, self.n_inputs = self.x.shape
@@ -142,10 +144,9 @@ class Arrays(Finite):
             y = y[:, 0]
         if y.ndim not in (1, 2) or 0 in y.shape or y.dtype.kind not in "biufU":
             self._refuse(f"y has the shape {y.shape} and the type {y.dtype}; it must be (N,) or (N, C)")
-        values = self._numbers("y", y) if y.dtype.kind != "U" else y
         if task == "regression" or (task == "auto" and (y.dtype.kind == "f" or y.ndim == 2)):
             self.task, self.n_outputs = "regression", y[0].size
-            return self._numbers("y", values)
+            return self._numbers("y", y)
         if y.ndim == 2:
             self._refuse(f"y has the shape {y.shape}; {task} needs (N,)")
         names, places = np.unique(y, return_inverse=True)
