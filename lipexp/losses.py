@@ -84,10 +84,8 @@ def check_loss(loss: Loss, name: str, n_outputs: int, has_classes: bool) -> None
         ConfigError: it raises an error, or returns a tensor of another shape.
     """
     of_outputs = () if n_outputs == 1 else (n_outputs,)
-    f, y = (
-        torch.zeros(1, 2, *of_outputs, requires_grad=True),
-        torch.zeros(1, 2, *(() if has_classes else of_outputs)),
-    )
+    f = torch.zeros(1, 2, *of_outputs, requires_grad=True)
+    y = torch.zeros(1, 2, *(() if has_classes else of_outputs))
     y[:, 1] = 1
     try:
         shape = tuple(loss(f, y).shape)
