@@ -84,10 +84,8 @@ def check_loss(loss: Loss, name: str, n_outputs: int, has_classes: bool) -> None
         ConfigError: it raises an error, or returns a tensor of another shape.
     """
     of_outputs = () if n_outputs == 1 else (n_outputs,)
-    f, y = (
-        torch.zeros(1, 2, *of_outputs, requires_grad=True),
-        torch.zeros(1, 2, *(() if has_classes else of_outputs)),
-    )
+    f = torch.zeros(1, 2, *of_outputs, requires_grad=True)
+    y = torch.zeros(1, 2, *(() if has_classes else of_outputs))
     y[:, 1] = 1
     try:
         shape = tuple(loss(f, y).shape)
@@ -227,7 +225,7 @@ class MultiMargin(Loss):
     task = "multiclass"
     per_run = ("margin", "lipschitz")
 
-    def __init__(self, margin: float = 0.5, lipschitz: float = 1.0) -> None:
+    def __init__(self, margin: float = 0.25, lipschitz: float = 1.0) -> None:
         super().__init__()
         self.margin = number("margin", margin, least=0)
         self.lipschitz = lipschitz_constant("lipschitz", lipschitz)

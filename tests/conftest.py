@@ -39,6 +39,7 @@ Choice = tuple[str, ...]  # an option as overrides, such as ("constraint=linf", 
 # The settings that an option has no default for.
 NEEDED: dict[str, Choice] = {
     "dataset=table": (f"dataset.path='{Path(__file__).with_name('table.csv')}'", "dataset.target=ill"),
+    "dataset=npz": (f"dataset.path='{Path(__file__).with_name('arrays.npz')}'",),
 }
 
 

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import choice_of, leaf, part
 from scipy.optimize import linear_sum_assignment
-from sklearn.datasets import load_digits, make_moons
+from sklearn.datasets import (
+    load_breast_cancer,
+    load_diabetes,
+    load_digits,
+    load_wine,
+    make_circles,
+    make_moons,
+)
 
 from lipexp.config import ConfigError
-from lipexp.datasets import AbsoluteValue, Cones, DigitsParity, TwoMoons, on_sphere
+from lipexp.datasets import (
+    AbsoluteValue,
+    Arrays,
+    BreastCancer,
+    Circles,
+    Cones,
+    Diabetes,
+    Digits,
+    DigitsParity,
+    Finite,
+    Spirals,
+    TwoMoons,
+    Wine,
+    on_sphere,
+)
 from lipexp.members import build
 
 
@@ -23,16 +48,18 @@ def test_the_test_set_does_not_depend_on_the_size_of_the_training_set(dataset_op
     sizes = ((*choice, f"dataset.n_train={n}", "dataset.n_test=20") for n in (1, 60))
     one, many = (drawn(part(choice)) for choice in sizes)
     assert len(one.train_x) == 1
-    assert np.array_equal(one.test_y, many.test_y)
-    # Of a table, columns are scaled by the training rows, which leaves their order.
-    assert np.array_equal(*(data.test_x.argsort(axis=0, kind="stable") for data in (one, many)))
+    for part_of_test in ("test_x", "test_y"):  # what is scaled by the training rows keeps the order of each column
+        assert np.array_equal(
+            *(getattr(data, part_of_test).argsort(axis=0, kind="stable") for data in (one, many))
+        )
 
 
 @pytest.mark.parametrize(("noise", "scale"), [(0.05, 2.0), (0.0, 2.0), (0.3, 0.5)])
 def test_two_moons_are_those_of_scikit_learn_times_the_scale(noise, scale):
     stream = np.random.SeedSequence(7).spawn(3)[2]
-    data = TwoMoons(noise, scale, n_train=100, n_test=41).draw(stream)
-    for x, y, child in zip(data[::2], data[1::2], stream.spawn(2), strict=True):
+    data = TwoMoons(noise, scale, n_train=100, n_val=30, n_test=41).draw(stream)
+    for split, child in zip(("train", "test", "val"), stream.spawn(3), strict=True):
+        x, y = data.part(split)
         state = int(np.random.default_rng(child).integers(2**32))
         expected_x, expected_y = make_moons(len(x), noise=noise or None, random_state=state)
         assert np.array_equal(x, (scale * expected_x).astype(np.float32))
@@ -58,15 +85,276 @@ def test_the_absolute_value_is_exact_and_covers_its_interval():
     assert np.abs(counts - 400).max() < 95
 
 
-def test_the_digits_are_those_of_scikit_learn_each_once():
+@pytest.mark.parametrize(("noise", "factor", "scale"), [(0.05, 0.5, 2.0), (0.0, 0.2, 1.0)])
+def test_circles_are_those_of_scikit_learn_times_the_scale(noise, factor, scale):
+    stream = np.random.SeedSequence(7)
+    data = Circles(noise, factor, scale, n_train=100).draw(stream)
+    state = int(np.random.default_rng(stream.spawn(1)[0]).integers(2**32))
+    x, y = make_circles(100, noise=noise or None, factor=factor, random_state=state)
+    assert np.array_equal(data.train_x, (scale * x).astype(np.float32))
+    assert np.array_equal(data.train_y, y)
+
+
+@pytest.mark.parametrize(("n_classes", "turns", "scale"), [(2, 1.0, 2.0), (3, 1.0, 3.0), (5, 0.5, 1.0)])
+def test_noiseless_spirals_are_arms_of_one_turn_rate_a_class_apart(n_classes, turns, scale):
+    dataset = Spirals(n_classes, turns, 0.0, scale, n_train=3000)
+    assert (dataset.task, dataset.n_outputs) == (
+        ("classification", 1) if n_classes == 2 else ("multiclass", n_classes)
+    )
+    data = drawn(dataset)
+    points = data.train_x @ [1, 1j]
+    assert 0.19 * scale < abs(points).min() < 0.25 * scale < 0.99 * scale < abs(points).max() < 1.01 * scale
+    arm = data.train_y / n_classes + turns * abs(points) / scale  # in turns
+    assert np.allclose(points / abs(points), np.exp(2j * np.pi * arm), atol=1e-5)
+    assert np.bincount(data.train_y.astype(int)).tolist() == [3000 // n_classes] * n_classes
+
+
+# Data of scikit-learn --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Digits, DigitsParity])
+def test_the_digits_are_those_of_scikit_learn_each_once(kind):
     images, digits = load_digits(return_X_y=True)
-    data = drawn(DigitsParity())
-    found = [{**dict(zip(map(tuple, x), y, strict=True))} for x, y in zip(data[::2], data[1::2], strict=True)]
-    assert list(map(len, found)) == [1397, 400]
-    assert found[0] | found[1] == dict(zip(map(tuple, images / 16), digits % 2, strict=True))
-    DigitsParity(n_train=1000, n_test=797)
-    with pytest.raises(ConfigError, match=r"^n_train=1000: n_train \+ n_test must be at most 1797.*n_test=798"):
-        DigitsParity(n_train=1000, n_test=798)
+    data = drawn(kind())
+    found = [{**dict(zip(map(tuple, x), y, strict=True))} for x, y in map(data.part, ("train", "val", "test"))]
+    assert list(map(len, found)) == [1197, 200, 400]
+    targets = digits % 2 if kind is DigitsParity else digits
+    assert found[0] | found[1] | found[2] == dict(zip(map(tuple, images / 16), targets, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "load"),
+    [
+        (Wine, load_wine),
+        (BreastCancer, load_breast_cancer),
+        (Diabetes, functools.partial(load_diabetes, scaled=False)),
+    ],
+)
+def test_features_are_those_of_scikit_learn_standardised_by_the_training_rows_alone(kind, load):
+    dataset, bunch = kind(), load()
+    data = drawn(dataset)
+    assert dataset.n_points == len(bunch.data) == len(data.x)
+    assert list(dataset.features) == list(bunch.feature_names)
+    columns = [(data.x[:, i], data.train_x[:, i], bunch.data[:, i]) for i in range(dataset.n_inputs)]
+    if kind is Diabetes:
+        columns.append((data.y, data.train_y, bunch.target))
+    for every, train, raw in columns:
+        assert float(train.mean()) == pytest.approx(0, abs=1e-5)
+        assert float(train.std()) == pytest.approx(1, abs=1e-5)
+        (slope, intercept), rest, *_ = np.polyfit(np.sort(every.astype(np.float64)), np.sort(raw), 1, full=True)
+        assert slope > 0
+        assert np.sqrt(rest / len(raw)) < 1e-5 * raw.std()
+        assert abs(intercept - raw.mean()) > 1e-6 * raw.std()  # it is not the mean of all rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "load"), [(Digits, load_digits), (Wine, load_wine), (BreastCancer, load_breast_cancer)]
+)
+def test_classes_have_the_names_and_in_every_part_the_shares_of_scikit_learn(kind, load):
+    dataset, bunch = kind(), load()
+    assert list(dataset.classes) == [str(name) for name in bunch.target_names]
+    assert dataset.n_outputs == (1 if kind is BreastCancer else len(bunch.target_names))
+    shares = np.bincount(bunch.target) / len(bunch.target)
+    for seed in range(3):
+        data = dataset.draw(np.random.SeedSequence(seed))
+        for _, y in map(data.part, ("train", "val", "test")):
+            assert np.abs(np.bincount(y.astype(int)) - len(y) * shares).max() <= 1.5
+
+
+@pytest.mark.parametrize("n_classes", [1, 2, 7])
+def test_a_row_is_as_likely_as_any_other_of_its_class_to_be_in_a_part(n_classes):
+    """Over 2,000 seeds each of 28 rows is in a test set of 7 in 500 of them, within 4 standard deviations."""
+
+    class Rows(Finite):
+        task, n_inputs, n_points = "multiclass", 1, 28
+
+        def load(self):
+            return np.arange(28.0).reshape(-1, 1), np.arange(28) % n_classes
+
+    times = np.zeros(28)
+    for seed in range(2000):
+        times[Rows(14, 7, 7).draw(np.random.SeedSequence(seed)).test_x[:, 0].astype(int)] += 1
+    assert np.abs(times - 500).max() < 4 * np.sqrt(2000 * 0.25 * 0.75)
+
+
+def test_no_more_rows_are_taken_than_there_are():
+    DigitsParity(n_train=1000, n_test=597)
+    with pytest.raises(
+        ConfigError, match=r"^n_train=1000: n_train \+ n_val \+ n_test must be at most 1797.*n_test=598"
+    ):
+        DigitsParity(n_train=1000, n_test=598)
+
+
+# Arrays of a file ------------------------------------------------------------------------------------------------
+
+X = np.arange(60.0).reshape(20, 3)
+ONES = np.arange(20) % 2
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """saved(x=..., y=...) -> the path of an .npz file."""
+
+    def save(**arrays):
+        np.savez(tmp_path / "my.npz", **arrays)
+        return str(tmp_path / "my.npz")
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("y", "task", "expected", "classes", "targets"),
+    [
+        (ONES == 1, "auto", "classification", ("False", "True"), ONES),
+        (ONES * 4 - 7, "auto", "classification", ("-7", "-3"), ONES),
+        (np.where(ONES, "cat", "dog"), "auto", "classification", ("cat", "dog"), 1 - ONES),
+        (np.arange(20) % 3 * 10, "auto", "multiclass", ("0", "10", "20"), np.arange(20) % 3),
+        (ONES, "multiclass", "multiclass", ("0", "1"), ONES),
+        (ONES * 0.5, "classification", "classification", ("0.0", "0.5"), ONES),
+        (ONES * 0.5, "auto", "regression", (), ONES * 0.5),
+        (np.arange(20)[:, None], "regression", "regression", (), np.arange(20)),
+        (X[:, :2], "auto", "regression", (), X[:, :2]),
+    ],
+)
+def test_the_task_of_arrays_follows_from_y_or_is_given(saved, y, task, expected, classes, targets):
+    dataset = Arrays(saved(x=X, y=y), task=task)
+    assert (dataset.task, dataset.classes, dataset.n_inputs) == (expected, classes, 3)
+    assert dataset.n_outputs == (len(classes) if expected == "multiclass" else targets[0].size)
+    assert (dataset.n_train, dataset.n_val, dataset.n_test) == (12, 4, 4)
+    data = drawn(dataset)
+    assert data.x.dtype == data.y.dtype == np.float32
+    order = (data.x[:, 0] / 3).astype(int)
+    assert sorted(order) == list(range(20))
+    assert np.array_equal(data.x, X[order])
+    assert np.array_equal(data.y, targets[order])
+
+
+def test_arrays_that_are_split_already_stay_so_for_every_seed(saved):
+    names = np.array(["b", "a", "c"])
+    parts = {"train": (X[:12], ONES[:12]), "val": (X[12:17], ONES[12:17]), "test": (X[17:], np.array([0, 1, 2]))}
+    arrays = {
+        f"{key}_{split}": part for split, (x, y) in parts.items() for key, part in (("x", x), ("y", names[y]))
+    }
+    for n_val, seed in ((None, 0), (3, 1)):
+        dataset = Arrays(saved(**arrays), n_val=n_val)
+        data = dataset.draw(np.random.SeedSequence(seed))
+        assert (dataset.task, dataset.classes, dataset.n_val) == ("multiclass", ("a", "b", "c"), n_val or 5)
+        for split, (x, y) in parts.items():
+            found, targets = data.part(split)
+            size = n_val if split == "val" and n_val else len(x)
+            assert np.array_equal(found, x[:size])
+            assert np.array_equal(targets, [[1, 0, 2][c] for c in y[:size]])
+
+
+SPLIT = {f"{key}_{split}": part for split in ("train", "val", "test") for key, part in (("x", X), ("y", ONES))}
+BAD_ARRAYS = [
+    ({}, "has nothing; it needs x and y, or x_train, y_train, x_val, y_val, x_test, y_test"),
+    ({"x": X, "z": ONES}, "has x, z; it needs x and y, or "),
+    (
+        {key: part for key, part in SPLIT.items() if key != "x_val"},
+        "has x_train, y_train, y_val, x_test, y_test; it needs",
+    ),
+    ({"x": X, "y": ONES[:19]}, r"x has 20 rows, but y has the shape \(19,\)"),
+    ({**SPLIT, "y_val": ONES[:3]}, r"x_val has 20 rows, but y_val has the shape \(3,\)"),
+    ({**SPLIT, "x_test": X[:, :2]}, r"x_train has the shape \(20, 3\), but x_test \(20, 2\)"),
+    ({"x": X[:, 0], "y": ONES}, r"x has the shape \(20,\); it must be \(N, D\)"),
+    ({"x": X.reshape(20, 3, 1), "y": ONES}, r"x has the shape \(20, 3, 1\); it must be \(N, D\)"),
+    ({"x": X[:0], "y": ONES[:0]}, r"x has the shape \(0, 3\); it must be \(N, D\)"),
+    (
+        {"x": X, "y": X.reshape(20, 3, 1)},
+        r"y has the shape \(20, 3, 1\) and the type float64; it must be \(N,\) or",
+    ),
+    ({"x": X.astype(str), "y": ONES}, "x is of type <U32; it must be numbers"),
+    ({"x": X + 1j, "y": ONES}, "x is of type complex128; it must be numbers"),
+    ({"x": X.astype(object), "y": ONES}, r"its x is damaged, or holds Python objects \(save x.astype\(float\)"),
+    ({"x": X, "y": np.array([None, "a"] * 10)}, r"its y is damaged, or holds Python objects"),
+    ({"x": np.where(X == 31, np.nan, X), "y": ONES}, r"x\[10, 1\] is nan, which is no finite number in float32"),
+    ({"x": np.where(X == 31, 1e39, X), "y": ONES}, r"x\[10, 1\] is 1e\+39, which is no finite number in float32"),
+    ({"x": X, "y": np.where(ONES, np.inf, 0.5)}, r"y\[1\] is inf, which is no finite number in float32"),
+    ({**SPLIT, "y_val": np.where(ONES, np.inf, 0.5)}, r"y_val\[1\] is inf, which is no finite number in float32"),
+    ({"x": X, "y": 0 * ONES}, "y has 1 different values; multiclass needs 2 to 1,000"),
+    ({"x": X, "y": X[:, 0].astype("M8[D]")}, r"y has the shape \(20,\) and the type datetime64\[D\]"),
+    (
+        {"x": X, "y": np.arange(20), "task": "classification"},
+        "y has 20 different values; classification needs two",
+    ),
+    ({"x": X, "y": np.where(ONES, "a", "b"), "task": "regression"}, "y is of type <U1; it must be numbers"),
+    ({"x": X, "y": X, "task": "multiclass"}, r"y has the shape \(20, 3\); multiclass needs \(N,\)"),
+    (
+        {"x": np.zeros((1001, 1)), "y": np.arange(1001)},
+        "y has 1,001 different values; multiclass needs 2 to 1,000",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arrays", "message"), BAD_ARRAYS)
+def test_arrays_that_do_not_fit_are_refused_in_one_line(saved, arrays, message):
+    arrays = dict(arrays)
+    task = arrays.pop("task", "auto")
+    with pytest.raises(ConfigError, match=f"^path=.*/my.npz: {message}") as caught:
+        Arrays(saved(**arrays), task=task)
+    assert "\n" not in str(caught.value)
+
+
+def single(path, saved):
+    with path.open("wb") as file:
+        np.save(file, X)
+
+
+def damaged(path, saved):
+    content = Path(saved(x=X, y=ONES)).read_bytes()
+    path.write_bytes(content[:200] + b"0" * 60 + content[260:])
+
+
+BAD_FILES = [
+    (lambda path, saved: None, "cannot be read: No such file or directory"),
+    (lambda path, saved: path.mkdir(), "cannot be read: Is a directory"),
+    (lambda path, saved: path.write_bytes(b""), "is no .npz file"),
+    (lambda path, saved: path.write_text("a,b\n1,2\n"), "is no .npz file"),
+    (lambda path, saved: path.write_bytes(b"PK\x03\x04" + bytes(100)), "is no .npz file"),
+    (lambda path, saved: path.write_bytes(pickle.dumps({"x": 1})), "is no .npz file"),
+    (lambda path, saved: path.write_bytes(Path(saved(x=X, y=ONES)).read_bytes()[:-100]), "is no .npz file"),
+    (single, "is no .npz file, but a single array"),
+    (damaged, "its x is damaged, or holds Python objects"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BAD_FILES)))
+def test_a_file_that_is_no_npz_is_one_line_and_leaves_no_run(lipexp, saved, tmp_path, number):
+    write, message = BAD_FILES[number]
+    write(tmp_path / "bad.npz", saved)
+    done = lipexp("train", "dataset=npz", "dataset.path=bad.npz")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert done.err.startswith(f"lipexp: dataset.path=bad.npz: {message}")
+    assert not list(Path("outputs").rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((), "dataset.path: must be set"),
+        (("dataset.path=7",), "dataset.path=7: must be the name of a file"),
+        (
+            ("dataset.path=my.npz", "dataset.task=multi"),
+            "dataset.task=multi: no such option; did you mean multiclass?",
+        ),
+        (
+            ("dataset.path=my.npz", "dataset.n_val=9", "dataset.n_test=11"),
+            "dataset.n_train=1: n_train + n_val + n_test",
+        ),
+        (("dataset.path=my.npz", "dataset.n_val=0"), "dataset.n_val=0: must be a whole number, at least 1"),
+        (("dataset.path=my.npz", "batch_size=8", "dataset.task=multiclass"), "loss=hinge: is for classification"),
+        (("dataset.path=my.npz",), "batch_size=256: must be at most dataset.n_train=12"),
+    ],
+)
+def test_settings_that_do_not_fit_the_arrays_are_refused_in_one_line(lipexp, saved, overrides, message):
+    saved(x=X, y=ONES)
+    done = lipexp("train", "dataset=npz", *overrides)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert done.err.startswith(f"lipexp: {message}")
+
+
+# Cones -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, np.inf])

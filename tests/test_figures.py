@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import choice_of, options
+from conftest import SIZES, choice_of, options
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
@@ -99,7 +99,7 @@ DRAWN = {
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_every_run_has_a_picture_in_which_no_text_is_cut_or_covered(drawn, name, monkeypatch):
-    figure, _ = drawn(*DRAWN[name], "dataset.n_test=200")
+    figure, _ = drawn(*DRAWN[name], *SIZES)
     drawn_texts: dict[Text, None] = {}  # not all that it holds: ticks beyond the ends of an axis are not drawn
     draw = Text.draw
 

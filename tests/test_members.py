@@ -15,10 +15,10 @@ from commands import INLINE, TINY
 from lipexp.activations import GroupSort, LeakyReLU
 from lipexp.config import ConfigError
 from lipexp.constraints import LInf, Spectral
-from lipexp.datasets import AbsoluteValue, Cones, DigitsParity, TwoMoons
+from lipexp.datasets import AbsoluteValue, Circles, Cones, DigitsParity, Spirals, TwoMoons
 from lipexp.evaluate import Evaluator
 from lipexp.loop import fit
-from lipexp.losses import BCE, Hinge, Kantorovich
+from lipexp.losses import BCE, CrossEntropy, Hinge, Huber, Kantorovich, MultiMargin
 from lipexp.members import build, signature, stack
 from lipexp.models import MLP
 from lipexp.optim import Adam
@@ -45,6 +45,8 @@ def member(compose):
         *((kind, "lipschitz", [0, 1e31]) for kind in (Spectral, LInf, Hinge, Kantorovich)),
         (LInf, "p", [3, "x", math.nan, -1, [2]]),
         *((BCE, "temperature", [0]), (Hinge, "margin", [-0.1])),
+        *((CrossEntropy, "temperature", [0]), (MultiMargin, "margin", [-0.1]), (Huber, "delta", [0])),
+        *((Circles, "factor", [-0.1, 1]), (Spirals, "n_classes", [1, 2.5]), (Spirals, "turns", [-1])),
         *((TwoMoons, "noise", [-0.1]), (TwoMoons, "scale", [0]), (Cones, "p", [3]), (Cones, "spacing", [1.9])),
         *((Cones, "n_inputs", [0]), (Cones, "n_cones", [0])),
         *((kind, name, [0]) for kind in (TwoMoons, AbsoluteValue, DigitsParity) for name in ("n_train", "n_test")),

@@ -7,22 +7,28 @@ To add one: a class derived from `Dataset`, or from `Generated` for one that can
 file in conf/dataset/.
 """
 
+from lipexp.datasets.arrays import Arrays
 from lipexp.datasets.base import Data, Dataset, Finite, Generated
-from lipexp.datasets.bundled import DigitsParity
+from lipexp.datasets.bundled import BreastCancer, Diabetes, Digits, DigitsParity, Wine
 from lipexp.datasets.synthetic import AbsoluteValue, Circles, Cones, Spirals, TwoMoons, on_sphere
 from lipexp.datasets.table import Table
 
 __all__ = [
     "AbsoluteValue",
+    "Arrays",
+    "BreastCancer",
     "Circles",
     "Cones",
     "Data",
     "Dataset",
+    "Diabetes",
+    "Digits",
     "DigitsParity",
     "Finite",
     "Generated",
     "Spirals",
     "Table",
     "TwoMoons",
+    "Wine",
     "on_sphere",
 ]

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lipexp.config import ConfigError, whole
+from lipexp.tasks import TASKS
 
 if TYPE_CHECKING:
     from lipexp.datasets.preprocessing import Preprocessing
@@ -112,8 +113,9 @@ class Finite(Dataset):
     """Base of the datasets with a fixed number of rows, which a run's stream shuffles and splits.
 
     The test set comes first, then validation and training, so that neither of the first two depends on the number
-    of training points. What the three leave over is not used. A derived class sets `n_points` before it calls
-    this constructor, and loads the rows in `load`.
+    of training points. What the three leave over is not used. If the targets are classes, each part has as many of
+    each class as is its share, up to rounding. A derived class sets `n_points` before it calls this constructor,
+    and loads the rows in `load`.
     """
 
     n_points = 0
@@ -133,7 +135,18 @@ class Finite(Dataset):
     def draw(self, stream: np.random.SeedSequence) -> Data:
         points, targets = self.load()
         order = np.random.default_rng(stream).permutation(self.n_points)
+        if TASKS[self.task].has_classes:
+            order = order[np.argsort(_spread(np.asarray(targets)[order]), kind="stable")]
         ends = np.cumsum([self.n_test, self.n_val, self.n_train])
         test, val, train = np.split(order[: ends[-1]], ends[:-1])
         x, y = np.asarray(points, dtype=np.float32), np.asarray(targets, dtype=np.float32)
         return Data(x[train], y[train], x[val], y[val], x[test], y[test])
+
+
+def _spread(classes: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """(N,) a place in [0, 1] for each row, such that the rows of each class are evenly spaced."""
+    places = np.empty(len(classes))
+    for value in np.unique(classes):
+        (rows,) = np.nonzero(classes == value)
+        places[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+    return places
