@@ -4,7 +4,8 @@ f_i - f_j is the network of one output whose last row is w_i - w_j. What proves 
 proves one for it, and the smallest is taken for each pair:
 
 - product: ||w_i - w_j||_h* times the norms of the other layers, with h* the dual of h, the norm of hidden spaces;
-- rows, eclipse, lipsdp: as for any network of one output, with the multipliers of the whole network;
+- rows, eclipse, lipsdp: as for any network of one output, lipsdp with the multipliers of the whole network unless
+  it is the method that was asked for;
 - exact: from the linear regions that were enumerated for the whole network;
 - joint: ||e_i - e_j||_h* L with L a bound of the whole network, sqrt(2) L for h = 2 and 2 L for h = inf. That is a
   fallback for pairs of which nothing better is known.
@@ -31,6 +32,8 @@ from lipexp.proven import Certificate, Chain, semidefinite
 from lipexp.proven import rows as following
 
 Floats = npt.NDArray[np.float64]
+
+SECONDS = 60.0  # for the best multipliers of all pairs
 
 
 @dataclass
@@ -70,9 +73,11 @@ def pair_constants(network: BakedNetwork, certificate: Certificate) -> Pairs:
     regions = proofs["exact"].constants if "exact" in proven else None
     if regions is not None and regions.pairs is not None:
         found["exact"] = regions.pairs[first, second]
+    # Beside the product alone, LipSDP was named, and may take its time for each pair.
+    seconds = SECONDS if proofs.keys() == {"product", "lipsdp"} else 0.0
     kept, exponent = integers(rounded)
     for name in proven.keys() & {"eclipse", "lipsdp"} if "product" in proven else ():
-        bounds = semidefinite.bounds_of_pairs(network, proofs[name].multipliers)
+        bounds = semidefinite.bounds_of_pairs(network, proofs[name].multipliers, seconds)
         lost = _products(network, add(difference, (-kept, exponent)), _space(network, chain))
         found[name] = np.nextafter(bounds + lost, math.inf)
     # What overflows proves nothing.

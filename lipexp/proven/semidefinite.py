@@ -28,6 +28,7 @@ Kohler and Allgöwer 2021, "Training robust neural networks using Lipschitz boun
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -103,7 +104,7 @@ def lipsdp_and_multipliers(
     return min((bound for bound in found if bound is not None), default=None), multipliers
 
 
-def bounds_of_pairs(network: BakedNetwork, multipliers: Array | None = None) -> Array:
+def bounds_of_pairs(network: BakedNetwork, multipliers: Array | None = None, seconds: float = 0.0) -> Array:
     """(P,) proven bounds for f_i - f_j, i < j in the order of np.triu_indices; inf: no proof is found.
 
     They hold for the differences of rows w_i - w_j as float64 rounds them.
@@ -115,6 +116,7 @@ def bounds_of_pairs(network: BakedNetwork, multipliers: Array | None = None) -> 
     Args:
         network: K = 1, float32; `why_not_applicable` must be None.
         multipliers: that `lipsdp_and_multipliers` found; None: those of ECLipsE-Fast.
+        seconds: that the search for the best multipliers of every single pair may take; 0: it is left out.
     """
     reduced, (first, second) = Reduced.of(network), np.triu_indices(network.n_outputs, 1)
     if reduced is None:
@@ -124,7 +126,15 @@ def bounds_of_pairs(network: BakedNetwork, multipliers: Array | None = None) -> 
         return reduced.bounds_of_rows(rows, (0.0, 1.0), reduced.closed)
     slopes = network.act.slopes
     assert slopes is not None
-    return reduced.bounds_of_rows(rows, slopes, multipliers)
+    found = reduced.bounds_of_rows(rows, slopes, multipliers)
+    end = time.monotonic() + seconds
+    for k, row in enumerate(rows):
+        left = (end - time.monotonic()) / (len(rows) - k)
+        if left > 0 and row.any():
+            alone = reduced._replace(weights=[*reduced.weights[:-1], row[None]])
+            own = lipsdp_multipliers(alone, slopes, seconds=left)
+            found[k] = min(found[k], alone.bounds_of_rows(row[None], slopes, own)[0])
+    return found
 
 
 def size(network: BakedNetwork) -> int:
