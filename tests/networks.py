@@ -15,6 +15,8 @@ import torch
 from conftest import constraint_cases, options
 
 from lipexp.activations import ALL_NORMS, Abs, Activation, ActiveMap, GroupSort, LeakyReLU, ReLU
+from lipexp.datasets import Generated
+from lipexp.losses import Loss, column
 from lipexp.networks import Affine, BakedNetwork
 
 NORMS = (1.0, 2.0, math.inf)
@@ -60,6 +62,13 @@ def scaled(network: BakedNetwork, *factors: float, bias: bool = False) -> BakedN
     return replace(network, layers=[Affine(w * f, b * (p if bias else 1)) for (w, b), f, p in layers])
 
 
+def between(network: BakedNetwork, i: int, j: int) -> BakedNetwork:
+    """f_i - f_j as a network of one output, which is exact for weights that have a grain."""
+    *hidden, (weight, bias) = network.layers
+    last = Affine(weight[:, [i]] - weight[:, [j]], bias[..., [i]] - bias[..., [j]])
+    return replace(network, layers=[*hidden, last], norms=())
+
+
 def degenerate(network: BakedNetwork) -> BakedNetwork:
     """With features that are equal, parallel, zero and constant everywhere, in both of its layers of 6."""
     layers = [Affine(weight.clone(), bias.clone()) for weight, bias in network.layers]
@@ -73,6 +82,46 @@ def degenerate(network: BakedNetwork) -> BakedNetwork:
     return replace(network, layers=layers)
 
 
+class Blobs(Generated):
+    """Points around one centre for each class, in any number of dimensions."""
+
+    task = "multiclass"
+
+    def __init__(self, n_train=64, n_val=32, n_test=32, n_inputs=2, n_outputs=3, noise=0.5, scale=2.0):
+        super().__init__(n_train, n_val, n_test)
+        self.n_inputs, self.n_outputs, self.noise, self.scale = n_inputs, n_outputs, noise, scale
+
+    def sample(self, n, rng):
+        centres = self.scale * np.random.default_rng(0).normal(size=(self.n_outputs, self.n_inputs))
+        y = rng.integers(self.n_outputs, size=n)
+        return centres[y] + self.noise * rng.normal(size=(n, self.n_inputs)), y
+
+
+class Apart(Loss):
+    """max(0, margin - (f_y - max f_j) / L) for the class y against all others j."""
+
+    task = "multiclass"
+    per_run = ("margin", "lipschitz")
+
+    def __init__(self, margin=0.5, lipschitz=1.0):
+        super().__init__()
+        self.margin, self.lipschitz = margin, lipschitz
+
+    def forward(self, f, y):
+        if f.dim() == 2:  # one output: that of class 1, where the other one is 0
+            f = torch.stack([torch.zeros_like(f), f], dim=-1)
+        own = torch.nn.functional.one_hot(y.long(), f.shape[-1]).bool()
+        margin = f.masked_fill(~own, -math.inf).amax(dim=-1) - f.masked_fill(own, -math.inf).amax(dim=-1)
+        return torch.relu(column(self.margin, margin) - margin / column(self.lipschitz, margin))
+
+
+def of_classes(n: int, dims: int) -> tuple[str, ...]:
+    """The overrides of a run that tells apart n classes in so many dimensions."""
+    shape = ("+dataset.n_inputs", str(dims)), ("+dataset.n_outputs", str(n))
+    targets = ("dataset._target_", "networks.Blobs"), ("loss._target_", "networks.Apart")
+    return tuple(f"{key}={value}" for key, value in (*targets, *shape))
+
+
 def pairs(*rooms: Iterable[Any]) -> list[tuple[Any, ...]]:
     """Choices of an option of each room in which every option occurs."""
     options = [list(room) for room in rooms]
@@ -82,6 +131,8 @@ def pairs(*rooms: Iterable[Any]) -> list[tuple[Any, ...]]:
 # The overrides of small trained networks with every constraint and every activation, and the runs of each stack.
 CASES = pairs(constraint_cases(bounded=False).values(), options("act"))
 TRAINED = [(*case, f"act={act}", "model.depth=2") for case, act in CASES]
+# The same with several classes: 3 in the plane, and 10 in five dimensions.
+SEVERAL = [(*case, *of_classes(*((3, 2), (10, 5))[i % 2])) for i, case in enumerate(TRAINED)]
 EACH_LIPSCHITZ = ("lipschitz=0.01", "lipschitz=1", "lipschitz=3", "lipschitz=100")
 
 

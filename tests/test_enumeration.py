@@ -1,5 +1,6 @@
 """Exact constants: against rational arithmetic, samples, closed forms, and networks that are awkward."""
 
+import itertools
 from dataclasses import replace
 from fractions import Fraction
 
@@ -15,8 +16,10 @@ from networks import (
     Bent,
     Tripled,
     Unlisted,
+    between,
     by_hand,
     degenerate,
+    jacobian,
     network,
     norm_at,
     pairs,
@@ -28,7 +31,7 @@ from networks import (
 )
 
 from lipexp.activations import ActiveMap, as_activation
-from lipexp.measured.gradients import norms, scan
+from lipexp.measured.gradients import norms, operator_norms, scan
 from lipexp.proven.regions import TooLarge, TooManyRegions, constants, why_not_enumerable
 from lipexp.proven.regions import enumeration as module
 from lipexp.proven.regions.enumeration import Enumeration
@@ -111,6 +114,33 @@ def check_constants(net, low, high, norm_orders=NORMS):
 @pytest.mark.parametrize(("name", "shape"), pairs(ACTS, SHAPES))
 def test_constants_are_at_least_what_samples_show_and_are_taken_at_their_points(name, shape):
     check_constants(network(*shape, act=ACTS[name], seed=3), BOX[0][: shape[0]], BOX[1][: shape[0]])
+
+
+def check_several(net, low, high, h):
+    """The constants of a map, and of all differences of outputs, are at least what samples show, and are taken."""
+    x = torch.lerp(torch.from_numpy(low), torch.from_numpy(high), uniform(1, 20_000, net.n_inputs).abs())
+    near, far = (scan(net, scale * x).gradient[0] for scale in (1, 100))
+    for q in (2,) if h == 2 else NORMS:
+        found = constants(net, (low, high), q, 10**6, h=h)
+        for place, gradients in ((found.box, near), (found.everywhere, far)):
+            assert place.value >= float(operator_norms(gradients, q, h).max()) * (1 - 1e-12)
+            exactly = np.array([[float(v) for v in row] for row in jacobian(net, place.point)])
+            taken = np.linalg.norm(exactly, 2) if h == 2 else np.linalg.norm(exactly, q, axis=1).max()
+            assert taken == pytest.approx(place.value, rel=1e-9)
+        for i, j in itertools.combinations(range(net.n_outputs), 2):
+            assert found.pairs[i, j] == found.pairs[j, i]
+            difference = torch.cat([near, far])[:, i] - torch.cat([near, far])[:, j]
+            seen = float(norms(difference, q).max())
+            assert seen * (1 - 1e-12) <= found.pairs[i, j]
+            alone = constants(between(net, i, j), (low, high), q, 10**6).everywhere.value
+            assert found.pairs[i, j] == pytest.approx(alone, rel=1e-12)
+
+
+@pytest.mark.parametrize("h", [2.0, np.inf])
+@pytest.mark.parametrize(("name", "shape"), pairs(ACTS, [(2, 12, 6, 3), (1, 12, 12, 4), (2, 6, 2)]))
+def test_constants_of_several_outputs_are_at_least_what_samples_show_and_are_taken(name, shape, h):
+    net = network(*shape, act=ACTS[name], seed=3, grain=2.0**-10)
+    check_several(net, BOX[0][: shape[0]], BOX[1][: shape[0]], h)
 
 
 @pytest.mark.parametrize("overrides", TRAINED, ids=" ".join)

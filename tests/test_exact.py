@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import NORMS, power
 
-from lipexp.exact import add, break_ties, integers, norm_below
+from lipexp.exact import add, break_ties, integers, norm_above, norm_below, spectral_norm_below
 
 floats = st.floats(allow_nan=False, allow_infinity=False)
 whole = st.integers(-(2**80), 2**80)
@@ -55,3 +55,15 @@ def test_sums_ties_and_norms_are_exact(numbers, exponent, other):
         found, exact = norm_below(array, exponent, q), power(values((array, exponent)), q)
         assert Fraction(found) ** (2 if q == 2 else 1) <= exact
         assert Fraction(math.nextafter(found, math.inf)) ** (2 if q == 2 else 1) > exact
+        above = norm_above(array, exponent, q)
+        assert Fraction(above) ** (2 if q == 2 else 1) >= exact
+        assert above in (found, math.nextafter(found, math.inf))
+
+
+@given(st.lists(st.lists(whole, min_size=3, max_size=3), min_size=1, max_size=4), st.integers(-90, 90))
+def test_a_spectral_norm_is_rounded_down_and_loses_nothing_visible(exact, rows, exponent):
+    """Whether a number is a bound is decided by elimination in rational arithmetic."""
+    found = spectral_norm_below(np.array(rows, dtype=object), exponent)
+    matrix = [[value * Fraction(2) ** exponent for value in row] for row in rows]
+    assert exact.spectral_within(matrix, found * (1 + 1e-12))
+    assert found == 0 or not exact.spectral_within(matrix, Fraction(found) * (1 - Fraction(1, 10**40)))

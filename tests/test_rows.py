@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import ACTS, NORMS, Bent, Descending, Tripled, by_hand, network, pattern_power, root
+from networks import ACTS, NORMS, Bent, Descending, Tripled, by_hand, network, normal, pattern_power, root
 
 from lipexp.activations import Abs, GroupSort, ReLU, as_activation
+from lipexp.measured.gradients import norms, scan
+from lipexp.networks import Affine
 from lipexp.norms import row_norm_bound
 from lipexp.proven.rows import bound, why_not_applicable
 
@@ -45,6 +47,21 @@ def test_the_bound_holds_for_all_patterns_and_is_below_the_product_of_row_norms(
     for q in NORMS:
         product = row_norm_bound(net.layers[0].weight[0].numpy(), q) * math.prod(later)
         assert root(pattern_power(net, q), q) <= bound(net, q, 2) <= product * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("name", ["relu", "bent", "maxmin", "abs"])
+def test_the_bound_of_several_outputs_holds_in_the_norms_of_both_chains(name):
+    """Of each row, and of the whole Jacobian for p = 2; the rows alone are those of networks of one output."""
+    net = network(3, 8, 8, 4, act=ACTS[name])
+    *hidden, (weight, bias) = net.layers
+    each = [Affine(weight[:, c : c + 1], bias[..., c : c + 1]) for c in range(4)]
+    found = scan(net, normal(1, 2000, 3)).gradient[0]
+    for q in NORMS:
+        alone = [bound(replace(net, layers=[*hidden, last]), q, 2) for last in each]
+        assert bound(net, q, math.inf) == pytest.approx(max(alone), rel=1e-12)
+        assert bound(net, q, 2) == pytest.approx(math.hypot(*alone), rel=1e-12)
+        assert (norms(found, q) <= torch.tensor(alone)).all()
+    assert float(torch.linalg.matrix_norm(found, ord=2).max()) <= bound(net, 2, 2)
 
 
 def test_an_activation_counts_for_what_it_declares_of_its_own_map():

@@ -29,6 +29,7 @@ class Proof(NamedTuple):
     constants: Constants | None = None  # where all linear regions are known
     best: Maximum | None = None  # the steepest point that the method came across
     gave_up: bool = False  # the method applies to this network, but reached its limit
+    multipliers: semidefinite.Array | None = None  # that LipSDP found
 
     def within(self, bound: float | None) -> Proof:
         """With constants of at most `bound`, which is proven too: their own rounding may put them above it."""
@@ -136,7 +137,9 @@ def by_lipsdp(problem: Problem) -> Proof:
             reason = f"{size} inputs and features, more than {LARGEST}; --method lipsdp takes its time"
     if reason is not None:
         return Proof(None, reason)
-    return _semidefinite(semidefinite.lipsdp(problem.network, measured * (1 + problem.gap), problem.seconds))
+    enough = measured * (1 + problem.gap)
+    value, multipliers = semidefinite.lipsdp_and_multipliers(problem.network, enough, problem.seconds)
+    return _semidefinite(value)._replace(multipliers=multipliers)
 
 
 def _semidefinite(value: float | None) -> Proof:

@@ -4,10 +4,11 @@ f_i - f_j is the network of one output whose last row is w_i - w_j. What proves 
 proves one for it, and the smallest is taken for each pair:
 
 - product: ||w_i - w_j||_h* times the norms of the other layers, with h* the dual of h, the norm of hidden spaces;
-- rows, eclipse, and lipsdp where it was asked for by its name: as for any network of one output;
+- rows, eclipse, lipsdp: as for any network of one output, lipsdp with the multipliers of the whole network unless
+  it is the method that was asked for;
 - exact: from the linear regions that were enumerated for the whole network;
-- joint: ||e_i - e_j||_h* L with L the bound of the whole network, sqrt(2) L for h = 2 and 2 L for h = inf. That is
-  a fallback for pairs of which nothing better is known.
+- joint: ||e_i - e_j||_h* L with L a bound of the whole network, sqrt(2) L for h = 2 and 2 L for h = inf. That is a
+  fallback for pairs of which nothing better is known.
 
 The difference w_i - w_j of float32 numbers is exact in integers, and in float64 unless their exponents are far
 apart; what float64 loses is added to the bounds of eclipse and lipsdp, as the product bounds it.
@@ -18,20 +19,21 @@ Shapes: C outputs, D inputs, H features before the last layer, M rows of a last 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from lipexp import record
 from lipexp.exact import Exact, add, integers, norm_above
-from lipexp.networks import Affine, BakedNetwork
+from lipexp.networks import BakedNetwork
 from lipexp.norms import dual, product_bound
 from lipexp.proven import Certificate, Chain, semidefinite
 from lipexp.proven import rows as following
 
 Floats = npt.NDArray[np.float64]
+
+SECONDS = 60.0  # for the best multipliers of all pairs
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Pairs:
 
     constants: Floats  # (C, C) L_ij of f_i - f_j for the norm p, symmetric, 0 on the diagonal
     methods: npt.NDArray[np.str_]  # (C, C) what proved each of them; "" on the diagonal
-    joint: float  # ||e_i - e_j||_h* L, the same for all pairs
+    joint: float  # the smallest ||e_i - e_j||_h* L, the same for all pairs
 
     def summary(self, radius: Floats, joint: Floats) -> record.Pairs:
         """What metrics.json says of them, with certified radii (N,) by these constants and by `joint` alone."""
@@ -59,24 +61,25 @@ def pair_constants(network: BakedNetwork, certificate: Certificate) -> Pairs:
     """
     assert certificate.value is not None
     chain, proofs, n = certificate.chain, certificate.proofs, network.n_outputs
-    proven_by = {name for name, proof in proofs.items() if proof.value is not None}
+    proven = {name: proof.value for name, proof in proofs.items() if proof.value is not None and proof.everywhere}
     first, second = np.triu_indices(n, 1)
-    joint = product_bound([certificate.value, norm_above(np.array([1, -1]), 0, dual(chain.hidden_p))])
-    found = {"joint": np.full(len(first), joint)}
     difference, rounded = _differences(network)
-    if "product" in proven_by:
+    joint = min(product_bound([value, _apart(name, chain)]) for name, value in proven.items())
+    found = {"joint": np.full(len(first), joint)}
+    if "product" in proven:
         found["product"] = _products(network, difference, _space(network, chain))
-    if "rows" in proven_by:
+    if "rows" in proven:
         found["rows"] = following.through(rounded, following.before_last(network, chain.q), chain.q)
-    regions = proofs["exact"].constants if "exact" in proven_by else None
+    regions = proofs["exact"].constants if "exact" in proven else None
     if regions is not None and regions.pairs is not None:
         found["exact"] = regions.pairs[first, second]
-    # LipSDP takes long, and is among several methods unless it was named.
-    named = proofs.keys() == {"product", "lipsdp"}
-    for name in proven_by & {"eclipse", *(["lipsdp"] if named else [])} if "product" in proven_by else ():
-        kept, exponent = integers(rounded)
+    # Beside the product alone, LipSDP was named, and may take its time for each pair.
+    seconds = SECONDS if proofs.keys() == {"product", "lipsdp"} else 0.0
+    kept, exponent = integers(rounded)
+    for name in proven.keys() & {"eclipse", "lipsdp"} if "product" in proven else ():
+        bounds = semidefinite.bounds_of_pairs(network, proofs[name].multipliers, seconds)
         lost = _products(network, add(difference, (-kept, exponent)), _space(network, chain))
-        found[name] = np.nextafter(_semidefinite(network, rounded, name) + lost, math.inf)
+        found[name] = np.nextafter(bounds + lost, math.inf)
     # What overflows proves nothing.
     names, bounds = np.array([*found]), np.nan_to_num(np.stack([*found.values()]), nan=math.inf, posinf=math.inf)
     pairs = Pairs(np.zeros((n, n)), np.full((n, n), "", names.dtype), joint)
@@ -135,6 +138,12 @@ def _differences(network: BakedNetwork) -> tuple[Exact, Floats]:
     return (weight[first] - weight[second], exponent), rounded[first] - rounded[second]
 
 
+def _apart(method: str, chain: Chain) -> float:
+    """||e_i - e_j||_h* for the norm h in which a method bounds the outputs, which is 2 for matrix inequalities."""
+    h = 2.0 if method in ("eclipse", "lipsdp") else chain.hidden_p
+    return norm_above(np.array([1, -1]), 0, dual(h))
+
+
 def _space(network: BakedNetwork, chain: Chain) -> float:
     """The norm in which what the last layer is given moves."""
     return chain.p if len(network.layers) == 1 else chain.hidden_p
@@ -145,14 +154,3 @@ def _products(network: BakedNetwork, rows: Exact, h: float, skipped: int = 0) ->
     hidden = product_bound(norm for (norm,) in network.norms[skipped:-1])
     lengths = (norm_above(row, rows[1], dual(h)) for row in rows[0])
     return np.array([product_bound([hidden, length]) for length in lengths])
-
-
-def _semidefinite(network: BakedNetwork, rows: Floats, name: str) -> Floats:
-    """(M,) the bounds of eclipse or lipsdp for the networks with these last rows; inf where no proof is found."""
-    bias = torch.zeros(1, 1, 1, dtype=torch.float64)
-    found = []
-    for row in rows:
-        last = Affine(torch.from_numpy(row).view(1, 1, -1), bias)
-        bound = getattr(semidefinite, name)(replace(network, layers=[*network.layers[:-1], last], norms=()))
-        found.append(math.inf if bound is None else bound)
-    return np.array(found)
