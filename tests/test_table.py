@@ -316,14 +316,14 @@ def test_text_compressed_text_and_parquet_give_the_same_points(patients):
 @pytest.mark.parametrize(
     ("column", "value", "said"),
     [
-        ("city", "Paris", "row 3: column 'city': 'Paris' is none of the 3 categories that are known"),
-        ("age", "old", "row 3: column 'age': 'old' is no finite number"),
-        ("age", np.inf, "row 3: column 'age': 'inf' is no finite number"),
-        ("age", True, "row 3: column 'age': 'True' is no finite number"),
-        ("age", 1e300, "row 3: column 'age': '1e+300' is too large"),
-        ("smoker", "maybe", "row 3: column 'smoker': 'maybe' is neither true nor false"),
-        ("dose", None, "row 3: column 'dose': there is no value"),
-        ("dose", "absent", "column=dose: is missing (there are age, city, smoker"),
+        ("city", "Paris", "table: row 3, column 'city': 'Paris' is none of the 3 categories that are known"),
+        ("age", "old", "table: row 3, column 'age': 'old' is no finite number"),
+        ("age", np.inf, "table: row 3, column 'age': 'inf' is no finite number"),
+        ("age", True, "table: row 3, column 'age': 'True' is no finite number"),
+        ("age", 1e300, "table: row 3, column 'age': '1e+300' is too large"),
+        ("smoker", "maybe", "table: row 3, column 'smoker': 'maybe' is neither true nor false"),
+        ("dose", None, "table: row 3, column 'dose': there is no value"),
+        ("dose", "absent", "table: has no column 'dose' (there are age, city, smoker"),
     ],
 )
 def test_a_row_that_is_no_point_is_named_with_its_column(patients, column, value, said):

@@ -133,7 +133,7 @@ class Table(Dataset):
         try:
             x = self.preprocessing.apply(frame)
         except ConfigError as error:
-            self._refuse(str(error))
+            self._refuse(error.allowed)
         parts = (self.train, self.val, self.test)
         self._data = Data(*(array[rows] for rows in parts for array in (x, y.astype(np.float32))))
 
