@@ -178,6 +178,14 @@ def test_what_is_no_such_file_is_refused(path, said, lipexp):
     assert done.err.startswith(f"lipexp: {said}")
 
 
+def test_a_file_that_would_not_fit_into_memory_is_refused_before_it_is_read(lipexp):
+    Path("t.csv").write_text(GOOD)
+    with Path("t.csv").open("r+b") as file:
+        file.truncate(2**31 + 1)  # takes no room on the disk
+    done = lipexp("train", "dataset=table", "dataset.path=t.csv", "dataset.target=y")
+    assert done == (2, "", "lipexp: dataset.path=t.csv: is larger than 2 GiB; take a sample of its rows\n")
+
+
 # Points ----------------------------------------------------------------------------------------------------------
 
 
@@ -300,9 +308,10 @@ def test_text_compressed_text_and_parquet_give_the_same_points(patients):
     Path("p.csv.gz").write_bytes(gzip.compress(Path("patients.csv").read_bytes()))
     patients.to_csv("p.tsv", sep="\t", index=False)
     patients.to_parquet("p.parquet")
-    patients.astype({"city": "category"}).iloc[::-1].iloc[::-1].to_parquet("c.pq", index=True)
+    named = patients.astype({"city": "category"})[[*INPUTS, "ill"]]
+    named.set_axis(named.index.astype(str)).to_parquet("c.pq")  # the index is a column of the file, but no input
     for path in ("p.csv.gz", "p.tsv", "p.parquet", "c.pq"):
-        found = Table(path, "ill", columns=INPUTS, missing="impute")
+        found = Table(path, "ill", columns=None if path == "c.pq" else INPUTS, missing="impute")
         assert dataclasses.replace(found.preprocessing, sha256="") == dataclasses.replace(
             expected.preprocessing, sha256=""
         )

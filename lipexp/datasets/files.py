@@ -55,7 +55,9 @@ class Source:
                 import pyarrow.parquet
 
                 self._parquet = pyarrow.parquet
-                self.names = [str(name) for name in self._parquet.read_schema(path).names]
+                schema = self._parquet.read_schema(path)
+                index = (schema.pandas_metadata or {}).get("index_columns", [])
+                self.names = [str(name) for name in schema.names if name not in index]
             else:
                 self._stdin = io.TextIOWrapper(sys.stdin.buffer, **TEXT_OPTIONS) if path == "-" else None
                 with self._opened() as text:
