@@ -36,6 +36,7 @@ def load(run: str | PathLike[str], trust: bool = False) -> LoadedRun | LoadedRun
 
         run = lipexp.load("outputs/2026-01-31/12-00-00-000000")
         run.network(points), run.config["lipschitz"], run.metrics.lipschitz.certified, run.table("gradients")
+        run.predict(pd.read_csv("new.csv"))  # as lipexp predict: classes with certified radii, or values
 
     Of a folder that holds runs, such as a sweep's, all: `runs.table` has a row for each, which `runs[i]` is.
 

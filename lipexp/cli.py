@@ -16,10 +16,8 @@ from lipexp.process import ENDED, Terminated, begin_work, legible_output, silenc
 VERBS = {
     "train": ("lipexp.hydra_app", "train a network, or sweep over configurations with -m"),
     "certify": ("lipexp.certify", "prove the bounds of finished runs again, and try to refute them"),
-    "export": (
-        "lipexp.export",
-        "a finished run as one file for torch, TorchScript or ONNX, which needs no lipexp",
-    ),
+    "predict": ("lipexp.predict", "predict the rows of a table, each with its certified radius"),
+    "export": ("lipexp.export", "write a run as one file for torch, TorchScript or ONNX, which needs no lipexp"),
     "report": ("lipexp.report", "one table of the runs under outputs/"),
     "figures": ("lipexp.figures", "draw the figures of the README, and check the claims they make"),
     "check": ("lipexp.check", "test the classes behind a configuration against the laws of their rooms"),
@@ -87,6 +85,8 @@ usage: lipexp VERB ...
   lipexp train --help                           all groups and settings
   lipexp certify outputs/2026-01-31 --attack
   lipexp report --by act,constraint,loss
+  lipexp train dataset=table dataset.path=heart.csv dataset.target=disease
+  lipexp predict outputs/2026-01-31/12-00-00-000000 new.csv -o predictions.csv
 
 lipexp VERB --help says more."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, overload
@@ -14,8 +16,10 @@ import pandas as pd
 import torch
 
 from lipexp.config import ConfigError, no_such, one_line
+from lipexp.datasets.preprocessing import NUMBER, Column, Preprocessing, Target
 from lipexp.members import part
 from lipexp.networks import BakedNetwork, Network
+from lipexp.prediction import Predictor
 from lipexp.reading import LARGE_BYTES, Missing, Unreadable, plain_file
 from lipexp.record import Metrics, Outcome, settings
 from lipexp.runs import RunFolder, find
@@ -31,6 +35,53 @@ class LoadedRun:
     config: dict[str, Any]
     metrics: Metrics
     folder: Path
+    trusted: bool = False  # classes from outside lipexp are allowed
+
+    def predict(self, frame: pd.DataFrame, reach: bool = False) -> pd.DataFrame:
+        """What the run predicts for the rows of a table, as `lipexp predict` writes it; see `Predictor`.
+
+        Args:
+            frame: it has the columns of the table that the run was trained on, but needs no target; of a run on
+                other data, x0, x1, … as in gradients.csv.
+            reach: also how far each column of numbers may change alone, in its own unit.
+
+        Raises:
+            ConfigError: a column is missing, or a value that it cannot take; the first such row is named.
+        """
+        return self.predictor(frame, reach)
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """What `predict` asks."""
+        constraint = part_of(self.config, "constraint", self.trusted)
+        return Predictor(constraint.prove(self.baked), *self._certified(), self._preprocessing())
+
+    def _certified(self) -> tuple[float | None, str | None]:
+        """The smallest constant that is recorded as proven for this model.pt, or why there is none."""
+        digest = hashlib.sha256(RunFolder(self.folder).model_bytes()).hexdigest()
+        found = [self.metrics.lipschitz] if self.metrics.model_sha256 == digest else []
+        again = self.metrics.certify
+        found += [again.lipschitz] if again is not None and again.model_sha256 == digest else []
+        if not found:
+            return None, "model.pt was changed since it was certified; lipexp certify proves its constant"
+        proven = [each.certified for each in found if each.certified is not None and each.verdict == "PASS"]
+        return min(proven, default=None), None if proven else found[-1].reason or "its bounds are broken"
+
+    def _preprocessing(self) -> Preprocessing:
+        """That of the run; without any, the columns are x0, x1, … and classes are numbers."""
+        try:
+            return Preprocessing.of(self.folder)
+        except Missing:
+            outputs = range(self.baked.n_outputs)
+        except Unreadable as error:
+            raise ConfigError("run", self.folder, str(error)) from None
+        columns = [Column(f"x{i}", NUMBER) for i in range(self.baked.n_inputs)]
+        if "accuracy" not in self.metrics.test:
+            names = [f"y{i}" for i in outputs] if len(outputs) > 1 else ["y"]
+            return Preprocessing(columns, [Target(name) for name in names], "regression", [], "")
+        task = "multiclass" if len(outputs) > 1 else "classification"
+        classes = [str(i) for i in range(max(2, len(outputs)))]
+        return Preprocessing(columns, [Target("y")], task, classes, "")
 
     def table(self, name: str) -> pd.DataFrame:
         """One of the run's tables: `history`, `gradients`, `layers`, and of a classifier `radii`.
@@ -119,7 +170,7 @@ def load_run(run: str | PathLike[str], trust: bool = False) -> LoadedRun:
         baked = BakedNetwork.from_state_dict(state, act)
     except (ValueError, TypeError) as error:
         raise ConfigError("model.pt", folder.path / "model.pt", f"holds no such network: {error}") from None
-    return LoadedRun(Network(baked), baked, config, metrics, folder.path)
+    return LoadedRun(Network(baked), baked, config, metrics, folder.path, trust)
 
 
 def part_of(config: Mapping[str, Any], group: str, trust: bool) -> Any:

@@ -113,8 +113,8 @@ class Screen(Console):
             yield lambda news: progress.update(task, description=self.spelled(news))
 
     def progress(self) -> Progress:
-        """A line for each task; its field `live` has what there is to say beside its steps."""
-        return Progress(_Line(self), console=self, transient=True)
+        """A line for each task on a terminal; its field `live` has what there is to say beside its steps."""
+        return Progress(_Line(self), console=self, transient=True, disable=not self.is_terminal)
 
 
 def _least(columns: Sequence[Column], text: int) -> int:

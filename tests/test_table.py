@@ -178,6 +178,14 @@ def test_what_is_no_such_file_is_refused(path, said, lipexp):
     assert done.err.startswith(f"lipexp: {said}")
 
 
+def test_a_file_that_would_not_fit_into_memory_is_refused_before_it_is_read(lipexp):
+    Path("t.csv").write_text(GOOD)
+    with Path("t.csv").open("r+b") as file:
+        file.truncate(2**31 + 1)  # takes no room on the disk
+    done = lipexp("train", "dataset=table", "dataset.path=t.csv", "dataset.target=y")
+    assert done == (2, "", "lipexp: dataset.path=t.csv: is larger than 2 GiB; take a sample of its rows\n")
+
+
 # Points ----------------------------------------------------------------------------------------------------------
 
 
@@ -300,9 +308,10 @@ def test_text_compressed_text_and_parquet_give_the_same_points(patients):
     Path("p.csv.gz").write_bytes(gzip.compress(Path("patients.csv").read_bytes()))
     patients.to_csv("p.tsv", sep="\t", index=False)
     patients.to_parquet("p.parquet")
-    patients.astype({"city": "category"}).iloc[::-1].iloc[::-1].to_parquet("c.pq", index=True)
+    named = patients.astype({"city": "category"})[[*INPUTS, "ill"]]
+    named.set_axis(named.index.astype(str)).to_parquet("c.pq")  # the index is a column of the file, but no input
     for path in ("p.csv.gz", "p.tsv", "p.parquet", "c.pq"):
-        found = Table(path, "ill", columns=INPUTS, missing="impute")
+        found = Table(path, "ill", columns=None if path == "c.pq" else INPUTS, missing="impute")
         assert dataclasses.replace(found.preprocessing, sha256="") == dataclasses.replace(
             expected.preprocessing, sha256=""
         )
@@ -316,14 +325,14 @@ def test_text_compressed_text_and_parquet_give_the_same_points(patients):
 @pytest.mark.parametrize(
     ("column", "value", "said"),
     [
-        ("city", "Paris", "row 3: column 'city': 'Paris' is none of the 3 categories that are known"),
-        ("age", "old", "row 3: column 'age': 'old' is no finite number"),
-        ("age", np.inf, "row 3: column 'age': 'inf' is no finite number"),
-        ("age", True, "row 3: column 'age': 'True' is no finite number"),
-        ("age", 1e300, "row 3: column 'age': '1e+300' is too large"),
-        ("smoker", "maybe", "row 3: column 'smoker': 'maybe' is neither true nor false"),
-        ("dose", None, "row 3: column 'dose': there is no value"),
-        ("dose", "absent", "column=dose: is missing (there are age, city, smoker"),
+        ("city", "Paris", "table: row 3, column 'city': 'Paris' is none of the 3 categories that are known"),
+        ("age", "old", "table: row 3, column 'age': 'old' is no finite number"),
+        ("age", np.inf, "table: row 3, column 'age': 'inf' is no finite number"),
+        ("age", True, "table: row 3, column 'age': 'True' is no finite number"),
+        ("age", 1e300, "table: row 3, column 'age': '1e+300' is too large"),
+        ("smoker", "maybe", "table: row 3, column 'smoker': 'maybe' is neither true nor false"),
+        ("dose", None, "table: row 3, column 'dose': there is no value"),
+        ("dose", "absent", "table: has no column 'dose' (there are age, city, smoker"),
     ],
 )
 def test_a_row_that_is_no_point_is_named_with_its_column(patients, column, value, said):

@@ -12,7 +12,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -49,12 +49,15 @@ class Source:
             known = ", ".join((*TEXT, *PARQUET))
             raise ConfigError(option, path, f"must end in {known}, or .gz behind one of the first three")
         self._parquet: Any = None
+        self._file: IO[bytes] | None = None
         with self._reading():
             if suffix in PARQUET:
                 import pyarrow.parquet
 
                 self._parquet = pyarrow.parquet
-                self.names = [str(name) for name in self._parquet.read_schema(path).names]
+                schema = self._parquet.read_schema(path)
+                index = (schema.pandas_metadata or {}).get("index_columns", [])
+                self.names = [str(name) for name in schema.names if name not in index]
             else:
                 self._stdin = io.TextIOWrapper(sys.stdin.buffer, **TEXT_OPTIONS) if path == "-" else None
                 with self._opened() as text:
@@ -110,11 +113,22 @@ class Source:
                 found, size = pd.DataFrame(columns=self.names), None
             yield from [found] if size is None else found
 
-    def _opened(self) -> AbstractContextManager[IO[str]]:
+    @contextmanager
+    def _opened(self) -> Iterator[IO[str]]:
         """The text; standard input goes on where it was left, and stays open."""
         if self._stdin is not None:
-            return nullcontext(self._stdin)
-        return (gzip.open if self.path.endswith(".gz") else open)(self.path, "rt", **TEXT_OPTIONS)
+            yield self._stdin
+            return
+        with open(self.path, "rb") as self._file:
+            file: Any = gzip.GzipFile(fileobj=self._file) if self.path.endswith(".gz") else self._file
+            with io.TextIOWrapper(file, **TEXT_OPTIONS) as text:
+                yield text
+
+    def position(self) -> float | None:
+        """The part of the file that has been read, while `frames` goes through it, or None."""
+        if self._file is None or self._file.closed:
+            return None
+        return self._file.tell() / Path(self.path).stat().st_size
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

@@ -144,7 +144,7 @@ class Preprocessing:
         """
         points, wrong = self.encoded(frame)
         for row in sorted(wrong)[:1]:
-            raise ConfigError(f"row {row + 1}", None, wrong[row])
+            raise ConfigError("table", None, f"row {row + 1}, {wrong[row]}")
         return points
 
     def encoded(self, frame: pd.DataFrame) -> tuple[npt.NDArray[np.float32], dict[int, str]]:
@@ -158,7 +158,8 @@ class Preprocessing:
         start = 0
         for column in self.columns:
             if column.name not in frame:
-                raise ConfigError("column", column.name, f"is missing (there are {listed(list(frame.columns))})")
+                there = listed(list(frame.columns))
+                raise ConfigError("table", None, f"has no column {column.name!r} (there are {there})")
             values, texts = column.read(frame[column.name])
             if column.kind == CATEGORY:
                 known = np.flatnonzero(np.isfinite(values))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST_INPUTS = 1000
-MOST_CLASSES = 1000
-MOST_NUMBERS = 50_000_000  # rows x inputs, of which training and evaluation hold some 100 bytes each
+MOST_CLASSES = 100  # each pair of classes has a constant of its own
+MOST_BYTES = 2**31  # of the file
+MOST_NUMBERS = 50_000_000  # rows x inputs, of which training and evaluation hold 115 bytes each
 DATE = re.compile(r"(\d{4}[-/]\d{1,2}[-/]\d{1,2}|\d{1,2}[-/]\d{1,2}[-/]\d{2,4}|\d{1,2}\.\d{1,2}\.\d{4})([ T].*)?")
 GROUPED = re.compile(r"[-+]?(\d{1,3}([ ,'.]\d{3})+|\d+)([.,]\d+)?")  # 1,234.5 or 1.234,5 or 1,5
 
@@ -49,7 +51,8 @@ class Table(Dataset):
     shares of classes. It is the same for every seed of a run. A first column without a name is taken for the
     numbers of the rows, and left out.
 
-    A table may have 1,000 inputs and 50 million numbers (rows x inputs), for which training takes about 5 GB.
+    A file may have 2 GiB, and a table 1,000 inputs and 50 million numbers (rows x inputs). One run at that limit
+    takes about 6 GB.
 
     Args:
         path: .csv, .tsv or .txt, also with .gz, or .parquet.
@@ -95,6 +98,8 @@ class Table(Dataset):
             import sklearn.preprocessing  # noqa: F401
 
         source = Source("path", path)
+        if Path(path).stat().st_size > MOST_BYTES:
+            self._refuse(f"is larger than {MOST_BYTES / 2**30:.0f} GiB; take a sample of its rows")
         targets = _names("target", target, source.names)
         if not targets:
             raise ConfigError("target", None, "must be set")
@@ -133,7 +138,7 @@ class Table(Dataset):
         try:
             x = self.preprocessing.apply(frame)
         except ConfigError as error:
-            self._refuse(str(error))
+            self._refuse(error.allowed)
         parts = (self.train, self.val, self.test)
         self._data = Data(*(array[rows] for rows in parts for array in (x, y.astype(np.float32))))
 

@@ -1,0 +1,241 @@
+"""Predictions for tables: those of the network, in the units of the file, and certified as far as they say."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from commands import edit
+from conftest import choice_of
+from networks import RELU, normal
+
+import lipexp as package
+from lipexp import predict
+from lipexp.config import ConfigError
+from lipexp.datasets.preprocessing import Column, Preprocessing, Target
+from lipexp.networks import Affine, BakedNetwork
+from lipexp.prediction import Predictor
+
+TABLE = choice_of("dataset", "table")
+REGRESSION = (*TABLE[:-1], "dataset.target=pressure", "dataset.drop=ill", "loss=mse", "lipschitz=2")
+FILE = Path(__file__).with_name("table.csv")
+NEW = pd.read_csv(FILE).drop(columns="ill")
+
+
+def outputs(folder, frame):
+    """f (N, C) of the run's own network, and the points."""
+    run = package.load(folder)
+    points = Preprocessing.of(folder).apply(frame)
+    return run.network(torch.from_numpy(points)).double().numpy(), points
+
+
+def test_classes_scores_and_radii_are_those_of_the_network(trained_run):
+    folder = trained_run(*TABLE, "steps=60")
+    found = package.load(folder).predict(NEW.set_index(np.arange(600)[::-1]))
+    f, _ = outputs(folder, NEW)
+    np.testing.assert_allclose(found["score"], f[:, 0], rtol=1e-4, atol=1e-5)
+    assert set(found["prediction"]) == {"no", "yes"}
+    assert ((found["prediction"] == "yes") == (found["score"] > 0)).all()
+    certified = package.load(folder).metrics.lipschitz.certified
+    np.testing.assert_allclose(found["radius"], np.abs(found["score"]) / certified, rtol=1e-9, atol=1e-12)
+    assert list(found.index) == list(range(599, -1, -1))
+
+
+def test_a_class_holds_while_a_column_stays_within_its_reach(trained_run):
+    run = package.load(trained_run(*TABLE, "steps=60"))
+    found = run.predict(NEW, reach=True)
+    assert list(found)[3:] == ["reach:age", "reach:pressure"]
+    for column in ("age", "pressure"):
+        reach = found[f"reach:{column}"]
+        assert (reach > 0).mean() > 0.9
+        for part in (-1, -0.5, 0.5, 1):
+            moved = NEW.astype({column: float})
+            moved[column] += part * reach
+            assert run.predict(moved)["prediction"].equals(found["prediction"])
+        # It is worth something: some prediction changes at five times its reach.
+        far = [run.predict(NEW.assign(**{column: NEW[column] + sign * 5 * reach})) for sign in (-1, 1)]
+        assert any((one["prediction"] != found["prediction"]).any() for one in far)
+
+
+def test_a_regression_is_predicted_in_the_unit_of_the_file_and_changes_no_faster_than_is_said(trained_run):
+    folder = trained_run(*REGRESSION, "steps=60")
+    run = package.load(folder)
+    f, _ = outputs(folder, NEW)
+    found = run.predict(NEW)["prediction"]
+    training = pd.read_csv(folder / "gradients.csv").query("split == 'train'")
+    mean, scale = (getattr(run.predictor.preprocessing.targets[0], name) for name in ("mean", "scale"))
+    # Standardised targets of training rows, turned back, are numbers of the file.
+    known = np.sort(NEW["pressure"].to_numpy())
+    back = np.sort(training["y"].to_numpy() * scale + mean)
+    assert np.abs(known[np.searchsorted(known, back - 0.01)] - back).max() < 0.001
+    assert training["y"].std(ddof=0) == pytest.approx(1, abs=1e-5)
+    np.testing.assert_allclose(found, mean + scale * f[:, 0], rtol=1e-4)
+    slope = run.predictor.slopes().loc["age", "pressure"]
+    step = 1e-3
+    change = (run.predict(NEW.assign(age=NEW["age"] + step))["prediction"] - found).abs() / step
+    assert 0.01 * slope < change.max() <= slope * (1 + 1e-3)  # the inputs are rounded to float32
+
+
+@pytest.mark.parametrize("dataset", ["two_moons", "absolute_value"])
+def test_a_run_on_other_data_takes_the_columns_of_gradients_csv(dataset, trained_run):
+    folder = trained_run(f"dataset={dataset}")
+    run = package.load(folder)
+    points = run.table("gradients")
+    found = run.predict(points)
+    score = found["prediction" if dataset == "absolute_value" else "score"]
+    np.testing.assert_allclose(score, points["f"], rtol=1e-12)
+    if dataset == "two_moons":
+        radii = run.table("radii")
+        own = found[points["split"] == "test"].reset_index(drop=True)
+        assert own["prediction"].astype(int).equals(radii["prediction"])
+        np.testing.assert_array_equal(own["radius"], radii["radius"])
+
+
+def test_of_several_classes_the_largest_output_decides_and_the_next_is_the_runner_up():
+    layers = [Affine(normal(1, 4, 2).float(), normal(1, 1, 4, seed=1).float())]
+    layers += [Affine(normal(1, 3, 4, seed=2).float(), normal(1, 1, 3, seed=3).float())]
+    columns = [Column("u", "number", 1.0, 2.0), Column("v", "number")]
+    classes = ["x", "y", "z"]
+    preprocessing = Preprocessing(columns, [Target("t")], "multiclass", classes, "")
+    frame = pd.DataFrame(normal(50, 2, seed=4).numpy(), columns=["v", "u"])
+    found = Predictor(BakedNetwork(layers, RELU), 1.0, None, preprocessing)(frame)
+    (first, last), x = layers, np.stack([(frame["u"] - 1) / 2, frame["v"]], axis=1)
+    hidden = np.maximum(x @ first.weight[0].double().numpy().T + first.bias[0].double().numpy(), 0)
+    f = hidden @ last.weight[0].double().numpy().T + last.bias[0].double().numpy()
+    assert found["prediction"].nunique() > 1
+    for row, (values, said) in enumerate(zip(f, found.itertuples(), strict=True)):
+        best, second, _ = sorted(zip(values, classes, strict=True), reverse=True)
+        assert (said.prediction, said.runner_up) == (best[1], second[1]), row
+        assert said.score == pytest.approx(best[0] - second[0], abs=1e-5)
+
+
+# The verb --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(trained_run):
+    return str(trained_run(*TABLE))
+
+
+def test_the_file_has_what_python_gives_in_pieces_of_any_size(folder, lipexp, monkeypatch):
+    pd.concat([NEW, NEW.iloc[::-1]]).to_csv("new.csv", index=False)
+    expected = package.load(folder).predict(pd.read_csv("new.csv"), reach=True)
+    for size in (7, 1200, 10**6):
+        monkeypatch.setattr(predict, "ROWS", size)
+        assert lipexp("predict", folder, "new.csv", "-o", f"{size}.csv", "--reach") == (0, "", "")
+        # The order of a sum may depend on the number of rows.
+        pd.testing.assert_frame_equal(pd.read_csv(f"{size}.csv"), expected, rtol=1e-12, check_dtype=False)
+
+
+def test_an_index_and_chosen_columns_are_copied_as_they_are(folder, lipexp):
+    frame = NEW.assign(id=[f"{i:05d}" for i in range(600)], note="a, b").set_index(np.arange(600)[::-1])
+    frame.to_csv("new.csv")
+    done = lipexp("predict", folder, "new.csv", "--keep", "note,id")
+    assert (done.code, done.err) == (0, "")
+    found = pd.read_csv(io.StringIO(done.out), index_col=0, dtype={"id": str})
+    assert list(found) == ["note", "id", "prediction", "score", "radius"]
+    assert found[["note", "id"]].equals(frame[["note", "id"]].astype(found.dtypes[["note", "id"]]))
+
+
+@pytest.mark.parametrize("path", ["-", "new.csv.gz", "new.parquet", "new.tsv"])
+def test_tables_come_from_standard_input_and_other_kinds_of_files(path, folder, lipexp, monkeypatch):
+    expected = lipexp("predict", folder, str(FILE)).out
+    assert expected.startswith("prediction,score,radius\n")
+    NEW.to_csv("new.csv.gz", index=False)
+    NEW.to_csv("new.tsv", index=False, sep="\t")
+    NEW.to_parquet("new.parquet")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(FILE.read_bytes())))
+    assert lipexp("predict", folder, path) == (0, expected, "")
+
+
+BAD = {
+    "category": ("city", "Paris", "row 6, column 'city': 'Paris' is none of the 3 categories that are known"),
+    "number": ("age", "old", "row 6, column 'age': 'old' is no finite number"),
+    "boolean": ("smoker", "perhaps", "row 6, column 'smoker': 'perhaps' is neither true nor false"),
+    "missing": ("pressure", None, "row 6, column 'pressure': there is no value"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_row_that_cannot_be_predicted_is_refused_or_marked(name, folder, lipexp, monkeypatch):
+    monkeypatch.setattr(predict, "ROWS", 4)
+    column, value, said = BAD[name]
+    frame = NEW.head(12).astype({column: object})
+    frame.loc[[5, 6], column] = value
+    frame.to_csv("new.csv", index=False)
+    done = lipexp("predict", folder, "new.csv", "-o", "p.csv")
+    assert done == (2, "", f"lipexp: FILE=new.csv: {said}\n")
+    assert [path.name for path in Path().iterdir()] == ["new.csv"]
+    assert lipexp("predict", folder, "new.csv", "-o", "p.csv", "--on-error=mark").code == 0
+    found = pd.read_csv("p.csv")
+    assert found["error"].dropna().to_dict() == dict.fromkeys([5, 6], said.removeprefix("row 6, "))
+    assert found.loc[[5, 6]].drop(columns="error").isna().all(axis=None)
+    expected = package.load(folder).predict(NEW.head(12).drop([5, 6]))
+    pd.testing.assert_frame_equal(
+        found.drop([5, 6]).drop(columns="error"), expected, rtol=1e-12, check_dtype=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("short.csv",), "FILE=short.csv: has no column 'age'; did you mean Age? (there are Age, smoker"),
+        (("new.csv", "--keep", "name"), "--keep=new.csv: has no column 'name' (there are age, smoker"),
+        (("none.csv",), "FILE=none.csv: does not exist"),
+        (("new.csv", "-o", "there.csv"), "-o=there.csv: exists already; --force replaces it"),
+        (("new.csv", "-o", "no/p.csv"), "-o=no/p.csv: cannot be written: No such file or directory"),
+        (
+            ("long.csv", "-o", "p.csv"),
+            "FILE=long.csv: cannot be read: row 601 has 6 fields, but there are 4 columns",
+        ),
+    ],
+)
+def test_bad_input_of_predict_is_one_line_and_leaves_no_file(arguments, said, folder, lipexp):
+    NEW.to_csv("new.csv", index=False)
+    NEW.rename(columns={"age": "Age"}).to_csv("short.csv", index=False)
+    Path("long.csv").write_text(Path("new.csv").read_text() + "1,True,Oslo,100,5,6\n")
+    Path("there.csv").write_text("kept")
+    before = {path.name: path.read_bytes() for path in Path().iterdir()}
+    done = lipexp("predict", folder, *arguments)
+    assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done.err
+    assert done.err.startswith(f"lipexp: {said}")
+    assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+
+
+def test_force_replaces_the_output_even_if_it_is_the_input(folder, lipexp):
+    NEW.to_csv("new.csv", index=False)
+    assert lipexp("predict", folder, "new.csv", "-o", "new.csv", "--force").code == 0
+    assert len(pd.read_csv("new.csv")["prediction"]) == 600
+
+
+def test_a_changed_model_has_no_radii(run, lipexp):
+    folder = run(*TABLE)
+    edit(folder, lambda state: {name: 2 * value for name, value in state.items()})
+    done = lipexp("predict", str(folder), str(FILE))
+    assert done.code == 0
+    assert done.out.startswith("prediction,score\n")
+    assert (
+        done.err == "no radii: model.pt was changed since it was certified; lipexp certify proves its constant\n"
+    )
+    assert lipexp("certify", str(folder)).code in (0, 1)
+
+
+def test_preprocessing_of_another_network_is_refused(run):
+    folder = run(*TABLE)
+    content = (folder / "preprocessing.json").read_text()
+    (folder / "preprocessing.json").write_text(content.replace('"Oslo",', ""))
+    with pytest.raises(ConfigError, match=r"^preprocessing.json: has 5 inputs and 1 outputs, the network 6 and 1"):
+        package.load(folder).predict(NEW)
+
+
+def test_reach_of_a_regression_is_said_on_the_screen(trained_run, lipexp):
+    folder = trained_run(*REGRESSION)
+    done = lipexp("predict", str(folder), str(FILE), "--reach", "-o", "p.csv")
+    slope = package.load(folder).predictor.slopes().loc["age", "pressure"]
+    assert done == (0, "", f"pressure changes by at most {slope:.4g} per unit of age\n")
+    assert list(pd.read_csv("p.csv")) == ["prediction"]
