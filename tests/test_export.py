@@ -83,6 +83,19 @@ KINDS = [("classification", 1), ("multiclass", 10), ("regression", 1), ("regress
 
 
 @pytest.mark.parametrize("to", FORMATS)
+def test_a_linear_term_is_part_of_the_file(to):
+    if not hasattr(BakedNetwork, "linear"):
+        pytest.skip("there is none")
+    one = replace(network(4, 12, 1), linear=normal(1, 1, 4).float())
+    written, x = format_of(to), normal(20, 4)
+    model = Model(one, TASKS["regression"])
+    f = written.read(written.write(model, {}), model)(x.float()).f
+    np.testing.assert_allclose(
+        f, expected(one, x.numpy()) + x.numpy() @ one.linear[0].numpy().T, rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("to", FORMATS)
 def test_a_file_computes_the_same_where_there_is_no_lipexp(tmp_path, to):
     """Every activation, with every kind of output, near and far and at a single point."""
     written, files, networks = format_of(to), [], []
@@ -168,7 +181,8 @@ REFUSED = {
     "a": "the following arguments are required: --to",
     "a --to onnx -o a": "-o=a: is a folder",
     "a --to onnx -o no/where.onnx": "-o=no/where.onnx: is in no folder that exists",
-    "a --to onnx -o a/model.pt": "-o=a/model.pt: exists; --force replaces it",
+    "a --to onnx -o a.onnx": "-o=a.onnx: exists; --force replaces files in .onnx",
+    "a --to torch -o a/model.pt --force": "-o=a/model.pt: exists; --force replaces files in .pt2",
     "a --to onnx -o a.onnx/b": "-o=a.onnx/b: is in no folder that exists",
     "b --to torch": "b: model.pt=b/model.pt: was changed since the run recorded it",
 }
@@ -178,6 +192,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(lipexp, run, tmp_path):
     run(name="a")
     edit(run(name="b"), lambda state: state["layers.0.weight"].mul_(0.5))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "a.onnx").write_text("an older file")
     before = content(tmp_path)
     for command, message in REFUSED.items():
         done = lipexp("export", *command.split())
@@ -195,12 +210,17 @@ def test_packages_that_are_missing_are_named_with_their_extra(lipexp, run, monke
     assert lipexp("export", str(folder), "--to", "torchscript").code == 0
 
 
-def test_a_changed_model_is_exported_once_it_is_certified(lipexp, run):
+@pytest.mark.parametrize("factor", [0.5, 1.5])
+def test_a_changed_model_is_exported_once_it_is_certified_within_its_bound(lipexp, run, factor):
     folder = run("max_regions=0")
-    edit(folder, lambda state: state["layers.0.weight"].mul_(0.5))
-    assert lipexp("certify", str(folder)).code == 0
+    edit(folder, lambda state: state["layers.0.weight"].mul_(factor))
+    certified = lipexp("certify", str(folder)).code
     done = lipexp("export", str(folder), "--to", "onnx")
-    assert (done.code, done.err) == (0, "")
+    if factor > 1:
+        assert (certified, done.code, done.out) == (1, 2, "")
+        assert "does not keep its bound: ‖∇f‖₂  measured" in done.err
+        return
+    assert (certified, done.code, done.err) == (0, 0, "")
     assert description(folder / "model.onnx")["lipschitz"] == metrics(folder)["certify"]["lipschitz"]
 
 
@@ -304,3 +324,106 @@ def test_a_prediction_that_its_outputs_contradict_is_refused(lipexp, run, monkey
     assert done.code == 1
     assert "its predictions are not those of its outputs" in done.err
     assert not (folder / "model.ts").exists()
+
+
+# Tables ----------------------------------------------------------------------------------------------------------
+
+CITIES = ["Ulm", "São Paulo", "New York, NY"]
+CLASSES = {"classification": ["no", "yes"], "multiclass": ["low", "mid", "high"], "regression": []}
+UNIT = np.array([[1e4, -3.0], [700.0, 0.5]])  # mean and scale of two targets
+TABLES = [("classification", False, True), ("multiclass", True, True), ("regression", True, False)]
+
+
+def table_model(task: str, fill: bool, text: bool) -> Model:
+    """A network behind columns of all kinds, in which missing values are filled in, or text is left out."""
+    preprocessing = pytest.importorskip("lipexp.datasets.preprocessing")
+    column = preprocessing.Column
+    columns = [
+        column("age", "number", 54.3, 9.1, fill=50.0 if fill else None),
+        column("city", "category", categories=CITIES, fill=2.0 if fill else None),
+        column("member since", "number", 2004.7, 0.03),
+        column("smoker", "boolean", fill=1.0 if fill else None),
+    ]
+    columns = [each for each in columns if text or not each.categories]
+    targets = [preprocessing.Target(f"target {i}", *unit) for i, unit in enumerate(UNIT.T)]
+    own = preprocessing.Preprocessing(columns, targets, task, CLASSES[task], "")
+    one = network(len(own.features), 12, {"classification": 1, "multiclass": 3, "regression": 2}[task])
+    return Model(one, TASKS[task], (), own)
+
+
+def table_rows(fill: bool):
+    """Rows of the four columns, a category by its place; and whether each can be used."""
+    rng = np.random.default_rng(0)
+    x = np.stack([rng.normal(54, 9, 40), rng.integers(3, size=40), rng.normal(2004.7, 0.05, 40)], axis=1)
+    x = np.concatenate([x, rng.integers(2, size=(40, 1))], axis=1).astype(np.float32)
+    usable = np.full(40, True)
+    for row, column in enumerate([0, 1, 3]):
+        x[row, column] = np.nan
+        usable[row] = fill
+    x[3, 2], x[4, 2], usable[3:5] = np.nan, np.inf, False
+    return x, usable
+
+
+def table_outputs(model: Model, x, fill: bool, text: bool):
+    """f of rows, from the definition of each column, in float64."""
+    age, city, since, smoker = np.where(np.isnan(x) & fill, [50.0, 2.0, np.nan, 1.0], x.astype(np.float64)).T
+    one_hot = [city == place for place in range(3)] if text else []
+    points = np.stack([(age - 54.3) / 9.1, *one_hot, (since - 2004.7) / 0.03, smoker], axis=1)
+    f = expected(model.network, points)
+    return UNIT[0] + UNIT[1] * f if model.classes == [] else f
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_file_takes_the_columns_of_a_table_as_they_are(tmp_path, to):
+    """Rows that cannot be used are marked, and do not change the others."""
+    written, files, cases = format_of(to), [], []
+    for task, fill, text in TABLES:
+        model = table_model(task, fill, text)
+        path = tmp_path / f"{len(files)}{written.suffix}"
+        path.write_bytes(written.write(model, {}))
+        x, usable = table_rows(fill)
+        inputs = {"x": x if text else x[:, [0, 2, 3]]}
+        if text:
+            x[5, 1], usable[5] = (-1 if fill else 3), False  # a category that is not known
+            if to == "onnx":
+                names = [CITIES[int(place)] if place in (0, 1, 2) else "" for place in x[:, 1]]
+                names[5] = "Nowhere"
+                columns = {"age": 0, "member since": 2, "smoker": 3}
+                inputs = {name: x[:, [place]] for name, place in columns.items()}
+                inputs["city"] = np.array(names, dtype=object)[:, None]
+        files.append((path, [inputs]))
+        cases.append((model, table_outputs(model, x[usable], fill, text), usable))
+    for (outputs,), (model, f, usable) in zip(elsewhere(files), cases, strict=True):
+        scale = np.abs(f).max(axis=0)
+        np.testing.assert_allclose(outputs["f"][usable] / scale, f / scale, rtol=0, atol=1e-5)
+        assert np.isnan(outputs["f"][~usable]).all()
+        if model.classes:
+            classes = np.full(len(usable), -1)
+            classes[usable] = f[:, 0] > 0 if f.shape[1] == 1 else f.argmax(axis=1)
+            names = np.array([*model.classes, ""], dtype=object)[classes]
+            np.testing.assert_array_equal(outputs["prediction"], names if to == "onnx" else classes)
+
+
+def test_a_run_on_a_table_is_exported_with_its_preprocessing(lipexp, tmp_path):
+    """Every row of the user's file, as pandas reads it, gets the output that the run reported."""
+    pytest.importorskip("lipexp.datasets.preprocessing")
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"age": rng.normal(54, 9, 200).round(), "city": rng.choice(CITIES, 200)})
+    frame["cost"] = 1e4 + 50 * frame["age"] + 700 * (frame["city"] == "Ulm")
+    frame.to_csv("insured.csv", index=False)
+    options = ("dataset.path=insured.csv", "dataset.target=cost", "dataset.n_val=40", "dataset.n_test=40")
+    command = ("experiment=debug", "device=cpu", "dataset=table", "loss=mse", "dataset.n_train=null", *options)
+    assert lipexp("train", *command, "hydra.run.dir=run").code == 0
+    done = lipexp("export", "run", "--to", "onnx")
+    assert (done.code, done.err) == (0, "")
+    assert "inputs age, city, each (N, 1); output f (N, 1)" in done.out
+    columns = {"age": frame[["age"]].to_numpy(np.float32), "city": frame[["city"]].to_numpy(object)}
+    f = np.sort(onnx_outputs("run/model.onnx", columns)[:, 0])
+    reported = pd.read_csv("run/gradients.csv")["f"].to_numpy()
+    kept = description(Path("run/model.onnx"))["preprocessing"]["targets"][0]
+    np.testing.assert_allclose(f, np.sort(kept["mean"] + kept["scale"] * reported), rtol=1e-5)
+    frame["age"] += 1
+    frame.to_csv("insured.csv", index=False)
+    refused = lipexp("export", "run", "--to", "torch")
+    assert refused.code == 2
+    assert "reads another table than the one that the run was trained on" in refused.err

@@ -178,6 +178,8 @@ def _proven(run: LoadedRun) -> Interval:
     digest = hashlib.sha256(RunFolder(run.folder).model_bytes()).hexdigest()
     for found in (run.metrics.certify, run.metrics):
         if found is not None and found.model_sha256 == digest:
+            if found.lipschitz.verdict == "FAIL":
+                raise ConfigError("RUN", run.folder, f"does not keep its bound: {interval_line(found.lipschitz)}")
             return found.lipschitz
     changed = "was changed since the run recorded it; `lipexp certify` proves and records its bounds"
     raise ConfigError("model.pt", run.folder / "model.pt", changed)
@@ -244,16 +246,19 @@ def around(model: Model, rows: Tensor, generator: torch.Generator) -> Tensor:
 def difference(read: Read, model: Model, x: Tensor) -> float:
     """The largest difference between the outputs of the file and those of lipexp at x, over the largest output.
 
+    Targets of a regression have units of their own, so each is compared with its own largest value.
+
     Raises:
         Unequal: it is above the tolerance, or a prediction is not that of its outputs.
     """
     found, known = read(x), model(x)
-    largest, error = (float(part.abs().max()) for part in (known.f, found.f - known.f))
-    if not error <= TOLERANCE * largest:
-        raise Unequal(f"its outputs differ from the run's by {error:.2g}, where the largest is {largest:.2g}")
+    error, largest = (part.abs().amax(dim=0) for part in (found.f - known.f, known.f))  # (C,)
+    share = float((error / (largest if model.unit is not None else largest.max())).where(error != 0, 0.0).max())
+    if not share <= TOLERANCE:
+        raise Unequal(f"its outputs differ from the run's by {share:.2g} of the largest output")
     if found.prediction is not None and not torch.equal(found.prediction, decision(found.f, model.task)):
         raise Unequal("its predictions are not those of its outputs")
-    return error / largest if error else 0.0
+    return share
 
 
 def compare_weights(read: Read, network: BakedNetwork, constraint: Constraint, interval: Interval) -> None:
@@ -288,7 +293,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "-o", "--output", metavar="FILE", type=Path, help="default: model.pt2, model.ts or model.onnx in RUN"
     )
-    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+    parser.add_argument("--force", action="store_true", help="replace a file of the same format that is there")
     parser.add_argument("--trust", action="store_true", help="allow classes from outside lipexp: runs their code")
     try:
         options = parser.parse_intermixed_args(arguments)
@@ -296,7 +301,7 @@ def main(arguments: Sequence[str]) -> int:
         folders = finished([options.run])
         if len(folders) > 1:
             raise ConfigError("RUN", options.run, f"holds {len(folders)} runs; export takes one")
-        path = destination(options.output or folders[0].path / f"model{to.suffix}", options.force)
+        path = destination(options.output or folders[0].path / f"model{to.suffix}", to, options.force)
     except SystemExit as stop:  # argparse has said what it had to say
         return stop.code if isinstance(stop.code, int) else 0
     except ConfigError as error:
@@ -307,7 +312,7 @@ def main(arguments: Sequence[str]) -> int:
     return _export(folders[0], to, path, options.trust)
 
 
-def destination(path: Path, force: bool) -> Path:
+def destination(path: Path, to: Format, force: bool) -> Path:
     """`path`, if a file can and may be written there.
 
     Raises:
@@ -315,8 +320,8 @@ def destination(path: Path, force: bool) -> Path:
     """
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError("-o", path, "is a folder" if path.is_dir() else "is in no folder that exists")
-    if path.exists() and not force:
-        raise ConfigError("-o", path, "exists; --force replaces it")
+    if path.exists() and not (force and path.suffix == to.suffix):  # which model.pt and other results have not
+        raise ConfigError("-o", path, f"exists; --force replaces files in {to.suffix}")
     return path
 
 
