@@ -11,7 +11,8 @@ The rule of the house: configuration group (singular) = module (plural) = test f
 
 The road of a command: cli -> hydra_app -> members (configurations -> objects) -> loop (K stacked runs) ->
 evaluate, with measured (lower bounds) and proven (upper bounds) -> record and runs (the folder of a run). A sweep
-takes the side road sweep -> train. What is finished is read back by loading, for certify, report and figures.
+takes the side road sweep -> train. What is finished is read back by loading, for certify, export, report and
+figures.
 """
 
 from __future__ import annotations

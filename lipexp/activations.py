@@ -54,8 +54,10 @@ class Activation(nn.Module):
     it is, and has neither parameters nor buffers. Certified radii rely on how it rounds: with an `active_map`, on
     `forward(0) = 0` and no more than one rounding error in each feature; without one, on 43 correct bits in
     float64, see `radii.evaluate`. A class that declares nothing trains with constraint=none, and is measured in
-    float64. What a class inherits describes the map of its base: a class that overrides `forward` therefore starts
-    without declarations, and repeats those that are still true.
+    float64. An ONNX file holds no code: `lipexp export` writes into it what is declared, either `groups`, or the
+    three `slopes`, `active_map` and `breakpoints` where all features have the same slopes below and above 0. What
+    a class inherits describes the map of its base: a class that overrides `forward` therefore starts without
+    declarations, and repeats those that are still true.
     """
 
     norms: Collection[float] = frozenset()

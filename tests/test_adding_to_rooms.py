@@ -26,7 +26,15 @@ def test_the_page_works_as_it_stands(lipexp, tmp_path, monkeypatch):
     write_files(tmp_path)
     lines = PAGE.rpartition("## The commands")[2].splitlines()
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("lipexp ")]
-    assert [command[0] for command in commands] == ["check", "train", "train", "train", "certify", "report"]
+    assert [command[0] for command in commands] == [
+        "check",
+        "train",
+        "train",
+        "train",
+        "certify",
+        "export",
+        "report",
+    ]
     for command in commands:
         sweeping = ["hydra.launcher.executor=inline"] * ("-m" in command)
         result = lipexp(*command, *(SMALL + sweeping if command[0] == "train" else []))

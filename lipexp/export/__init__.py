@@ -35,7 +35,7 @@ from lipexp.networks import BakedNetwork
 from lipexp.process import cpu_threads
 from lipexp.proven import Chain, Problem, prove_quickly
 from lipexp.reading import Unreadable
-from lipexp.record import Interval
+from lipexp.record import Certification, Interval, Metrics
 from lipexp.runs import RunFolder, write_file
 from lipexp.screen import Screen
 from lipexp.tasks import TASKS
@@ -59,10 +59,10 @@ x is float32 (N, D), for any number N of points. f is float32 (N, C). A classifi
 the number of the class: of two, 1 where f > 0; of several, that of the largest f.
 
 For a run that was trained on a table, the file includes the preprocessing: x has the columns of the table, in the
-units of the table, and f of a regression has the unit of its target. In torch a category is given as a number, its
-place in the list of categories; false and true are 0 and 1, and a missing value is NaN. In ONNX a table with
-categories has an input (N, 1) for each column, by its name, text for categories and float32 for others; and
-prediction is the name of the class. A row that cannot be used, such as one of an unknown category, gets f = NaN
+units of the table, and f of a regression has the unit of its target. False and true are 0 and 1, a missing value
+is NaN, and a category is a number, its place in the list of categories. In ONNX prediction is the name of the
+class; and a table with categories has an input (N, 1) for each column, by its name, text for categories (a missing
+one is empty) and float32 for others. A row that cannot be used, such as one of an unknown category, gets f = NaN
 and the prediction -1, in ONNX the empty text.
 
 The file also has the columns, categories, classes and bounds of the run, as JSON: in lipexp.json of a torch file
@@ -133,19 +133,21 @@ def export(run: LoadedRun, to: Format, path: Path, trust: bool) -> list[str]:
     dataset: Dataset = part_of(run.config, "dataset", trust)
     constraint: Constraint = part_of(run.config, "constraint", trust)
     _check_network(run, dataset)
-    interval = _proven(run)
+    proven = _proven(run)
+    interval = proven.lipschitz
     streams = Streams.of(whole("seed", run.config.get("seed"), least=0))
     data = drawn(dataset, streams.data, type(dataset).__name__)
     model = Model(run.baked, TASKS[dataset.task], dataset.features, _preprocessing(run, dataset))
     rows, test = (model.rows(torch.from_numpy(points)) for points in (data.x, data.test_x))
-    points = (test, test[:1], around(model, rows, generator(streams.search)))
-    content = to.write(model, _description(run, dataset, model, interval))
-    differences: list[float] = []
+    points = torch.cat([test, around(model, rows, generator(streams.search))])
+    content = to.write(model, _description(dataset, model, proven))
+    share = 0.0
 
     def save(file: Path) -> None:
+        nonlocal share
         file.write_bytes(content)
         read = to.read(file.read_bytes(), model)
-        differences.extend(difference(read, model, x) for x in points)
+        share = difference(read, model, points)
         compare_weights(read, run.baked, constraint, interval)
 
     write_file(path, save)
@@ -155,7 +157,7 @@ def export(run: LoadedRun, to: Format, path: Path, trust: bool) -> list[str]:
         f"{shown_path(path)}  {to.name}, {len(content):,} bytes",
         _signature(model, to),
         f"equal to the run at {len(test):,} test points and {RANDOM_POINTS:,} random ones in {to.runtime}: "
-        f"the largest difference is {max(differences):.1e} of the largest output",
+        f"the largest difference is {share:.1e} of the largest output",
         f"proven again from the weights in the file, as for the run: {bound}{behind}",
         interval_line(interval),
     ]
@@ -173,12 +175,14 @@ def _check_network(run: LoadedRun, dataset: Dataset) -> None:
         )
 
 
-def _proven(run: LoadedRun) -> Interval:
-    """What was proven of model.pt as it is now, by `lipexp certify` or else in training."""
+def _proven(run: LoadedRun) -> Certification | Metrics:
+    """The record of model.pt as it is now, by `lipexp certify` or else by training."""
     digest = hashlib.sha256(RunFolder(run.folder).model_bytes()).hexdigest()
     for found in (run.metrics.certify, run.metrics):
         if found is not None and found.model_sha256 == digest:
-            return found.lipschitz
+            if found.lipschitz.verdict == "FAIL":
+                raise ConfigError("RUN", run.folder, f"does not keep its bound: {interval_line(found.lipschitz)}")
+            return found
     changed = "was changed since the run recorded it; `lipexp certify` proves and records its bounds"
     raise ConfigError("model.pt", run.folder / "model.pt", changed)
 
@@ -196,16 +200,16 @@ def _preprocessing(run: LoadedRun, dataset: Dataset) -> Any:
     )
 
 
-def _description(run: LoadedRun, dataset: Dataset, model: Model, interval: Interval) -> dict[str, Any]:
+def _description(dataset: Dataset, model: Model, proven: Certification | Metrics) -> dict[str, Any]:
     """What is kept in the file beside the program."""
     own = model.preprocessing
     return {
         "lipexp": lipexp.__version__,
-        "model_sha256": run.metrics.model_sha256,
+        "model_sha256": proven.model_sha256,
         "task": dataset.task,
         "features": list(dataset.features),
         "classes": list(dataset.classes),
-        "lipschitz": dataclasses.asdict(interval),
+        "lipschitz": dataclasses.asdict(proven.lipschitz),
         "preprocessing": None if own is None else dataclasses.asdict(own),
     }
 
@@ -244,16 +248,19 @@ def around(model: Model, rows: Tensor, generator: torch.Generator) -> Tensor:
 def difference(read: Read, model: Model, x: Tensor) -> float:
     """The largest difference between the outputs of the file and those of lipexp at x, over the largest output.
 
+    Targets of a regression have units of their own, so each is compared with its own largest value.
+
     Raises:
         Unequal: it is above the tolerance, or a prediction is not that of its outputs.
     """
     found, known = read(x), model(x)
-    largest, error = (float(part.abs().max()) for part in (known.f, found.f - known.f))
-    if not error <= TOLERANCE * largest:
-        raise Unequal(f"its outputs differ from the run's by {error:.2g}, where the largest is {largest:.2g}")
+    error, largest = (part.abs().amax(dim=0) for part in (found.f - known.f, known.f))  # (C,)
+    share = float((error / (largest if model.unit is not None else largest.max())).where(error != 0, 0.0).max())
+    if not share <= TOLERANCE:
+        raise Unequal(f"its outputs differ from the run's by {share:.2g} of the largest output")
     if found.prediction is not None and not torch.equal(found.prediction, decision(found.f, model.task)):
         raise Unequal("its predictions are not those of its outputs")
-    return error / largest if error else 0.0
+    return share
 
 
 def compare_weights(read: Read, network: BakedNetwork, constraint: Constraint, interval: Interval) -> None:
@@ -288,7 +295,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "-o", "--output", metavar="FILE", type=Path, help="default: model.pt2, model.ts or model.onnx in RUN"
     )
-    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+    parser.add_argument("--force", action="store_true", help="replace a file of the same format that is there")
     parser.add_argument("--trust", action="store_true", help="allow classes from outside lipexp: runs their code")
     try:
         options = parser.parse_intermixed_args(arguments)
@@ -296,7 +303,7 @@ def main(arguments: Sequence[str]) -> int:
         folders = finished([options.run])
         if len(folders) > 1:
             raise ConfigError("RUN", options.run, f"holds {len(folders)} runs; export takes one")
-        path = destination(options.output or folders[0].path / f"model{to.suffix}", options.force)
+        path = destination(options.output or folders[0].path / f"model{to.suffix}", to, options.force)
     except SystemExit as stop:  # argparse has said what it had to say
         return stop.code if isinstance(stop.code, int) else 0
     except ConfigError as error:
@@ -307,7 +314,7 @@ def main(arguments: Sequence[str]) -> int:
     return _export(folders[0], to, path, options.trust)
 
 
-def destination(path: Path, force: bool) -> Path:
+def destination(path: Path, to: Format, force: bool) -> Path:
     """`path`, if a file can and may be written there.
 
     Raises:
@@ -315,8 +322,8 @@ def destination(path: Path, force: bool) -> Path:
     """
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError("-o", path, "is a folder" if path.is_dir() else "is in no folder that exists")
-    if path.exists() and not force:
-        raise ConfigError("-o", path, "exists; --force replaces it")
+    if path.exists() and not (force and path.suffix == to.suffix):  # which model.pt and other results have not
+        raise ConfigError("-o", path, f"exists; --force replaces files in {to.suffix}")
     return path
 
 

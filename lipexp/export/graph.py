@@ -7,7 +7,6 @@ so what is proven of the weights is proven of the file.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,9 +88,9 @@ class Read:
         options.log_severity_level = 4  # what goes wrong is raised as well
         self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self._model = model
-        graph = onnx.load_from_string(content).graph
-        layers = {part.name: part for part in graph.initializer if part.name.startswith("layers.")}
-        self.state = {name: torch.from_numpy(numpy_helper.to_array(part).copy()) for name, part in layers.items()}
+        constants = {part.name: part for part in onnx.load_from_string(content).graph.initializer}
+        names = constants.keys() & model.network.state_dict().keys()
+        self.state = {name: torch.from_numpy(numpy_helper.to_array(constants[name]).copy()) for name in names}
 
     def __call__(self, x: Tensor) -> Outputs:
         f, *predictions = self._session.run(None, self._feed(x))
@@ -134,7 +133,7 @@ def _inputs(graph: Graph, model: Model) -> tuple[list[onnx.ValueInfoProto], str]
                 domain=ML,
                 keys_strings=[*places],
                 values_floats=[*places.values()],
-                default_float=math.nan,
+                default_float=-1.0,  # which cannot be used: NaN would be filled in
             )
         parts.append(part)
     return inputs, graph.node("Concat", *parts, axis=1)
@@ -158,15 +157,16 @@ def _encoded(graph: Graph, own: Encoding, x: str) -> tuple[str, str]:
     return z, encodable
 
 
-def _network(graph: Graph, network: BakedNetwork, x: str) -> str:
-    """The outputs of the network, (N, C), at points x (N, D)."""
-    state = network.state_dict()
+def _network(graph: Graph, network: BakedNetwork, points: str) -> str:
+    """The outputs of the network, (N, C), at points (N, D)."""
+    state = {name: graph.constant(part, name) for name, part in network.state_dict().items()}
+    x = points
     for i in range(len(network.layers)):
         if i > 0:
             x = _activation(graph, network.act, x, network.hidden_widths[i - 1])
-        parts = [graph.constant(state[name], name) for name in (f"layers.{i}.weight", f"layers.{i}.bias")]
-        x = graph.node("Gemm", x, *parts, transB=1)
-    return x
+        x = graph.node("Gemm", x, state[f"layers.{i}.weight"], state[f"layers.{i}.bias"], transB=1)
+    linear = state.get("linear")  # the term beside the layers
+    return x if linear is None else graph.node("Gemm", points, linear, x, transB=1)
 
 
 def _outputs(graph: Graph, model: Model, f: str, encodable: str | None) -> None:

@@ -108,9 +108,11 @@ class Model:
         """(C,) mean and scale of the targets of a regression on a table, float64: f = mean + scale * output."""
         if self.preprocessing is None or self.task.decides:
             return None
-        targets = [(target.mean, target.scale) for target in self.preprocessing.targets]
-        mean, scale = torch.tensor(targets, dtype=torch.float64).T
-        return mean, scale
+        targets = self.preprocessing.targets
+        return (
+            torch.tensor([target.mean for target in targets], dtype=torch.float64),
+            torch.tensor([target.scale for target in targets], dtype=torch.float64),
+        )
 
     def __call__(self, x: Tensor) -> Outputs:
         """The outputs at x as lipexp itself computes them in float64: what a file is compared with."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ class Read:
 def export(model: Model, description: Mapping[str, Any]) -> bytes:
     """The program of torch.export, for any number of points."""
     size = {0: torch.export.Dim("N")}
-    program = torch.export.export(Module(model), (_example(model),), dynamic_shapes=(size,))
+    with _quiet():
+        program = torch.export.export(Module(model), (_example(model),), dynamic_shapes=(size,))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # has the paths and the source of this machine
     file = io.BytesIO()
@@ -78,7 +80,7 @@ def read_exported(content: bytes, model: Model) -> Read:
 def script(model: Model, description: Mapping[str, Any]) -> bytes:
     """The TorchScript program, traced for any number of points."""
     file = io.BytesIO()
-    with _deprecated():
+    with _quiet():
         # What torch would check is checked for every format, on more points.
         program = torch.jit.trace(Module(model), _example(model), check_trace=False)
         torch.jit.save(program, file, _extra_files={DESCRIPTION: json.dumps(description)})
@@ -87,7 +89,7 @@ def script(model: Model, description: Mapping[str, Any]) -> bytes:
 
 def read_script(content: bytes, model: Model) -> Read:
     """The TorchScript program in a file."""
-    with _deprecated():
+    with _quiet():
         program = torch.jit.load(io.BytesIO(content))
     return Read(program, program.state_dict())
 
@@ -97,8 +99,17 @@ def _example(model: Model) -> Tensor:
 
 
 @contextmanager
-def _deprecated() -> Iterator[None]:
-    """torch.jit is deprecated in favour of torch.export, which the help of the verb says."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
-        yield
+def _quiet() -> Iterator[None]:
+    """Leaves out what torch says on many lines of a program that it cannot take: its error says it in one.
+
+    And its warnings that TorchScript is deprecated, as the help of the verb says, and that a trace might be wrong,
+    which is found out in any case.
+    """
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
