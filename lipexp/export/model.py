@@ -20,7 +20,7 @@ from lipexp.networks import BakedNetwork
 from lipexp.tasks import Task
 
 if TYPE_CHECKING:
-    from lipexp.datasets.preprocessing import Preprocessing  # type: ignore[import-untyped]
+    from lipexp.datasets.preprocessing import Preprocessing
 
 CATEGORY = "category"
 LARGEST = float(np.finfo(np.float32).max)
