@@ -19,6 +19,7 @@ from commands import content, edit, metrics
 from networks import ACTS, groups_of, network, normal, slopes_of
 
 from lipexp.activations import ReLU
+from lipexp.datasets.preprocessing import Column, Preprocessing, Target
 from lipexp.export import FORMATS, format_of, graph, programs
 from lipexp.export.model import Model
 from lipexp.networks import BakedNetwork
@@ -84,8 +85,6 @@ KINDS = [("classification", 1), ("multiclass", 10), ("regression", 1), ("regress
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_linear_term_is_part_of_the_file(to):
-    if not hasattr(BakedNetwork, "linear"):
-        pytest.skip("there is none")
     one = replace(network(4, 12, 1), linear=normal(1, 1, 4).float())
     written, x = format_of(to), normal(20, 4)
     model = Model(one, TASKS["regression"])
@@ -336,17 +335,15 @@ TABLES = [("classification", False, True), ("multiclass", True, True), ("regress
 
 def table_model(task: str, fill: bool, text: bool) -> Model:
     """A network behind columns of all kinds, in which missing values are filled in, or text is left out."""
-    preprocessing = pytest.importorskip("lipexp.datasets.preprocessing")
-    column = preprocessing.Column
     columns = [
-        column("age", "number", 54.3, 9.1, fill=50.0 if fill else None),
-        column("city", "category", categories=CITIES, fill=2.0 if fill else None),
-        column("member since", "number", 2004.7, 0.03),
-        column("smoker", "boolean", fill=1.0 if fill else None),
+        Column("age", "number", 54.3, 9.1, fill=50.0 if fill else None),
+        Column("city", "category", categories=CITIES, fill=2.0 if fill else None),
+        Column("member since", "number", 2004.7, 0.03),
+        Column("smoker", "boolean", fill=1.0 if fill else None),
     ]
     columns = [each for each in columns if text or not each.categories]
-    targets = [preprocessing.Target(f"target {i}", *unit) for i, unit in enumerate(UNIT.T)]
-    own = preprocessing.Preprocessing(columns, targets, task, CLASSES[task], "")
+    targets = [Target(f"target {i}", *unit) for i, unit in enumerate(UNIT.T)]
+    own = Preprocessing(columns, targets, task, CLASSES[task], "")
     one = network(len(own.features), 12, {"classification": 1, "multiclass": 3, "regression": 2}[task])
     return Model(one, TASKS[task], (), own)
 
@@ -406,7 +403,6 @@ def test_a_file_takes_the_columns_of_a_table_as_they_are(tmp_path, to):
 
 def test_a_run_on_a_table_is_exported_with_its_preprocessing(lipexp, tmp_path):
     """Every row of the user's file, as pandas reads it, gets the output that the run reported."""
-    pytest.importorskip("lipexp.datasets.preprocessing")
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"age": rng.normal(54, 9, 200).round(), "city": rng.choice(CITIES, 200)})
     frame["cost"] = 1e4 + 50 * frame["age"] + 700 * (frame["city"] == "Ulm")

@@ -25,6 +25,7 @@ from lipexp.certify import finished
 from lipexp.config import ConfigError, one_line, whole
 from lipexp.constraints import Constraint
 from lipexp.datasets import Dataset
+from lipexp.datasets.preprocessing import NUMBER, Preprocessing
 from lipexp.export import programs
 from lipexp.export.model import Model, Outputs, decision
 from lipexp.loading import LoadedRun, load_run, part_of
@@ -187,11 +188,11 @@ def _proven(run: LoadedRun) -> Certification | Metrics:
     raise ConfigError("model.pt", run.folder / "model.pt", changed)
 
 
-def _preprocessing(run: LoadedRun, dataset: Dataset) -> Any:
+def _preprocessing(run: LoadedRun, dataset: Dataset) -> Preprocessing | None:
     """What the run recorded of how its table became points; None for other datasets."""
-    own = getattr(dataset, "preprocessing", None)
+    own = dataset.preprocessing
     try:
-        if own is None or type(own).of(run.folder) == own:
+        if own is None or Preprocessing.of(run.folder) == own:
             return own
     except Unreadable as error:
         raise ConfigError("preprocessing.json", None, str(error)) from None
@@ -240,7 +241,7 @@ def around(model: Model, rows: Tensor, generator: torch.Generator) -> Tensor:
     x = low + (high - low) * numbers
     if model.encoding is None or model.preprocessing is None:
         return x.float()
-    discrete = torch.tensor([column.kind != "number" for column in model.preprocessing.columns])
+    discrete = torch.tensor([column.kind != NUMBER for column in model.preprocessing.columns])
     x = (low + (high - low + 1) * place).floor().where(discrete, x).float()
     return x.where(~missing | model.encoding.fill.isnan(), torch.nan)
 

@@ -9,20 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from lipexp.datasets.preprocessing import CATEGORY, Preprocessing
 from lipexp.networks import BakedNetwork
 from lipexp.tasks import Task
 
-if TYPE_CHECKING:
-    from lipexp.datasets.preprocessing import Preprocessing
-
-CATEGORY = "category"
 LARGEST = float(np.finfo(np.float32).max)
 
 
