@@ -1,8 +1,9 @@
 """Constraints: which operator norm bounds each layer, in training and in the baked network.
 
 f is L-Lipschitz for the input norm p iff ||grad f||_q <= L almost everywhere, with 1/p + 1/q = 1. A chain of
-operator norms proves it: p -> h for the first layer, h -> h for every later one (for one output, h -> R is the
-same as h -> h in the chains used here), times activations that are 1-Lipschitz in the norm h of the hidden space.
+operator norms proves it: p -> h for the first layer, h -> h for every later one, times activations that are
+1-Lipschitz in the norm h of the hidden space. Several outputs are measured in h as well: L bounds the norm p -> h
+of the Jacobian, for h = 2 its singular values, for h = inf the q-norm of each row.
 
 | constraint          | layer 1         | layers i > 1    | p   | q   | h   |
 |---------------------|-----------------|-----------------|-----|-----|-----|

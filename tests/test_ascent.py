@@ -14,8 +14,9 @@ from lipexp.activations import GroupSort, as_activation
 from lipexp.evaluate import Evaluator
 from lipexp.loop import fit
 from lipexp.measured import ascent as module
+from lipexp.measured import combined, directions, sources, steepest
 from lipexp.measured.ascent import ascend, jacobians_of, steepness
-from lipexp.measured.gradients import scan
+from lipexp.measured.gradients import operator_norms, scan
 from lipexp.members import build, stack
 
 OTHERS = {"tanh": as_activation(torch.nn.Tanh()), "large groups": GroupSort(group_size=24)}
@@ -56,6 +57,23 @@ def test_random_steps_climb_from_every_start(q, monkeypatch):
     assert (after >= before * (1 - 1e-14)).all()
     assert (after > before * 1.01).any()
     assert before.max() >= heights(net, x, q).max() * (1 - 1e-14)  # the steepest data point is a start
+
+
+@pytest.mark.parametrize(("q", "h"), [(1, np.inf), (2, np.inf), (2, 2), (np.inf, np.inf)])
+@pytest.mark.parametrize("dims", [2, 5])
+def test_several_outputs_are_climbed_along_the_combination_that_is_steepest_at_the_data(dims, q, h):
+    """u^T f is as steep there as the Jacobian, and the points that it leads to are steeper for all outputs."""
+    stack, x = network(dims, 16, 16, 3, runs=2), normal(2, 60, dims)
+    scanned, size = scan(stack, x), operator_norms(scan(stack, x).gradient, q, h)
+    along = directions(scanned.gradient, q, h)
+    scalar = combined(stack, along)
+    torch.testing.assert_close(scalar.double(x), scanned.f @ along.mT)
+    torch.testing.assert_close(heights(scalar, x, q).amax(dim=1), size.amax(dim=1))
+    points = sources(stack, x, scanned, q, [generator(0), generator(1)], h=h)
+    for run in range(2):
+        found = steepest(stack.run(run), points, run, q, h)
+        assert found["search"].value >= found["data"].value * (1 - 1e-12)
+        assert found["search"].value > 1.01 * float(size[run].max()) or dims == 2
 
 
 @pytest.mark.parametrize(("name", "q"), pairs([*ACTS, *OTHERS], NORMS))

@@ -3,18 +3,21 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from networks import EACH_LIPSCHITZ, NORMS, TRAINED, by_hand, generator, network, normal, power, value
+from networks import EACH_LIPSCHITZ, NORMS, SEVERAL, TRAINED, by_hand, generator, network, normal, power, values
 
 from lipexp.loop import fit
 from lipexp.measured.attack import Falsifier, attack, project
-from lipexp.measured.gradients import norms, scan
+from lipexp.measured.gradients import Maximum, norms, scan
 from lipexp.members import build, stack
 from lipexp.norms import dual, product_bound
+from lipexp.proven import Chain, Problem, prove_quickly
+from lipexp.proven.pairs import pair_constants
 from lipexp.proven.radii import certified_radii
 
 
@@ -36,7 +39,14 @@ def check_flips(found, net, x, radius, p):
         assert flip.point == x[flip.index].tolist()
         assert flip.radius == radius[flip.index]
         assert distance_power(flip.point, flip.moved, p) <= Fraction(flip.radius) ** (2 if p == 2 else 1)
-        assert value(net, flip.point) * value(net, flip.moved) < 0
+        f, moved = values(net, flip.point), values(net, flip.moved)
+        if len(f) == 1:
+            assert f[0] * moved[0] < 0
+            continue
+        own = f.index(max(f))
+        margin, lost = (v[own] - max(v[:own] + v[own + 1 :]) for v in (f, moved))
+        assert margin > 0 > lost
+        assert (flip.f, flip.f_moved) == (pytest.approx(float(margin)), pytest.approx(float(lost)))
 
 
 @pytest.mark.parametrize("p", NORMS)
@@ -69,6 +79,39 @@ def test_a_linear_function_is_flipped_just_beyond_its_distance_and_never_within(
     found = attack(net, x, right * 1.0001, p, generator())
     assert len(found.flips) == 40
     check_flips(found, net, x, right * 1.0001, p)
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize(("dims", "classes"), [(2, 3), (64, 10)])
+def test_a_linear_map_changes_its_class_just_beyond_its_distance_and_never_within(p, dims, classes):
+    net, x = network(dims, classes, bias=0.1), normal(40, dims, seed=5)
+    weight = net.layers[0].weight[0].double()
+    slopes = torch.linalg.vector_norm(weight.unsqueeze(1) - weight, ord=dual(p), dim=2)
+    right = certified_radii(replace(net, norms=[[1.0]]), x, slopes.numpy()).radius
+    found = attack(net, x, right * (1 - 1e-12), p, generator())
+    assert found.flips == []
+    assert found.power[1.5] == found.power[2.0] == 1.0
+    found = attack(net, x, right * 1.0001, p, generator())
+    assert len(found.flips) == 40
+    check_flips(found, net, x, right * 1.0001, p)
+
+
+@pytest.mark.parametrize("overrides", SEVERAL, ids=" ".join)
+def test_radii_of_several_classes_are_refuted_if_and_only_if_they_are_wrong(overrides, trained, monkeypatch):
+    monkeypatch.setattr("lipexp.measured.attack.BEYOND", ())
+    result = trained(*overrides, runs=EACH_LIPSCHITZ)
+    net, chain = result.checkpoint.network.run(1), Chain.of(result.stack.constraint, 3, 1)
+    x = torch.from_numpy(result.stack.data[1].test_x).double()[:20]
+    pairs = pair_constants(net, prove_quickly(Problem(net, chain, (x[0], x[0]), Maximum(0.0, ()), 0)))
+    radius = certified_radii(net, x, pairs.constants).radius
+    assert attack(net, x, radius, chain.p, generator()).flips == []
+    # Constants of a third of the steepest slopes at these points are wrong.
+    jacobians = scan(net, x.unsqueeze(0)).gradient[0]
+    slopes = norms(jacobians.unsqueeze(1) - jacobians.unsqueeze(2), chain.q).amax(dim=0).numpy() / 3
+    wrong = certified_radii(net, x, slopes).radius
+    found = attack(net, x, wrong, chain.p, generator())
+    assert found.flips
+    check_flips(found, net, x, wrong, chain.p)
 
 
 @pytest.mark.parametrize("overrides", TRAINED, ids=" ".join)
@@ -114,6 +157,11 @@ def test_a_flip_that_rounding_may_have_made_is_no_counterexample():
     falsifier = Falsifier(by_hand(([[1.0]], [0.0])), x, 2.0, generator())
     assert falsifier.confirmed(1, x[0] + 200, 1e4) is not None
     assert falsifier.confirmed(1, x[0] + 200, 900.0) is None  # too far away
+    # The same with the outputs x + 2^60 and 2^60.
+    cancelling = by_hand(([[1.0], [0.0]], [huge, huge]))
+    assert Falsifier(cancelling, x, 2.0, generator()).confirmed(1, x[0] + 200, 1e4) is None
+    falsifier = Falsifier(by_hand(([[1.0], [0.0]], [0.0, 0.0])), x, 2.0, generator())
+    assert falsifier.confirmed(1, x[0] + 200, 1e4) is not None
 
 
 @pytest.mark.slow

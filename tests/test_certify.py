@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from commands import content, edit, metrics
+from networks import of_classes
 
 from lipexp.proven.methods import METHODS, Proof
 from lipexp.runs import RunFolder
@@ -70,6 +71,27 @@ def test_an_attack_is_reported_and_stays_until_the_model_changes(lipexp, run):
     edit(folder, lambda state: state["layers.0.weight"].mul_(0.5))
     assert lipexp("certify", str(folder)).code == 0
     assert metrics(folder)["certify"]["attack"] is None
+
+
+@pytest.mark.parametrize(("p", "dims"), [("2", 2), ("inf", 2), ("1", 3)])
+def test_a_run_of_ten_classes_is_certified_and_attacked(lipexp, run, p, dims, monkeypatch):
+    monkeypatch.setattr("lipexp.certify.EFFORT", 1)
+    monkeypatch.setattr("lipexp.measured.attack.BEYOND", (2.0,))
+    own = (f"constraint.p={p}", "dataset.n_test=40", "max_regions=0", *of_classes(10, dims))
+    folder = run("constraint=linf", *own)
+    trained = metrics(folder)
+    done = lipexp("certify", str(folder), "--attack", "--trust")
+    assert (done.code, done.err) == (0, "")
+    assert "0 flipped within their radius" in done.out
+    section = metrics(folder)["certify"]
+    assert section["lipschitz"]["verdict"] == "PASS"
+    assert section["attack"]["points"] > 0
+    assert section["robustness"]["pairs"] == pytest.approx(trained["robustness"]["pairs"], rel=1e-6)
+    radii, again = (pd.read_csv(folder / f"{name}.csv") for name in ("radii", "certify_radii"))
+    pd.testing.assert_frame_equal(radii, again, rtol=1e-6)
+    assert (radii["runner_up"] != radii["prediction"]).all()
+    gradients = pd.read_csv(folder / "gradients.csv")
+    assert {"f0", "f9", "grad_1", "grad_2", "grad_inf"} <= {*gradients}
 
 
 def test_a_folder_of_runs_is_certified_run_by_run(lipexp, run, tmp_path):

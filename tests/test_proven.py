@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from networks import ACTS, RELU, by_hand, generator, network, scaled
+from networks import ACTS, EACH_LIPSCHITZ, NORMS, RELU, SEVERAL, by_hand, generator, network, normal, scaled
 
 from lipexp import proven
 from lipexp.activations import GroupSort, as_activation
@@ -14,7 +14,8 @@ from lipexp.config import ConfigError
 from lipexp.constraints import LInf, Spectral, Unconstrained
 from lipexp.evaluate import Evaluator
 from lipexp.measured import overall, sources, steepest
-from lipexp.measured.gradients import Maximum, scan
+from lipexp.measured.gradients import Maximum, norms, scan
+from lipexp.norms import norm_name
 from lipexp.proven import Certificate, Chain, Problem, Proof, prove, prove_quickly
 from lipexp.proven.methods import METHODS, OVERFLOW
 from lipexp.proven.regions import Constants, Steepest
@@ -102,6 +103,29 @@ def test_a_verdict_compares_what_is_measured_proven_and_targeted():
     interval = certificate(4.0, proofs).interval(Maximum(1.0, (0.5,), exact=False))
     assert (interval.verdict, interval.measured_by) == ("PASS", "float64 estimate")
     assert (interval.exact, interval.exact_box["value"], interval.regions) == (4.0, 2.0, 7)
+
+
+@pytest.mark.parametrize("overrides", SEVERAL, ids=" ".join)
+def test_what_is_measured_of_several_outputs_is_below_every_bound_after_training(overrides, trained):
+    """Of a stack, in its own chain; the search finds no less than the data show."""
+    result = trained(*overrides, runs=EACH_LIPSCHITZ)
+    for found in Evaluator(result.stack).final(result.checkpoint):
+        h, interval = found.certificate.chain.hidden_p, found.certificate.interval(found.measured)
+        assert interval.verdict == "PASS"
+        assert 0 < found.gradient_norm.by["data"] <= found.gradient_norm.by["search"] * (1 + 1e-9)
+        x = torch.from_numpy(np.stack([found.gradients[f"x{i}"] for i in range(found.network.n_inputs)], axis=1))
+        jacobians = scan(found.network, torch.cat([x, 10 * normal(500, x.shape[1])])[None]).gradient[0]
+        if h == 2:
+            seen = {2: torch.linalg.svdvals(jacobians)[:, 0]}
+        else:
+            seen = {q: norms(jacobians, q).amax(dim=1) for q in NORMS}
+        for name, proof in found.certificate.proofs.items():
+            bound = proof.value
+            assert bound is None or float(seen[found.certificate.chain.q].max()) <= bound * (1 + 1e-12), name
+        columns = [name for name in found.gradients if name.startswith("grad_")]
+        assert columns == [f"grad_{norm_name(q)}" for q in seen]
+        for name, values in zip(columns, seen.values(), strict=True):
+            np.testing.assert_allclose(found.gradients[name], values[: len(x)], rtol=1e-9)
 
 
 def test_a_tighter_bound_does_not_hide_that_baking_failed(trained):

@@ -14,6 +14,7 @@ from networks import (
     ACTS,
     EACH_LIPSCHITZ,
     NORMS,
+    SEVERAL,
     TRAINED,
     Larger,
     by_hand,
@@ -27,9 +28,11 @@ from networks import (
 
 from lipexp import record
 from lipexp.activations import LeakyReLU, ReLU, as_activation
+from lipexp.measured.gradients import Maximum
 from lipexp.networks import Network
 from lipexp.norms import dual, product_bound
-from lipexp.proven import Certificate, Chain, Proof
+from lipexp.proven import Certificate, Chain, Problem, Proof, prove_quickly
+from lipexp.proven.pairs import pair_constants
 from lipexp.proven.radii import (
     Robustness,
     assess,
@@ -75,7 +78,7 @@ def check_float64(net, x, wrong=0.0):
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])
 @pytest.mark.parametrize("name", ["relu", "maxmin", "fullsort", "bent"])
 def test_the_float64_error_of_random_networks_is_bounded(name, scale):
-    for sizes in ((1, 4, 1), (3, 16, 16, 1), (40, 8, 8, 8, 1), (2, 1)):
+    for sizes in ((1, 4, 1), (3, 16, 16, 4), (40, 8, 8, 8, 1), (2, 3)):
         net, x = network(*sizes, act=ACTS[name], bias=1.0), stored(5, sizes[0])
         net = scaled(net, *[scale] * len(net.layers))
         size = math.prod(1 + float(weight.abs().sum(dim=2).amax()) for weight, _ in net.layers)
@@ -157,6 +160,39 @@ def test_numbers_too_large_for_float64_have_no_radius():
     assert radii.radius == radii.radius_float32 == 0
 
 
+@pytest.mark.parametrize("overrides", SEVERAL, ids=" ".join)
+def test_networks_of_several_classes_keep_their_promises(overrides, trained):
+    """r L_cj is at most f_c - f_j for every class j, decided without rounding, and nearly so for the runner-up."""
+    result = trained(*overrides, runs=EACH_LIPSCHITZ)
+    for run in (1, 2):
+        net = result.checkpoint.network.run(run)
+        x = torch.from_numpy(result.stack.data[run].test_x).double()[:16]
+        check_float64(net, x)
+        chain = Chain.of(result.stack.constraint, len(net.layers), run)
+        pairs = pair_constants(net, prove_quickly(Problem(net, chain, (x[0], x[0]), Maximum(0.0, ()), 0)))
+        radii = certified_radii(net, x, pairs.constants)
+        assert not (radii.runner_up == radii.prediction).any()
+        for point, own, rival, radius in zip(x, radii.prediction, radii.runner_up, radii.radius, strict=True):
+            f = values(net, point)
+            assert f[own] == max(f)
+            margins = [f[own] - v for v in f]
+            bounds = [Fraction(float(radius)) * Fraction(float(constant)) for constant in pairs.constants[own]]
+            assert all(bound <= margin for bound, margin in zip(bounds, margins, strict=True))
+            assert float(bounds[rival]) >= float(margins[rival]) * (1 - 1e-9) - 1e-9
+        # A network in float32 errs by no more than its bound within the ball, and keeps its class within its own.
+        plain, bound = Network(net), float32_error(net, x, radii.radius)
+        points = float32_points(x, radii.radius, chain.p, seed=0)
+        for point, f, limits in zip(points, plain(points.float()).tolist(), bound, strict=True):
+            for found, exactly, limit in zip(f, values(net, point), limits, strict=True):
+                assert abs(Fraction(found) - exactly) <= Fraction(float(limit))
+        assert (radii.radius_float32 <= radii.radius).all()
+        assert (radii.radius_float32 > 0).any()
+        held = radii.radius_float32 > 0
+        for seed in range(20):
+            points = float32_points(x, radii.radius_float32, chain.p, seed)
+            assert (plain(points.float()).argmax(dim=1).numpy() == radii.prediction)[held].all()
+
+
 @pytest.mark.parametrize("overrides", TRAINED, ids=" ".join)
 def test_trained_networks_keep_their_promises(overrides, trained):
     """With every constraint and every activation, decided without rounding."""
@@ -221,6 +257,51 @@ def test_the_radius_of_a_linear_function_is_the_distance_to_its_plane(p):
     np.testing.assert_allclose(radii.radius, (x @ weight + bias).abs() / slope, rtol=1e-12)
     assert (radii.radius_float32 < radii.radius).all()
     np.testing.assert_allclose(radii.radius_float32, radii.radius, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", NORMS)
+def test_the_radius_of_a_linear_map_is_the_distance_to_the_nearest_plane_between_two_classes(p):
+    net, x = network(5, 4), stored(200, 5)
+    net = with_norms(net, 1.0)
+    weight, bias = (part.double() for part in (net.layers[0].weight[0], net.layers[0].bias[0, 0]))
+    f, slopes = x @ weight.T + bias, torch.linalg.vector_norm(weight.unsqueeze(1) - weight, ord=dual(p), dim=2)
+    own = f.argmax(dim=1)
+    distance = (f.gather(1, own.unsqueeze(1)) - f) / slopes[own].masked_fill(slopes[own] == 0, 1)
+    nearest, rival = distance.scatter(1, own.unsqueeze(1), math.inf).min(dim=1)
+    radii = certified_radii(net, x, np.nextafter(slopes.numpy(), math.inf))
+    np.testing.assert_array_equal(radii.prediction, own)
+    np.testing.assert_array_equal(radii.runner_up, rival)
+    np.testing.assert_allclose(radii.f, f.max(dim=1).values - f.gather(1, rival.unsqueeze(1))[:, 0], rtol=1e-12)
+    np.testing.assert_allclose(radii.radius, nearest, rtol=1e-9)
+    np.testing.assert_allclose(radii.radius_float32, nearest, rtol=0, atol=1e-5)
+
+
+def test_classes_that_tie_have_no_radius_and_constant_margins_an_infinite_one():
+    for bias, radius, rival in (([1.0, 1.0, 0.0], 0.0, 1), ([0.0, 1.0, 0.5], math.inf, 2)):
+        net = with_norms(by_hand(([[0.0, 0.0]] * 3, bias)), 0.0)
+        radii = certified_radii(net, stored(3, 2), np.zeros((3, 3)))
+        assert (radii.radius == radius).all()
+        assert (radii.radius_float32 <= radius).all()
+        assert (radii.runner_up == rival).all()
+
+
+def test_what_pairs_gain_over_the_bound_of_the_whole_network_is_told():
+    """The rows (1, 0), (1, 1) and (1, -1) have the norm sqrt(3), and differ by 1, 1 and 2."""
+    net = with_norms(by_hand(([[1.0, 0.0], [1.0, 1.0], [1.0, -1.0]], [0.5, 0.0, 0.0])), math.sqrt(3))
+    x = torch.tensor([[0.0, 0.0], [0.0, 9.0], [0.0, -9.0], [0.0, 0.5]]).double()  # the last one is undecided
+    points = {split: (x, torch.tensor([0, 1, 2, 0])) for split in ("val", "test")}
+    found = assess(net, points, certificate(math.sqrt(3)))
+    assert found.pairs.smallest == pytest.approx(1, rel=1e-12)
+    assert found.pairs.largest == pytest.approx(2, rel=1e-12)
+    assert found.pairs.median_gain == pytest.approx(math.sqrt(6), rel=1e-9)
+    own = found.of("test")
+    names = "split index x0 x1 y prediction runner_up correct f radius radius_float32"
+    assert " ".join(own) == names
+    np.testing.assert_allclose(own["radius"], [0.5, 8.5, 8.5, 0], rtol=1e-9, atol=1e-15)
+    assert (own["correct"] == [1, 1, 1, own["prediction"][3] == 0]).all()
+    line = robustness_line(found.summary([0.1]))
+    assert line.startswith("certified accuracy within ‖δ‖₂ ≤ 0.1: 0.75   median radius ")
+    assert line.endswith(" (pairs of outputs: 1 to 2)")
 
 
 def test_a_constant_function_has_infinite_radii_unless_it_is_zero():

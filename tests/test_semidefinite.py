@@ -16,7 +16,16 @@ from lipexp.measured.gradients import norms, scan
 from lipexp.networks import Affine
 from lipexp.proven import semidefinite
 from lipexp.proven.regions import constants
-from lipexp.proven.semidefinite import Reduced, best_bound, eclipse, lipsdp, proves, why_not_applicable
+from lipexp.proven.semidefinite import (
+    Reduced,
+    best_bound,
+    bounds_of_pairs,
+    eclipse,
+    lipsdp,
+    lipsdp_and_multipliers,
+    proves,
+    why_not_applicable,
+)
 
 RELU = (0.0, 1.0)
 SLOPES = [RELU, (0.1, 1.0), (0.25, 0.75)]
@@ -84,6 +93,32 @@ def test_the_matrix_of_a_bound_is_semidefinite_in_rational_arithmetic(exact, mon
     assert exact.semidefinite(rational(weights, used, multipliers, Fraction(lipschitz) ** 2))
     assert not exact.semidefinite(rational(weights, used, multipliers, Fraction(less) ** 2))
     assert not proves(less, weights, used, multipliers)
+
+
+@pytest.mark.parametrize(("shape", "slopes"), pairs([(3, 5, 3), (3, 4, 4, 3), (2, 4, 3, 4, 4), (3, 4)], SLOPES))
+def test_the_matrix_of_every_pair_is_semidefinite_in_rational_arithmetic(exact, shape, slopes):
+    """That of the network whose last row is the difference, with the multipliers of the whole network."""
+    net = network(*shape, act=ACTS[slopes], grain=2.0**-10)
+    reduced, own = Reduced.of(net), net.act.slopes
+    found = lipsdp_and_multipliers(net, 0.0, math.inf)[1]
+    for multipliers, used, bounds in (
+        (reduced.closed, RELU, bounds_of_pairs(net)),
+        (found, own, bounds_of_pairs(net, found)),
+    ):
+        *hidden, last = reduced.weights
+        for (i, j), bound in zip(itertools.combinations(range(len(last)), 2), bounds, strict=True):
+            weights = [*hidden, (last[i] - last[j])[None]]
+            for factor, holds in ((1, True), (1 - 1e-6, False)):
+                square = (Fraction(float(bound)) * Fraction(2) ** -reduced.exponent * Fraction(factor)) ** 2
+                scaled = [Fraction(t) * square for t in multipliers]
+                assert exact.semidefinite(rational(weights, used, scaled, square)) == holds
+
+
+def test_layers_without_a_proof_leave_no_pair_a_bound():
+    reduced = Reduced.of(network(3, 8, 8, 3))
+    rows = reduced.weights[-1][:2]
+    for multipliers in (100 * reduced.closed, -reduced.closed, math.nan * reduced.closed):
+        assert (reduced.bounds_of_rows(rows, RELU, multipliers) == math.inf).all()
 
 
 @pytest.mark.parametrize("slopes", SLOPES, ids=str)
@@ -262,6 +297,8 @@ def test_matrices_that_take_gigabytes_are_not_made(monkeypatch):
 def test_what_the_bounds_do_not_cover_is_refused():
     net = network(2, 4, 1)
     assert [why_not_applicable(replace(net, act=act), 2) for act in ACTS.values()] == [None] * 3
+    assert [why_not_applicable(network(2, 4, 3), 2, h) for h in (2, math.inf)] == [None] * 2
+    assert why_not_applicable(network(2, 4, 3), 2, 1) == "bounds several outputs in the 2-norm only"
     for q in (1.0, math.inf):
         assert why_not_applicable(net, q) == "bounds the 2-norm of gradients only"
     assert why_not_applicable(replace(net, act=Abs()), 2) == "needs slopes in [0, 1]; Abs has [-1, 1]"

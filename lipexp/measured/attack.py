@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lipexp.measured.gradients import norms
 from lipexp.networks import BakedNetwork
+from lipexp.norms import dual
 from lipexp.proven.radii import evaluate, margins, predicted
 
 STEPS = 100
@@ -103,6 +104,7 @@ class Falsifier:
         self.certain = torch.from_numpy(
             4 * error.max(axis=1, initial=0)
         )  # margins near x below minus this are lost
+        self.nearest = self._nearest_classes()
         self.rivals = self._rivals()
 
     # Projected gradients
@@ -110,8 +112,9 @@ class Falsifier:
     def lowest(self, reach: Tensor) -> tuple[Tensor, Tensor]:
         """The points (N, D) within `reach` (N,) of x with the lowest margins that are found, and these.
 
-        The first start is x, the second the lowest point on its secants, the others are random. Points that have
-        flipped are not attacked again.
+        The first start is x, the second the lowest point on its secants, the others are random. Every second one
+        leads to the strongest of the other classes, the rest to the one that would be nearest if f were linear.
+        Points that have flipped are not attacked again.
         """
         best, margin = self.x.clone(), torch.full_like(reach, math.inf)
         for restart in range(RESTARTS):
@@ -119,7 +122,7 @@ class Falsifier:
             if len(rows) == 0:
                 break
             start = self._start(restart, rows, reach[rows])
-            at, value = self._descend(start, rows, reach[rows])
+            at, value = self._descend(start, rows, reach[rows], None if restart % 2 else self.nearest)
             better = value < margin[rows]
             best[rows[better]], margin[rows[better]] = at[better], value[better]
         return best, margin
@@ -137,12 +140,17 @@ class Falsifier:
         draw = torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
         return x + draw * (reach / norms(draw, self.p)).unsqueeze(1)
 
-    def _descend(self, at: Tensor, rows: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-        """The lowest points on the way of projected gradient steps that shrink to zero, and their margins."""
+    def _descend(self, at: Tensor, rows: Tensor, reach: Tensor, rival: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The lowest points on the way of projected gradient steps that shrink to zero, and their margins.
+
+        Args:
+            rival: (N,) the classes to which the steps lead; None: the strongest at each step.
+        """
         best, margin = at.clone(), torch.full_like(reach, math.inf)
         active = torch.arange(len(rows))
         for step in range(STEPS + 1):
-            value, gradient = self._slopes(at, self.own[rows[active]])
+            chosen = rows[active]
+            value, gradient = self._slopes(at, self.own[chosen], None if rival is None else rival[chosen])
             better = value < margin[active]
             best[active[better]], margin[active[better]] = at[better], value[better]
             left = ~self.flipped(value, rows[active])
@@ -154,17 +162,31 @@ class Falsifier:
             at = x + project(at - x + rate * towards, reach[active], self.p)
         return best, margin
 
-    def _slopes(self, at: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """The margins (N,) at points (N, D) of points of the classes `own`, and their gradients (N, D)."""
-        parts = []
-        step = max(1, FEATURES // max([1, *self.network.hidden_widths]))
-        for x, classes in zip(at.split(step), own.split(step), strict=True):
+    def _slopes(self, at: Tensor, own: Tensor, rival: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(N,) margins of the classes `own` at points (N, D), and the gradients of these or of f_own - f_rival."""
+        found = []
+        for part in torch.arange(len(at)).split(max(1, FEATURES // max([1, *self.network.hidden_widths]))):
             with torch.enable_grad():
-                x = x.detach().requires_grad_()
-                margin = margins_of(self.network.double(x.unsqueeze(0))[0], classes)
-                (gradient,) = torch.autograd.grad(margin.sum(), x)
-            parts.append((margin.detach(), gradient))
-        return torch.cat([margin for margin, _ in parts]), torch.cat([gradient for _, gradient in parts])
+                x = at[part].detach().requires_grad_()
+                f = self.network.double(x.unsqueeze(0))[0]
+                margin = margins_of(f, own[part])
+                lowered = margin if rival is None else margins_of(f, own[part], rival[part])
+                (gradient,) = torch.autograd.grad(lowered.sum(), x)
+            found.append((margin.detach(), gradient))
+        margins, gradients = zip(*found, strict=True)
+        return torch.cat(margins), torch.cat(gradients)
+
+    def _nearest_classes(self) -> Tensor | None:
+        """(N,) the class j with the smallest (f_c - f_j) / ||grad (f_c - f_j)||_q at x; None for one output."""
+        if self.network.n_outputs == 1 or len(self.x) == 0:
+            return None
+        distances = []
+        for j in range(self.network.n_outputs):
+            rival = torch.full_like(self.own, j)
+            value = margins_of(self.network.double(self.x.unsqueeze(0))[0], self.own, rival)
+            steepness = norms(self._slopes(self.x, self.own, rival)[1], dual(self.p))
+            distances.append((value / steepness).masked_fill(self.own == j, math.inf))
+        return torch.stack(distances, dim=1).nan_to_num(nan=math.inf).argmin(dim=1)
 
     # Secants
 
@@ -207,12 +229,17 @@ class Falsifier:
         return Flip(i, self.x[i].tolist(), moved.tolist(), float(values[0]), float(values[1]), radius)
 
 
-def margins_of(f: Tensor, own: Tensor) -> Tensor:
-    """(N,) by how much the classes `own` win with outputs f (N, C): f or -f for one output, else f_c - max f_j."""
+def margins_of(f: Tensor, own: Tensor, rival: Tensor | None = None) -> Tensor:
+    """(N,) by how much the classes `own` win with outputs f (N, C): f or -f for one output, else f_c - max f_j.
+
+    Args:
+        rival: (N,) the classes j to compare with; None: the strongest.
+    """
     if f.shape[1] == 1:
         return (2 * own - 1) * f[:, 0]
     mine = own.unsqueeze(1)
-    return f.gather(1, mine)[:, 0] - f.scatter(1, mine, -math.inf).amax(dim=1)
+    others = f.scatter(1, mine, -math.inf) if rival is None else f.gather(1, rival.unsqueeze(1))
+    return f.gather(1, mine)[:, 0] - others.amax(dim=1)
 
 
 def closer(x: Tensor, y: Tensor, radius: float, p: float) -> bool:
