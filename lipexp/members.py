@@ -28,7 +28,7 @@ from lipexp.config import (
 from lipexp.constraints import Constraint
 from lipexp.datasets import Data, Dataset
 from lipexp.loop import Stack, Streams
-from lipexp.losses import Loss, as_loss
+from lipexp.losses import as_loss, check_loss, losses_for
 from lipexp.models import Model
 from lipexp.optim import Optimiser
 from lipexp.tasks import SPLITS, TASKS
@@ -89,9 +89,10 @@ def build(
     if config.batch_size > dataset.n_train:
         raise ConfigError("batch_size", config.batch_size, f"must be at most dataset.n_train={dataset.n_train}")
     if loss.task and loss.task != dataset.task:
-        suitable = ", ".join(cls.__name__.lower() for cls in Loss.__subclasses__() if cls.task == dataset.task)
+        suitable = ", ".join(losses_for(dataset.task))
         allowed = f"is for {loss.task}, but dataset={names['dataset']} is {dataset.task} ({suitable})"
         raise ConfigError("loss", names["loss"], allowed)
+    check_loss(loss, names["loss"], dataset.n_outputs, TASKS[dataset.task].has_classes)
     if dataset.p is not None and dataset.p != constraint.p:
         moving = f"must be the norm that constraint={names['constraint']} is for, p={constraint.p:g}"
         raise ConfigError("dataset.p", f"{dataset.p:g}", moving)

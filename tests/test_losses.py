@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
+import scipy.special
 import torch
 
-from lipexp.losses import BCE, MSE, Hinge, Kantorovich
-from lipexp.measured.gradients import scan
-from lipexp.tasks import difference_of_means
+from lipexp.config import ConfigError
+from lipexp.losses import (
+    BCE,
+    MAE,
+    MSE,
+    CrossEntropy,
+    Hinge,
+    Huber,
+    Kantorovich,
+    MultiMargin,
+    as_loss,
+    check_loss,
+)
+from lipexp.tasks import difference_of_means, squeezed
 
 # (K, B) outputs of both signs and of sizes from 1e-3 to 30, and classes; each run has both.
 RNG = np.random.default_rng(0)
@@ -34,21 +49,137 @@ def test_hinge_is_what_is_missing_from_the_margin_in_units_of_the_lipschitz_cons
         assert float(loss) == value
 
 
-@pytest.mark.parametrize(("lipschitz", "divisor"), [(1.0, 1), (4.0, 16), (0.25, 0.25)])
-def test_mse_is_the_square_of_the_error_over_l_and_above_1_over_its_square(lipschitz, divisor):
-    np.testing.assert_array_equal(MSE(lipschitz)(F, Y).numpy(), (F.numpy() - Y.numpy()) ** 2 / divisor)
+# (K, B, C) outputs and targets of the same sizes for three classes or targets, and (K, B) the classes.
+F3, Y3 = (
+    torch.from_numpy(10 ** RNG.uniform(-3, 1.5, (3, 40, 3)) * RNG.choice([-1.0, 1.0], (3, 40, 3))) for _ in "FY"
+)
+CLASSES = torch.from_numpy(RNG.integers(3, size=(3, 40)).astype(np.float64))
+# task -> the outputs and targets that a loss for it takes
+BATCHES = {
+    "classification": [(F, Y)],
+    "transport": [(F, Y)],
+    "multiclass": [(F3, CLASSES)],
+    "regression": [(F, Y), (F3, Y3)],
+}
 
 
-@pytest.mark.parametrize("lipschitz", [1e-30, 1e-10, 1e10, 1e30])
-def test_every_loss_trains_at_every_l(trained, loss_option, lipschitz):
+@pytest.mark.parametrize(("temperature", "lipschitz"), [(0.1, 1.0), (1.0, 4.0), (7.0, 1e-3), (1000.0, 1e3)])
+def test_cross_entropy_is_minus_the_logarithm_of_the_softmax_over_the_temperature_and_l(temperature, lipschitz):
+    logarithms = scipy.special.log_softmax(temperature * F3.numpy(), axis=-1)
+    expected = -np.take_along_axis(logarithms, CLASSES.long().unsqueeze(-1).numpy(), axis=-1)[..., 0]
+    found = CrossEntropy(temperature, lipschitz)(F3, CLASSES).numpy() * temperature * lipschitz
+    np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_cross_entropy_of_two_outputs_is_bce_of_their_difference():
+    expected = BCE(7.0, 4.0)(F, Y)
+    torch.testing.assert_close(CrossEntropy(7.0, 4.0)(torch.stack([-F / 2, F / 2], dim=-1), Y), expected)
+
+
+def test_multi_margin_is_the_sum_over_the_other_classes_of_what_their_gap_lacks():
+    found = MultiMargin(margin=0.5, lipschitz=4.0)(F3, CLASSES)
+    for run, point in np.ndindex(3, 40):
+        f, y = F3[run, point].tolist(), int(CLASSES[run, point])
+        expected = sum(max(0.0, 0.5 - (f[y] - f[j]) / 8) for j in range(3) if j != y)
+        assert float(found[run, point]) == pytest.approx(expected, rel=1e-12, abs=1e-14)
+
+
+def test_multi_margin_of_two_opposite_outputs_is_the_hinge_loss():
+    both = torch.stack([-F, F], dim=-1)
+    torch.testing.assert_close(MultiMargin(0.3, 4.0)(both, Y), Hinge(0.3, 4.0)(F, Y))
+
+
+@pytest.mark.parametrize("constraint", ["spectral", "linf"])
+def test_a_point_without_multi_margin_loss_keeps_its_class_within_the_margin(trained, constraint):
+    """Moves of the length of the margin, in random directions at first, then to where another class gains most."""
+    settings = ("loss.margin=0.5", "dataset.n_train=1000", "steps=300", "model.width=32")
+    result = trained("dataset=spirals", f"constraint={constraint}", *settings, runs=("seed=0 lipschitz=0.5",))
+    network = result.checkpoint.network
+    axis = torch.linspace(-3.5, 3.5, 40, dtype=torch.float64)
+    x = torch.cartesian_prod(axis, axis)[None]
+    f = network.double(x)
+    content = result.stack.loss(f, f.argmax(dim=-1).double())[0] == 0
+    assert content.sum() > 50
+    x, own = x[:, content], f[:, content].argmax(dim=-1, keepdim=True)
+    for seed in range(10):
+        move = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+        for _ in range(5):
+            end = (x + 0.5 * move / torch.linalg.vector_norm(move, dim=-1, keepdim=True)).requires_grad_()
+            f = network.double(end)
+            assert torch.equal(f.argmax(dim=-1, keepdim=True), own)
+            gain = f.scatter(-1, own, -torch.inf).amax(dim=-1) - f.gather(-1, own).squeeze(-1)
+            (move,) = torch.autograd.grad(gain.sum(), end)
+
+
+HUBER = scipy.special.huber
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        *((MSE(lipschitz), lambda e, d=d: e**2 / d) for lipschitz, d in ((1.0, 1), (4.0, 16), (0.25, 0.25))),
+        *((MAE(lipschitz), lambda e, d=lipschitz: abs(e) / d) for lipschitz in (1.0, 4.0, 0.25)),
+        *(
+            (Huber(delta, lipschitz), lambda e, delta=delta, d=d: HUBER(delta, e) / d)
+            for delta, lipschitz, d in (
+                (1.0, 1.0, 1),
+                (1.0, 4.0, 4),
+                (8.0, 4.0, 16),
+                (0.5, 0.25, 0.125),
+                (2, 0.25, 0.25),
+            )
+        ),
+    ],
+)
+def test_a_loss_of_regression_is_its_function_of_the_error_over_its_divisor_and_the_mean_of_several_targets(
+    loss, expected
+):
+    np.testing.assert_allclose(loss(F, Y).numpy(), expected((F - Y).numpy()), rtol=1e-12)
+    np.testing.assert_allclose(loss(F3, Y3).numpy(), expected((F3 - Y3).numpy()).mean(axis=-1), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("delta", "limit"),
+    [(1e6, lambda lipschitz: (MSE(lipschitz), 0.5)), (1e-9, lambda lipschitz: (MAE(lipschitz), 1))],
+)
+@pytest.mark.parametrize("lipschitz", [1e-6, 1.0, 100.0])
+def test_huber_of_a_large_delta_is_half_of_mse_and_of_a_small_one_mae(delta, limit, lipschitz):
+    other, factor = limit(lipschitz)
+    np.testing.assert_allclose(Huber(delta, lipschitz)(F, Y), factor * other(F, Y), rtol=1e-5)
+
+
+def test_each_run_of_a_stack_has_arguments_of_its_own(make, loss_option):
+    """(K,) tensors give what the numbers give one by one."""
+    stacked = copy.deepcopy(make("loss", f"loss={loss_option}"))
+    values = {name: float(getattr(stacked, name)) * torch.tensor([0.5, 1, 3]) for name in stacked.per_run}
+    for name, value in values.items():
+        setattr(stacked, name, value)
+    for run in range(3):
+        single = type(stacked)(**{name: float(value[run]) for name, value in values.items()})
+        for f, y in BATCHES[stacked.task]:
+            torch.testing.assert_close(stacked(f, y)[run], single(f[[run]], y[[run]])[0])
+
+
+SUITED = {
+    "regression": "absolute_value",
+    "transport": "cones",
+    "classification": "two_moons",
+    "multiclass": "spirals",
+}
+
+
+@pytest.mark.parametrize("lipschitz", [1e-30, 1e-10, 1e-6, 1e6, 1e10, 1e30])
+def test_every_loss_trains_at_every_l(trained, make, loss_option, lipschitz):
     """30 steps are enough to use more than half of L, or, where the target is flatter, to shrink the loss."""
-    dataset = {"mse": "absolute_value", "kantorovich": "cones"}.get(loss_option, "two_moons")
+    dataset = SUITED[make("loss", f"loss={loss_option}").task]
     result = trained(f"dataset={dataset}", f"loss={loss_option}", runs=(f"seed=0 lipschitz={lipschitz}",))
     data, losses = result.stack.data[0], []
+    x, y = (torch.from_numpy(part).double()[None] for part in (data.train_x, data.train_y))
     for checkpoint in (result.seen[0], result.checkpoint):
-        scanned = scan(checkpoint.network, torch.from_numpy(data.train_x).unsqueeze(0))
-        losses.append(float(result.stack.loss(scanned.f, torch.from_numpy(data.train_y).double()[None]).mean()))
-    steepest = float(torch.linalg.vector_norm(scanned.gradient, dim=-1).max())
+        f = checkpoint.network.double(x.requires_grad_())
+        losses.append(result.stack.loss(squeezed(f), y).mean().item())
+    rows = [torch.autograd.grad(output.sum(), x, retain_graph=True)[0] for output in f.unbind(dim=-1)]
+    steepest = float(torch.linalg.matrix_norm(torch.stack(rows, dim=-2), ord=2).max())
     assert not result.checkpoint.failures
     assert 0.5 * lipschitz < steepest <= lipschitz or losses[1] < 0.1 * losses[0]
 
@@ -65,9 +196,35 @@ def test_a_class_without_samples_has_mean_zero():
     assert difference_of_means(f, torch.zeros_like(f)).item() == -2
 
 
+def test_a_module_of_torch_takes_several_targets_and_their_mean():
+    expected = torch.nn.SmoothL1Loss(reduction="none")(F3, Y3).sum(dim=-1) / 3
+    torch.testing.assert_close(as_loss(torch.nn.SmoothL1Loss(reduction="none"), "x")(F3, Y3), expected)
+
+
+@pytest.mark.parametrize(
+    ("n_outputs", "has_classes", "function", "message"),
+    [
+        (1, True, lambda f, y: (f - y).square(), None),
+        (3, True, lambda f, y: f.gather(-1, y.long().unsqueeze(-1)).squeeze(-1), None),
+        (3, False, lambda f, y: (f - y).square(), None),
+        (3, False, lambda f, y: (f - y).square().amax(dim=-1), None),
+        (1, True, torch.nn.MSELoss(), r"must return one number per sample, \(K, B\), not a tensor of shape \(\)"),
+        (3, False, torch.nn.MSELoss(), r"must return one number per sample, \(K, B\), not a tensor of shape \(\)"),
+        (3, True, lambda f, y: f.square(), r"must return .* shape \(1, 2, 3\)"),
+        (3, True, lambda f, y: (f - y).square(), "cannot be used: RuntimeError: .* must match"),
+    ],
+)
+def test_a_function_is_a_loss_if_it_returns_one_number_per_sample_of_the_task(
+    n_outputs, has_classes, function, message
+):
+    with nullcontext() if message is None else pytest.raises(ConfigError, match=f"^loss=mine: {message}"):
+        check_loss(as_loss(function, "mine"), "mine", n_outputs, has_classes)
+
+
 def test_gradients_are_finite_for_outputs_of_any_size(make, loss_option):
     """The law asks it of a user's loss up to some 30 only, which an exponential one can meet."""
     loss = make("loss", f"loss={loss_option}")
-    for outputs in (1e4 * F, (1e4 * F).float()):
-        (gradient,) = torch.autograd.grad(loss(outputs.requires_grad_(), Y.to(outputs.dtype)).sum(), outputs)
-        assert torch.isfinite(gradient).all()
+    for f, y in BATCHES[loss.task]:
+        for outputs in (1e4 * f, (1e4 * f).float()):
+            (gradient,) = torch.autograd.grad(loss(outputs.requires_grad_(), y.to(outputs.dtype)).sum(), outputs)
+            assert torch.isfinite(gradient).all()

@@ -9,16 +9,18 @@ file in conf/dataset/.
 
 from lipexp.datasets.base import Data, Dataset, Finite, Generated
 from lipexp.datasets.bundled import DigitsParity
-from lipexp.datasets.synthetic import AbsoluteValue, Cones, TwoMoons, on_sphere
+from lipexp.datasets.synthetic import AbsoluteValue, Circles, Cones, Spirals, TwoMoons, on_sphere
 
 __all__ = [
     "AbsoluteValue",
+    "Circles",
     "Cones",
     "Data",
     "Dataset",
     "DigitsParity",
     "Finite",
     "Generated",
+    "Spirals",
     "TwoMoons",
     "on_sphere",
 ]

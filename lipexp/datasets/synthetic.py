@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lipexp.config import norm_order, number, whole
+from lipexp.config import ConfigError, norm_order, number, whole
 from lipexp.datasets.base import Generated
 from lipexp.process import holding_interrupts
 
@@ -42,6 +42,88 @@ class TwoMoons(Generated):
 
         x, y = make_moons(n, noise=self.noise or None, random_state=int(rng.integers(2**32)))
         return self.scale * x, y
+
+
+class Circles(Generated):
+    """Two concentric circles, the inner one of class 1: scikit-learn's make_circles, its points times `scale`.
+
+    Args:
+        noise: standard deviation of the Gaussian noise, before scaling.
+        factor: the radius of the inner circle over that of the outer one, in [0, 1).
+        scale: the radius of the outer circle; without noise the two are `scale` (1 - `factor`) apart.
+    """
+
+    task = "classification"
+    n_inputs = 2
+    per_run = ("noise",)
+
+    def __init__(
+        self,
+        noise: float = 0.05,
+        factor: float = 0.5,
+        scale: float = 2.0,
+        n_train: int = 2000,
+        n_val: int = 1000,
+        n_test: int = 2000,
+    ) -> None:
+        super().__init__(n_train, n_val, n_test)
+        self.noise = number("noise", noise, least=0)
+        self.factor = number("factor", factor, least=0)
+        if self.factor >= 1:
+            raise ConfigError("factor", factor, "must be below 1, since the second circle is the inner one")
+        self.scale = number("scale", scale, above=0)
+
+    def sample(self, n: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        with holding_interrupts():
+            from sklearn.datasets import make_circles
+
+        state = int(rng.integers(2**32))
+        x, y = make_circles(n, noise=self.noise or None, factor=self.factor, random_state=state)
+        return self.scale * x, y
+
+
+class Spirals(Generated):
+    """Interleaved arms of Archimedean spirals around the origin, one class each.
+
+    Arm c is the curve of the points with the angle 2 pi (turns t + c / n_classes) at the distance scale t from the
+    origin, for t in [0.2, 1]. Two arms are `scale` / (`turns` `n_classes`) apart along a ray. The points of an arm
+    have t^2 uniform, which spreads them about evenly along it. Two arms are a classification with one output, more
+    are multiclass with an output for each.
+
+    Args:
+        n_classes: the number of arms, at least 2.
+        turns: of each arm around the origin, from t = 0 to t = 1.
+        noise: standard deviation of the Gaussian noise, before scaling.
+        scale: the distance of the outer ends from the origin.
+    """
+
+    n_inputs = 2
+    per_run = ("noise",)
+
+    def __init__(
+        self,
+        n_classes: int = 3,
+        turns: float = 1.0,
+        noise: float = 0.02,
+        scale: float = 3.0,
+        n_train: int = 2000,
+        n_val: int = 1000,
+        n_test: int = 2000,
+    ) -> None:
+        super().__init__(n_train, n_val, n_test)
+        self.n_classes = whole("n_classes", n_classes, least=2)
+        self.task = "classification" if n_classes == 2 else "multiclass"
+        self.n_outputs = 1 if n_classes == 2 else n_classes
+        self.turns = number("turns", turns, least=0)
+        self.noise = number("noise", noise, least=0)
+        self.scale = number("scale", scale, above=0)
+
+    def sample(self, n: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        y = np.arange(n) % self.n_classes
+        t = np.sqrt(rng.uniform(0.2**2, 1, size=n))
+        angle = 2 * np.pi * (self.turns * t + y / self.n_classes)
+        x = np.stack([t * np.cos(angle), t * np.sin(angle)], axis=1)
+        return self.scale * (x + self.noise * rng.standard_normal((n, 2))), y
 
 
 class AbsoluteValue(Generated):

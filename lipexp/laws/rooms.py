@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lipexp.config import ConfigError
+from lipexp.datasets import Dataset
 from lipexp.laws.subject import Broken, Law, Subject, shown
 from lipexp.loop import Streams, generator
 from lipexp.losses import Loss
@@ -19,19 +22,22 @@ from lipexp.tasks import TASKS
 
 
 def loss_and_batch(subject: Subject, runs: int = 3) -> tuple[Loss, Tensor, Tensor]:
-    """The loss of a stack, with outputs and targets (K, B) in float64."""
-    task = TASKS[subject.member.parts["dataset"].task]
+    """The loss of a stack, with outputs and targets (K, B), or (K, B, C) for several outputs, in float64."""
+    dataset: Dataset = subject.member.parts["dataset"]
     loss: Loss = stack(subject.variants(runs)).loss
-    f = subject.normal(runs, 40)
-    y = (subject.normal(runs, 40) > 0).double() if task.has_classes else subject.normal(runs, 40)
-    return loss, f, y
+    of_outputs = () if dataset.n_outputs == 1 else (dataset.n_outputs,)
+    f = subject.normal(runs, 40, *of_outputs)
+    if not TASKS[dataset.task].has_classes:
+        return loss, f, subject.normal(*f.shape)
+    y = torch.randint(max(2, dataset.n_outputs), (runs, 40), generator=subject.generator)
+    return loss, f, y.double()
 
 
 def one_number_per_sample(subject: Subject) -> str | None:
     """It returns one finite number per sample, (K, B)."""
     loss, f, y = loss_and_batch(subject)
     found = loss(f, y)
-    if found.shape != f.shape or not torch.isfinite(found).all():
+    if found.shape != f.shape[:2] or not torch.isfinite(found).all():
         raise Broken(f"outputs of shape {tuple(f.shape)} give {tuple(found.shape)}: {shown(found[0])}")
     return None
 
@@ -58,13 +64,15 @@ def loss_has_true_finite_gradients(subject: Subject) -> str | None:
         if not torch.isfinite(gradient).all():
             raise Broken(f"outputs {shown(outputs[0])} give the derivatives {shown(gradient[0])}")
     step = 1e-6
-    for sample in range(5):  # a few, one after the other, since a sample may act on the others
+    # A few samples, one output after the other, since a sample may act on the others.
+    for place in product(range(5), *map(range, f.shape[2:])):
+        one: Any = (slice(None), *place)
         change = torch.zeros_like(f)
-        change[:, sample] = step
+        change[one] = step
         difference = (loss(f + change, y) - loss(f - change, y)).sum(dim=1) / (2 * step)
-        off = (difference - gradient[:, sample]).abs()
+        off = (difference - gradient[one]).abs()
         if not (off <= 1e-4 * (1 + difference.abs())).all():
-            found = shown(gradient[:, sample]), shown(difference.detach())
+            found = shown(gradient[one]), shown(difference.detach())
             raise Broken(f"derivatives {found[0]}, finite differences {found[1]}")
     return None
 
@@ -97,22 +105,23 @@ def draws_the_same_from_the_same_stream(subject: Subject) -> str | None:
     return None
 
 
-def keeps_training_and_test_apart(subject: Subject) -> str | None:
-    """Test points are training points hardly more often than training points coincide."""
+def keeps_training_apart(subject: Subject) -> str | None:
+    """Validation and test points are training points hardly more often than training points coincide."""
     data = subject.member.drawn(Streams.of(3))
     times = Counter(tuple(point) for point in data.train_x.tolist())
     coinciding = sum(count for count in times.values() if count > 1) / len(data.train_x)
-    shared = [point for point in data.test_x.tolist() if tuple(point) in times]
-    if len(shared) / len(data.test_x) > coinciding + 0.25:
-        where = shown(np.array(shared[0]))
-        raise Broken(f"{len(shared)} of {len(data.test_x)} test points are training points, such as {where}")
+    for split, points in (("validation", data.val_x.tolist()), ("test", data.test_x.tolist())):
+        shared = [point for point in points if tuple(point) in times]
+        if len(shared) / len(points) > coinciding + 0.25:
+            where = shown(np.array(shared[0]))
+            raise Broken(f"{len(shared)} of {len(points)} {split} points are training points, such as {where}")
     return None
 
 
 DATASET_LAWS: tuple[Law, ...] = (
     draws_what_it_declares,
     draws_the_same_from_the_same_stream,
-    keeps_training_and_test_apart,
+    keeps_training_apart,
 )
 
 # Models ----------------------------------------------------------------------------------------------------------
