@@ -33,7 +33,7 @@ from lipexp.members import drawn
 from lipexp.networks import BakedNetwork
 from lipexp.process import cpu_threads
 from lipexp.proven import METHODS, Certificate, Chain, Problem, Proof, prove
-from lipexp.proven.radii import Robustness, assess
+from lipexp.proven.radii import Robustness, assess, decided
 from lipexp.runs import RunFolder, find
 from lipexp.screen import Screen
 from lipexp.tasks import TASKS
@@ -94,7 +94,7 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
     """
     dataset: Dataset = part_of(run.config, "dataset", options.trust)
     constraint: Constraint = part_of(run.config, "constraint", options.trust)
-    _check_network(run, dataset.n_inputs)
+    _check_network(run, dataset)
     network = constraint.prove(run.baked)
     streams = Streams.of(whole("seed", run.config.get("seed"), least=0))
     data = drawn(dataset, streams.data, type(dataset).__name__)
@@ -102,8 +102,8 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
     chain = Chain.of(constraint, len(network.layers))
     report("measuring")
     scanned = scan(network, x)
-    points = sources(network, x, scanned, chain.q, [generator(streams.search)], EFFORT)
-    by = steepest(network, points, 0, chain.q)
+    points = sources(network, x, scanned, chain.q, [generator(streams.search)], EFFORT, chain.hidden_p)
+    by = steepest(network, points, 0, chain.q, chain.hidden_p)
     measured = overall(by)
     max_regions = setting(run.config, "max_regions") if options.max_regions is None else options.max_regions
     problem = Problem(
@@ -122,10 +122,10 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
             by[name] = measured = proof.best
     robustness = attacked = None
     if TASKS[dataset.task].decides:
-        test_x, test_y = (torch.from_numpy(part).double() for part in (data.test_x, data.test_y))
-        robustness = assess(network, test_x, test_y, chain.p, certificate.value, certificate.reason)
+        parts = decided(data)
+        robustness = assess(network, parts, certificate)
         if options.attack and robustness.columns is not None:
-            radius = robustness.columns["radius"]
+            (test_x, _), radius = parts["test"], robustness.of("test")["radius"]
             report(f"attacking {len(test_x):,} points")
             attacked = attack(network, test_x, radius, chain.p, generator(streams.search))
     digest = hashlib.sha256(RunFolder(run.folder).model_bytes()).hexdigest()
@@ -141,15 +141,15 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
     )
 
 
-def _check_network(run: LoadedRun, n_inputs: int) -> None:
-    """Raise ConfigError if its numbers are not finite, or it is no network of one output for this dataset."""
+def _check_network(run: LoadedRun, dataset: Dataset) -> None:
+    """Raise ConfigError if its numbers are not finite, or it is no network for this dataset."""
     file, network = run.folder / "model.pt", run.baked
     if not network.is_finite(0):
         raise ConfigError("model.pt", file, "holds numbers that are not finite")
-    if network.n_outputs != 1:
-        raise ConfigError("model.pt", file, f"has {network.n_outputs} outputs; certify needs one")
-    if network.n_inputs != n_inputs:
-        raise ConfigError("model.pt", file, f"has {network.n_inputs} inputs, its dataset {n_inputs}")
+    if network.n_inputs != dataset.n_inputs:
+        raise ConfigError("model.pt", file, f"has {network.n_inputs} inputs, its dataset {dataset.n_inputs}")
+    if network.n_outputs != dataset.n_outputs:
+        raise ConfigError("model.pt", file, f"has {network.n_outputs} outputs, its dataset {dataset.n_outputs}")
 
 
 def _broken_layers(network: BakedNetwork, chain: Chain) -> list[str]:

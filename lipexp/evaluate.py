@@ -19,12 +19,12 @@ from lipexp import record
 from lipexp.loop import Checkpoint, Stack, Value, generator
 from lipexp.measured import Points, overall, sources, steepest
 from lipexp.measured.ascent import starts
-from lipexp.measured.gradients import Maximum, Scan, largest, norms, scan
+from lipexp.measured.gradients import Maximum, Scan, largest, operator_norms, scan
 from lipexp.networks import BakedNetwork
 from lipexp.norms import dual, norm_name
 from lipexp.proven import Certificate, Chain, Problem, prove, prove_quickly
-from lipexp.proven.radii import Robustness, assess
-from lipexp.tasks import SPLITS
+from lipexp.proven.radii import Robustness, assess, decided
+from lipexp.tasks import SPLITS, squeezed
 
 NORMS = (1.0, 2.0, float("inf"))
 NOTHING = Maximum(0.0, ())  # a lower bound before anything is measured
@@ -74,7 +74,8 @@ class Evaluator:
                 rows.append({})
                 continue
             val, network = scores[run]["val"], checkpoint.network.run(run)
-            steepest = largest(network, self.x[run], scanned.gradient[run], self.stack.constraint.q)
+            constraint = self.stack.constraint
+            steepest = largest(network, self.x[run], scanned.gradient[run], constraint.q, constraint.hidden_p)
             rows.append(
                 {
                     "step": checkpoint.step,
@@ -99,7 +100,8 @@ class Evaluator:
         self.report("measuring")
         scanned = self._scan(checkpoint, final=True)
         generators = [generator(s.search) for s in self.stack.streams]
-        points = sources(checkpoint.network, self.x, scanned, self.stack.constraint.q, generators)
+        q, h = self.stack.constraint.q, self.stack.constraint.hidden_p
+        points = sources(checkpoint.network, self.x, scanned, q, generators, h=h)
         scores = self._scores(scanned.f)
         found: list[Evaluation | None] = []
         for run in range(len(self.x)):
@@ -115,12 +117,13 @@ class Evaluator:
         """
         final = final or checkpoint.step == self.stack.steps
         if self._last is None or self._last[0].network is not checkpoint.network or (final and not self._last[1]):
-            hidden_q = dual(self.stack.constraint.hidden_p) if final else None
-            self._last = (checkpoint, final, scan(checkpoint.network, self.x, hidden_q))
+            hidden_p = self.stack.constraint.hidden_p if final else None
+            self._last = (checkpoint, final, scan(checkpoint.network, self.x, hidden_p))
         return self._last[2]
 
     def _scores(self, f: Tensor) -> list[dict[str, dict[str, float]]]:
-        """Loss and scores of each run, for train, val and test, with outputs f (K, N)."""
+        """Loss and scores of each run, for train, val and test, with outputs f (K, N, C)."""
+        f = squeezed(f)
         found: list[dict[str, dict[str, float]]] = [{} for _ in self.x]
         functions = {"loss": lambda f, y: self.stack.loss(f, y).mean(dim=1), **self.stack.task.scores}
         for split, part in self.parts.items():
@@ -155,16 +158,15 @@ class Evaluator:
         points: Points,
         scores: dict[str, dict[str, float]],
     ) -> Evaluation:
-        network, q = checkpoint.network.run(run), self.stack.constraint.q
-        by = steepest(network, points, run, q)
+        network, q, h = checkpoint.network.run(run), self.stack.constraint.q, self.stack.constraint.hidden_p
+        by = steepest(network, points, run, q, h)
         measured = overall(by)
         certificate = self._certificate(network, run, measured)
-        at_data = {norm: norms(scanned.gradient[run], norm) for norm in NORMS}  # (N,) each
+        jacobians = scanned.gradient[run]
+        at_data = {norm: operator_norms(jacobians, norm, h) for norm in defined(network, h)}  # (N,) each
         robustness = None
         if self.stack.task.decides:
-            test_x, test_y = self.x[run, self.parts["test"]], self.y[run, self.parts["test"]]
-            chain = certificate.chain
-            robustness = assess(network, test_x, test_y, chain.p, certificate.value, certificate.reason)
+            robustness = assess(network, decided(self.stack.data[run]), certificate)
         x = self.x[run].numpy()
         return Evaluation(
             network=network,
@@ -182,12 +184,19 @@ class Evaluator:
             gradients={
                 "split": self.split,
                 **{f"x{i}": x[:, i] for i in range(x.shape[1])},
-                "y": self.y[run].numpy().astype(np.int64 if self.stack.task.has_classes else np.float64),
-                "f": scanned.f[run].numpy(),
+                **self._targets(run),
+                **by_output("f", scanned.f[run].numpy()),
                 **{f"grad_{norm_name(norm)}": values.numpy() for norm, values in at_data.items()},
             },
             layers=_layer_rows(certificate, network, [at_data[q], *(hidden[run] for hidden in scanned.hidden)]),
         )
+
+    def _targets(self, run: int) -> dict[str, npt.NDArray[Any]]:
+        """The columns of the targets: y, or y0, y1, ... where there are several."""
+        y = self.y[run].numpy()
+        if y.ndim > 1:
+            return by_output("y", y)
+        return {"y": y.astype(np.int64 if self.stack.task.has_classes else np.float64)}
 
     def _gradient_norm(
         self, network: BakedNetwork, run: int, scanned: Scan, by: dict[str, Maximum], at_data: Tensor
@@ -196,7 +205,7 @@ class Evaluator:
         low, median, high = at_data.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
         in_norm = {
             norm: by.get("data") if norm == q else largest(network, self.x[run], scanned.gradient[run], norm)
-            for norm in NORMS
+            for norm in defined(network, self.stack.constraint.hidden_p)
         }
         return record.GradientNorm(
             q=norm_name(q),
@@ -236,6 +245,16 @@ def _layer_rows(
             }
         )
     return rows
+
+
+def defined(network: BakedNetwork, h: float) -> Sequence[float]:
+    """The norms q in which gradients are measured: of several outputs only 2 where h is 2, their norm."""
+    return NORMS if network.n_outputs == 1 or np.isinf(h) else (2.0,)
+
+
+def by_output(name: str, values: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+    """Columns of values (N, C): `f` for one output, f0, f1, ... for several."""
+    return {name if values.shape[1] == 1 else f"{name}{c}": values[:, c] for c in range(values.shape[1])}
 
 
 def _stacked(arrays: Sequence[npt.NDArray[Any]]) -> Tensor:

@@ -1,6 +1,6 @@
 """Floats as integers times a power of two: sums and products of them have no rounding error.
 
-Shapes: H features.
+Shapes: H features, C outputs, D inputs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lipexp.norms import round_down
+from lipexp.norms import round_down, round_up
 
 ExactArray = npt.NDArray[np.object_]  # Python integers
 Exact = tuple[ExactArray, int]  # (integers, e), standing for integers * 2^e
@@ -63,3 +63,31 @@ def norm_below(vector: ExactArray, exponent: int, q: float) -> float:
         # 64 more bits before the integer square root, whose rounding then costs nothing visible.
         return round_down(Fraction(math.isqrt(sum(s * s for s in sizes) << 128)) * Fraction(2) ** (exponent - 64))
     return round_down((sum(sizes) if q == 1 else max(sizes)) * Fraction(2) ** exponent)
+
+
+def norm_above(vector: ExactArray, exponent: int, q: float) -> float:
+    """||vector * 2^exponent||_q as a float64, rounded up; inf where it overflows."""
+    sizes = [abs(int(value)) for value in vector]
+    if q == 2:
+        # The root of an integer, rounded up: 1 more than that of the integer before it, rounded down.
+        square = sum(s * s for s in sizes) << 128
+        root = math.isqrt(square - 1) + 1 if square else 0
+        return round_up(Fraction(root) * Fraction(2) ** (exponent - 64))
+    return round_up((sum(sizes) if q == 1 else max(sizes)) * Fraction(2) ** exponent)
+
+
+def spectral_norm_below(matrix: ExactArray, exponent: int) -> float:
+    """At most the largest singular value of matrix (C, D) * 2^exponent, and hardly less: ||M^T u||_2 / ||u||_2.
+
+    That is a lower bound for any vector u. Here u is about the leading left singular vector, found in float64; the
+    quotient is computed without rounding errors, and rounded down.
+    """
+    bits = max(abs(int(value)).bit_length() for value in matrix.flat)
+    if bits == 0:
+        return 0.0
+    shift = max(0, bits - 64)
+    u = np.linalg.svd((matrix >> shift).astype(np.float64), full_matrices=False)[0][:, 0]
+    along, _ = integers(u)
+    above, below = (int(vector.dot(vector)) for vector in (matrix.T.dot(along), along))
+    more = 64 + max(0, (below.bit_length() - above.bit_length()) // 2 + 1)  # bits of the root below the point
+    return round_down(Fraction(math.isqrt((above << 2 * more) // below)) * Fraction(2) ** (exponent - more))

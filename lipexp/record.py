@@ -68,14 +68,32 @@ class Interval:
 
 
 @dataclass
-class Robustness:
-    """Certified accuracy of test points: the fraction whose class is right, and stays so within a radius."""
+class Certified:
+    """Certified accuracy of some points: the fraction whose class is right, and stays so within a radius."""
 
-    p: Norm
-    lipschitz: float | None  # the proven bound behind the radii
     certified_accuracy: dict[str, float] | None  # radius -> fraction
     median_radius: float | None  # None also where it is infinite
+
+
+@dataclass
+class Pairs:
+    """The proven constants of the differences of two outputs, which radii are divided by."""
+
+    smallest: float
+    largest: float
+    median_gain: float | None  # of test points: the radius over that by the bound of the whole network alone
+
+
+@dataclass
+class Robustness:
+    """The certified radii of validation and test points."""
+
+    p: Norm
+    lipschitz: float | None  # the proven bound of the network; of several outputs each pair has its own
+    val: Certified
+    test: Certified
     reason: str | None  # why there are no radii, or none for a network evaluated in float32
+    pairs: Pairs | None = None  # of several outputs
 
 
 @dataclass
@@ -236,12 +254,16 @@ def numeric_keys(task: str, radii: Iterable[float]) -> list[str]:
     """The dotted keys of all numbers that a finished run of this task records, for the goal of a search."""
     keys = [f"{split}.{name}" for split in SPLITS for name in ("loss", *TASKS[task].scores)]
     if TASKS[task].decides:
-        keys += [f"robustness.certified_accuracy.{radius_name(radius)}" for radius in radii]
-    sections = {"gradient_norm": GradientNorm, "lipschitz": Interval, "robustness": Robustness}
-    for section, cls in sections.items():
+        names = [f"certified_accuracy.{radius_name(radius)}" for radius in radii] + ["median_radius"]
+        keys += [
+            "robustness.lipschitz",
+            *(f"robustness.{split}.{name}" for split in ("val", "test") for name in names),
+        ]
+    if TASKS[task].several:
+        keys += [f"robustness.pairs.{name}" for name in get_type_hints(Pairs)]
+    for section, cls in {"gradient_norm": GradientNorm, "lipschitz": Interval}.items():
         for name, kind in get_type_hints(cls).items():
-            numeric = kind in (float, float | None, int | None)
-            keys += [f"{section}.{name}"] * (numeric and (section != "robustness" or TASKS[task].decides))
+            keys += [f"{section}.{name}"] * (kind in (float, float | None, int | None))
     return keys
 
 

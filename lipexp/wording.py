@@ -41,15 +41,20 @@ def gradient_line(gradient: GradientNorm) -> str:
 
 
 def robustness_line(robustness: Robustness) -> str:
-    """`certified accuracy within ‖δ‖₂ ≤ 0.1: 0.998  0.25: 0.9965   median radius 0.5122`, or why there is none."""
-    if robustness.certified_accuracy is None:
+    """`certified accuracy within ‖δ‖₂ ≤ 0.1: 0.998  0.25: 0.9965   median radius 0.5122`, or why there is none.
+
+    It is about the test points. For several outputs it ends with `(pairs of outputs: 0.31 to 1.02)`, the range of
+    the constants that margins are divided by.
+    """
+    found = robustness.test
+    if found.certified_accuracy is None:
         return f"no certified radii: {robustness.reason}"
-    fractions = "  ".join(
-        f"{radius}: {fraction:.4g}" for radius, fraction in robustness.certified_accuracy.items()
-    )
+    fractions = "  ".join(f"{radius}: {fraction:.4g}" for radius, fraction in found.certified_accuracy.items())
     within = f"certified accuracy within ‖δ‖{SUBSCRIPT[robustness.p]} ≤ {fractions}   " if fractions else ""
-    median = robustness.median_radius
+    median, pairs = found.median_radius, robustness.pairs
     line = f"{within}median radius {'infinite' if median is None else below(median)}"
+    if pairs is not None:
+        line += f" (pairs of outputs: {below(pairs.smallest)} to {above(pairs.largest, None)})"
     return line if robustness.reason is None else f"{line} (none in float32: {robustness.reason})"
 
 

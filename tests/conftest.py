@@ -138,7 +138,7 @@ class Exact:
     @staticmethod
     def fractions(matrix: Any) -> list[list[Fraction]]:
         """(out, in) as exact rational numbers."""
-        return [[Fraction(float(entry)) for entry in row] for row in matrix]
+        return [[v if isinstance(v, Fraction) else Fraction(float(v)) for v in row] for row in matrix]
 
     @classmethod
     def row_power(cls, matrix: Any, q: float) -> Fraction:

@@ -252,13 +252,24 @@ def local_map(network: BakedNetwork, point: Any) -> tuple[list[Form], list[Piece
     return forms, chosen
 
 
+def jacobian(network: BakedNetwork, point: Any) -> list[Form]:
+    """The gradients of all outputs at a point that is on no breakpoint."""
+    return [form[:-1] for form in local_map(network, point)[0]]
+
+
 def gradient(network: BakedNetwork, point: Any) -> Form:
-    return local_map(network, point)[0][0][:-1]
+    return jacobian(network, point)[0]
+
+
+def values(network: BakedNetwork, point: Any) -> list[Fraction]:
+    """All outputs at any point."""
+    x = [*(Fraction(float(v)) for v in point), 1]
+    return [dot(form, x) for form in local_map(network, point)[0]]
 
 
 def value(network: BakedNetwork, point: Any) -> Fraction:
     """f at any point."""
-    return dot(local_map(network, point)[0][0], [*(Fraction(float(v)) for v in point), 1])
+    return values(network, point)[0]
 
 
 def power(vector: Sequence[Fraction], q: float) -> Fraction:

@@ -14,8 +14,8 @@ from lipexp.activations import GroupSort, as_activation
 from lipexp.evaluate import Evaluator
 from lipexp.loop import fit
 from lipexp.measured import ascent as module
-from lipexp.measured.ascent import ascend, jacobians_of
-from lipexp.measured.gradients import norms, scan
+from lipexp.measured.ascent import ascend, jacobians_of, steepness
+from lipexp.measured.gradients import scan
 from lipexp.members import build, stack
 
 OTHERS = {"tanh": as_activation(torch.nn.Tanh()), "large groups": GroupSort(group_size=24)}
@@ -23,11 +23,11 @@ LINEAR = GroupSort(group_size=1)  # which has no breakpoints
 
 
 def ascended(net, x, q=2, seeds=(0,), effort=1):
-    return ascend(net, x, scan(net, x).gradient, q, [generator(seed) for seed in seeds], effort)
+    return ascend(net, x, scan(net, x).gradient.squeeze(2), q, [generator(seed) for seed in seeds], effort)
 
 
 def heights(net, x, q=2):
-    return norms(scan(net, x).gradient, q)
+    return steepness(net, x, q)
 
 
 @pytest.mark.parametrize(("dims", "n"), [(1, 1), (1, 300), (2, 40), (2, 300), (5, 1), (5, 2), (5, 40)])
@@ -105,7 +105,7 @@ def test_the_steepest_of_all_regions_is_found(q):
 @pytest.mark.parametrize("name", ACTS)
 def test_the_softened_jacobian_becomes_the_jacobian_as_it_is_sharpened(name):
     net, x = network(3, 12, 12, 1, act=ACTS[name]).double, normal(1, 200, 3)
-    true, jacobians = scan(net, x).gradient, jacobians_of(net)
+    true, jacobians = scan(net, x).gradient.squeeze(2), jacobians_of(net)
     errors = [
         float((module._soft_gradient(net, jacobians, x, sharpness) - true).abs().amax(dim=2).median())
         for sharpness in (1.0, 10.0, 1e9)

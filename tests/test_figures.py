@@ -80,7 +80,7 @@ def test_more_inputs_are_drawn_as_distributions(drawn):
     marked = {line.get_label(): line.get_xdata()[0] for line in gradient_ax.get_lines()}
     assert marked == {"measured": found.measured.value, "certified": found.certificate.value, "L": 1.0}
     radius, share = radius_ax.get_lines()[0].get_data()
-    columns = found.robustness.columns
+    columns = found.robustness.of("test")
     for i in (1, len(radius) // 2, len(radius) - 1):
         held = (columns["correct"] == 1) & (columns["radius"] >= radius[i])
         assert share[i] == pytest.approx(held.mean())

@@ -15,6 +15,7 @@ from networks import (
     exact_layers,
     generator,
     gradient,
+    jacobian,
     network,
     normal,
     pattern_power,
@@ -23,14 +24,15 @@ from networks import (
 
 from lipexp.activations import GroupSort, ReLU, as_activation
 from lipexp.measured import gradients as module
-from lipexp.measured.gradients import grid, largest, norms, scan
+from lipexp.measured.gradients import grid, largest, norms, operator_norms, scan
+from lipexp.norms import dual
 
 TANH = as_activation(torch.nn.Tanh())
 
 
-def measured(net, points, q):
+def measured(net, points, q, h=math.inf):
     """What `largest` makes of points (N, D)."""
-    return largest(net, points, scan(net, points.unsqueeze(0)).gradient[0], q)
+    return largest(net, points, scan(net, points.unsqueeze(0)).gradient[0], q, h)
 
 
 def is_rounded_down(value, true_power, q):
@@ -39,44 +41,73 @@ def is_rounded_down(value, true_power, q):
     return Fraction(value) ** exponent <= true_power < Fraction(math.nextafter(value, math.inf)) ** exponent
 
 
+@pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("name", ["relu", "maxmin", "groups of 3"])
-def test_scanned_gradients_equal_finite_differences(name):
-    stack, x = network(2, 6, 6, 1, act=ACTS[name], runs=3), normal(3, 20, 2)
+def test_scanned_gradients_equal_finite_differences(name, outputs):
+    stack, x = network(2, 6, 6, outputs, act=ACTS[name], runs=3), normal(3, 20, 2)
     scanned = scan(stack, x)
     assert torch.equal(x, normal(3, 20, 2))
     assert not x.requires_grad
-    assert torch.equal(scanned.f, stack.double(x).squeeze(-1))
+    assert torch.equal(scanned.f, stack.double(x))
+    assert scanned.gradient.shape == (3, 20, outputs, 2)
     for axis, step in enumerate(1e-7 * torch.eye(2).double()):  # it is linear there, so only rounding counts
-        slope = (stack.double(x + step) - stack.double(x - step)).squeeze(-1) / 2e-7
+        slope = (stack.double(x + step) - stack.double(x - step)) / 2e-7
         torch.testing.assert_close(scanned.gradient[..., axis], slope, rtol=0, atol=1e-7)
 
 
-def test_hidden_gradients_are_those_of_the_rest_of_the_network():
-    stack, x = network(2, 8, 8, 1, runs=3), normal(3, 20, 2)
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_hidden_jacobians_are_those_of_the_rest_of_the_network(outputs):
+    """Their norms lead from the norm h of the hidden spaces to itself: singular values, or sums of rows."""
+    stack, x = network(2, 8, 8, outputs, runs=3), normal(3, 20, 2)
     inputs, _ = stack.double.inputs_and_output(x)
-    for q in (1.0, 2.0):
-        hidden = scan(stack, x, hidden_q=q).hidden
+    for h in (2.0, math.inf):
+        hidden = scan(stack, x, hidden_p=h).hidden
         assert len(hidden) == 2
         for i, found in enumerate(hidden, start=1):
             expected = scan(replace(stack, layers=stack.layers[i:]), inputs[i]).gradient.numpy()
-            np.testing.assert_allclose(found, np.linalg.norm(expected, q, axis=2), rtol=1e-13, atol=1e-13)
+            expected = np.linalg.norm(expected, h, axis=(2, 3))
+            np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-13)
 
 
-def test_scanning_in_parts_changes_nothing(monkeypatch):
-    stack, x = network(2, 8, 8, 1, runs=3), normal(3, 20, 2)
-    whole = scan(stack, x, hidden_q=2)
-    monkeypatch.setattr(module, "_CHUNK", 8 * 3 * 7)  # 7 points at a time
-    parts = scan(stack, x, hidden_q=2)
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_scanning_in_parts_changes_nothing(outputs, monkeypatch):
+    stack, x = network(2, 8, 8, outputs, runs=3), normal(3, 20, 2)
+    whole = scan(stack, x, hidden_p=2)
+    monkeypatch.setattr(module, "_CHUNK", 8 * 3 * 7)  # 7 points at a time, or fewer
+    parts = scan(stack, x, hidden_p=2)
     for part, together in zip((*parts[:2], *parts.hidden), (*whole[:2], *whole.hidden), strict=True):
-        torch.testing.assert_close(part, together, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(part, together, rtol=1e-13, atol=1e-13)
 
 
-def test_norms_are_numpys_and_several_outputs_have_no_gradient_to_measure():
+def test_norms_are_numpys():
     x = normal(3, 5, 4)
     for q in NORMS:
         np.testing.assert_allclose(norms(x, q), np.linalg.norm(x, q, axis=-1), rtol=1e-15)
-    with pytest.raises(ValueError, match="for one output; this network has 2"):
-        scan(network(2, 4, 2), normal(1, 3, 2))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 1), (1, 4)], ids=str)
+def test_operator_norms_are_the_largest_lengths_of_images_of_the_unit_ball(shape):
+    """||J v||_h over the corners of the ball of p = 1 and inf, and over the right singular vectors for p = 2."""
+    jacobians = normal(50, *shape)
+    vertices = {
+        1: torch.eye(shape[1]),
+        2: torch.linalg.svd(jacobians, full_matrices=False).Vh,
+        math.inf: torch.tensor(list(itertools.product((-1.0, 1.0), repeat=shape[1]))),
+    }
+    for p, h in ((2, 2), (1, math.inf), (math.inf, math.inf)):
+        images = jacobians @ vertices[p].double().mT.expand(50, -1, -1)
+        expected = torch.linalg.vector_norm(images, ord=h, dim=1).amax(dim=1)
+        torch.testing.assert_close(operator_norms(jacobians, dual(p), h), expected, rtol=1e-12, atol=0)
+    rows = torch.linalg.vector_norm(jacobians, dim=2).amax(dim=1)
+    torch.testing.assert_close(operator_norms(jacobians, 2), rows, rtol=1e-14, atol=0)
+
+
+def test_a_jacobian_that_is_not_finite_has_no_norm_and_unknown_norms_are_refused():
+    jacobians = normal(4, 3, 2)
+    jacobians[1, 0, 0], jacobians[2, 1, 1] = math.nan, math.inf
+    assert torch.isfinite(operator_norms(jacobians, 2, 2)).tolist() == [True, False, False, True]
+    with pytest.raises(ArithmeticError, match="no operator norm from the inf-norm to the 2-norm is known"):
+        operator_norms(jacobians, 1, 2)
 
 
 # The largest gradient --------------------------------------------------------------------------------------------
@@ -93,6 +124,23 @@ def test_the_largest_gradient_is_measured_exactly_and_below_the_constant(name, s
         # It is the norm of the gradient at its point, less one rounding.
         assert is_rounded_down(found.value, power(gradient(net, found.point), q), q)
         assert Fraction(found.value) ** (2 if q == 2 else 1) <= pattern_power(net, q)
+
+
+@pytest.mark.parametrize("sizes", [(2, 6, 3), (1, 6, 4, 10), (12, 6, 4)], ids=str)
+@pytest.mark.parametrize("name", ["relu", "bent", "maxmin", "abs"])
+def test_the_largest_jacobian_is_measured_exactly_and_never_above_its_norm(name, sizes, exact):
+    """Decided without rounding; in the spectral norm nothing visible is lost."""
+    net, points = network(*sizes, act=ACTS[name], bias=1.0), 3 * normal(100, sizes[0])
+    for q in NORMS:
+        found = measured(net, points, q)
+        rows = [power(row, q) for row in jacobian(net, found.point)]
+        assert is_rounded_down(found.value, max(rows), q)
+    found = measured(net, points, 2, 2)
+    scanned = scan(net, points.unsqueeze(0)).gradient[0]
+    assert found.value == pytest.approx(float(torch.linalg.matrix_norm(scanned, ord=2).max()), rel=1e-12)
+    rows = jacobian(net, found.point)
+    assert exact.spectral_within(rows, found.value * (1 + 1e-14))
+    assert not exact.spectral_within(rows, Fraction(found.value) * (1 - Fraction(1, 10**30)))
 
 
 @pytest.mark.parametrize("q", NORMS)
@@ -142,23 +190,23 @@ def test_a_point_on_the_wrong_side_by_rounding_gives_way_to_a_steeper_one():
     """What float64 has seen at the first candidate is not there."""
     net, points = network(2, 8, 8, 1), normal(50, 2)
     gradients = scan(net, points.unsqueeze(0)).gradient[0]
-    flattest, steepest = (int(choice(norms(gradients, 2))) for choice in (torch.argmin, torch.argmax))
+    flattest, steepest = (int(choice(operator_norms(gradients, 2))) for choice in (torch.argmin, torch.argmax))
     gradients[flattest] = 2 * gradients[steepest]
     found = largest(net, points, gradients, 2)
-    assert found.value == pytest.approx(float(norms(gradients[steepest], 2)), rel=1e-12)
+    assert found.value == pytest.approx(float(operator_norms(gradients[steepest], 2)), rel=1e-12)
     assert is_rounded_down(found.value, power(gradient(net, found.point), 2), 2)
 
 
 def test_layers_that_cancel_are_measured_exactly():
     """The gradient is 2^-60 exactly; float64 may see nothing but rounding errors of the size of the layers."""
     net = by_hand(([[1 / 3], [1 / 3], [2.0**-60]], [9.0] * 3), ([[3.0, -3.0, 1.0]], [0.0]))
-    seen = torch.full((4, 1), 1e-16, dtype=torch.float64)  # what rounding may leave of it
+    seen = torch.full((4, 1, 1), 1e-16, dtype=torch.float64)  # what rounding may leave of it
     assert largest(net, torch.ones(4, 1).double(), seen, 2).value == 2.0**-60
 
 
 def test_gradients_that_are_not_finite_measure_nothing():
     net, points = network(2, 8, 1), normal(20, 2)
-    gradients = torch.full_like(points, math.nan)
+    gradients = torch.full_like(points, math.nan).unsqueeze(1)
     gradients[3] = math.inf
     for act in (ReLU(), TANH):
         assert largest(replace(net, act=act), points, gradients, 2) is None

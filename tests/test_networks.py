@@ -221,5 +221,5 @@ def test_a_residual_layer_is_measured_and_evaluated_as_it_is():
         certificate = prove(Problem(one, chain, box, measured, 1000))
         assert (certificate.value, certificate.method) == (100.0, "product")
         assert {proof.reason for proof in certificate.proofs.values()} == {None, "is for affine layers"}
-        radii = assess(one, x[run], torch.zeros(50), 2.0, certificate.value, None)
+        radii = assess(one, {"test": (x[run], torch.zeros(50))}, certificate)
         assert radii.reason == "rounding errors are followed through affine layers only"

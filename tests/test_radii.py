@@ -10,11 +10,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from networks import ACTS, EACH_LIPSCHITZ, NORMS, TRAINED, Larger, by_hand, dot, network, normal, scaled, value
+from networks import (
+    ACTS,
+    EACH_LIPSCHITZ,
+    NORMS,
+    TRAINED,
+    Larger,
+    by_hand,
+    dot,
+    network,
+    normal,
+    scaled,
+    value,
+    values,
+)
 
+from lipexp import record
 from lipexp.activations import LeakyReLU, ReLU, as_activation
 from lipexp.networks import Network
 from lipexp.norms import dual, product_bound
+from lipexp.proven import Certificate, Chain, Proof
 from lipexp.proven.radii import (
     Robustness,
     assess,
@@ -50,8 +65,9 @@ def float32_points(x, radius, p, seed):
 def check_float64(net, x, wrong=0.0):
     """The error is bounded, and one of them is above `wrong`."""
     f, error = evaluate(net, x)
-    off = [abs(Fraction(float(v)) - value(net, point)) for v, point in zip(f, x, strict=True)]
-    assert all(one <= Fraction(float(bound)) for one, bound in zip(off, error, strict=True))
+    exactly = [v for point in x for v in values(net, point)]
+    off = [abs(Fraction(float(v)) - e) for v, e in zip(f.flat, exactly, strict=True)]
+    assert all(one <= Fraction(float(bound)) for one, bound in zip(off, error.flat, strict=True))
     assert max(off) >= wrong
     return error
 
@@ -112,7 +128,7 @@ def test_an_activation_that_declares_no_linear_maps_has_radii_in_real_arithmetic
     for sizes in ((1, 8, 1), (3, 16, 16, 1), (20, 8, 8, 8, 1)):
         net, x = scaled(network(*sizes, act=as_activation(act)), *[scale] * (len(sizes) - 1)), stored(8, sizes[0])
         assert why_no_radii(net) is None
-        f, error = evaluate(net, x)
+        f, error = (part[:, 0] for part in evaluate(net, x))
         exactly = [in_digits(net, point, act) for point in x]
         assert all(abs(Decimal(v) - e) <= Decimal(bound) for v, e, bound in zip(f, exactly, error, strict=True))
         size = math.prod(1 + 3 * float(weight.square().sum().sqrt()) for weight, _ in net.layers)
@@ -135,12 +151,10 @@ def test_the_float64_error_is_bounded_where_everything_cancels_or_underflows():
     check_float64(by_hand(([[1e-42, -1e-44]], [1e-45]), ([[1e-40]], [0.0])), small)
 
 
-def test_numbers_too_large_for_float64_have_no_radius_and_several_outputs_no_sign():
+def test_numbers_too_large_for_float64_have_no_radius():
     net = with_norms(by_hand(*[([[1e38]], [0.0])] * 10), *[1e38] * 10)
     radii = certified_radii(net, torch.ones(1, 1).double(), 1.0)
     assert radii.radius == radii.radius_float32 == 0
-    with pytest.raises(ValueError, match="a sign needs one output; this network has 2"):
-        evaluate(network(2, 4, 2), stored(3, 2))
 
 
 @pytest.mark.parametrize("overrides", TRAINED, ids=" ".join)
@@ -161,7 +175,7 @@ def test_trained_networks_keep_their_promises(overrides, trained):
             assert Fraction(float(radius)) * Fraction(lipschitz) <= exactly
             assert float(radius) * lipschitz >= float(exactly) * (1 - 1e-9) - 1e-9
         # A network in float32, as users have it, errs by no more than its bound within the ball,
-        plain, bound = Network(net), float32_error(net, x, radii.radius)
+        plain, bound = Network(net), float32_error(net, x, radii.radius)[:, 0]
         assert (bound < 1e-2 * (1 + np.abs(radii.f))).all()  # it says something
         points = float32_points(x, radii.radius, p, seed=0)
         assert (points != x).any()
@@ -179,7 +193,7 @@ def test_the_float32_error_grows_with_the_ball():
     """f = x/3 + 0.1 - x/3 hardly moves, but its features do."""
     net = by_hand(([[1 / 3], [-1 / 3]], [0.1, 0.0]), ([[1.0, 1.0]], [0.0]), act=LeakyReLU(1))
     centre, points = torch.zeros(2, 1).double(), torch.linspace(-1e3, 1e3, 1001).unsqueeze(1)
-    small, large = float32_error(with_norms(net, 1.0, 2.0), centre, np.array([1e-3, 1e3])).tolist()
+    small, large = float32_error(with_norms(net, 1.0, 2.0), centre, np.array([1e-3, 1e3]))[:, 0].tolist()
     found = zip(points, Network(net)(points)[:, 0].tolist(), strict=True)
     assert small < max(abs(Fraction(f) - value(net, point)) for point, f in found) <= large
 
@@ -191,11 +205,11 @@ def test_the_float32_error_covers_an_activation_that_is_1_lipschitz_in_the_inf_n
     turns = [([[root, root], [-root, root]], [0.1, 0.1])] * 16
     net = with_norms(by_hand(([[1.0], [0.0]], [0.0, 0.0]), *turns, ([[1.0, 0.0]], [0.0]), act=act), *[1.0] * 18)
     points = torch.linspace(-1e3, 1e3, 101).unsqueeze(1)
-    (bound,) = float32_error(net, torch.zeros(1, 1).double(), np.array([1e3]))
+    bound = float32_error(net, torch.zeros(1, 1).double(), np.array([1e3])).item()
     found = zip(points, Network(net)(points)[:, 0].tolist(), strict=True)
     assert 1e-4 < max(abs(Fraction(f) - value(net, point)) for point, f in found) <= bound
     act.norms = NORMS  # with which the features would move no further than the inputs
-    assert bound > 2 * float32_error(net, torch.zeros(1, 1).double(), np.array([1e3]))[0]
+    assert bound > 2 * float32_error(net, torch.zeros(1, 1).double(), np.array([1e3])).item()
 
 
 @pytest.mark.parametrize("p", NORMS)
@@ -230,6 +244,15 @@ def test_a_float32_network_that_errs_within_the_real_radius_does_not_within_its_
     assert (certified_radii(net, torch.tensor([[5.0], [-8.0]]).double(), 3.0).radius_float32 > 0.5).all()
 
 
+def certificate(value, reason=None):
+    chain = Chain(2.0, 2.0, 2.0, None, None, ("spectral norm",) * 2)
+    return Certificate(chain, ([0.0] * 2, [1.0] * 2), value, reason, "product", {"product": Proof(value)})
+
+
+def parts(x):
+    return {split: (x, torch.zeros(len(x))) for split in ("val", "test")}
+
+
 class OnlyEuclidean(ReLU):
     norms = frozenset({2.0})
 
@@ -240,9 +263,9 @@ def test_without_a_known_rounding_or_a_bound_there_are_no_radii_and_the_reason_i
         (as_activation(torch.tanh), 1.0, None, unknown),
         (ReLU(), None, "no bound", "no bound"),
     ):
-        found = assess(network(2, 4, 1, act=act), stored(5, 2), torch.zeros(5), 2.0, lipschitz, given)
+        found = assess(network(2, 4, 1, act=act), parts(stored(5, 2)), certificate(lipschitz, given))
         assert found == Robustness(2.0, None, None, reason)
-        assert (found.summary([0.1]).certified_accuracy, found.summary([0.1]).reason) == (None, reason)
+        assert found.summary([0.1]) == record.Robustness(2, None, *[record.Certified(None, None)] * 2, reason)
 
 
 @pytest.mark.parametrize(
@@ -257,11 +280,12 @@ def test_without_a_known_rounding_or_a_bound_there_are_no_radii_and_the_reason_i
     ids=["norm", "tanh"],
 )
 def test_where_nothing_is_known_of_float32_its_column_is_empty_and_the_reason_is_said(act, reason, tmp_path):
-    found = assess(network(2, 4, 1, act=act), stored(5, 2), torch.zeros(5), 2.0, 1.0, None)
+    found = assess(network(2, 4, 1, act=act), parts(stored(5, 2)), certificate(1.0))
     summary = found.summary([1e-9])
     assert (summary.reason, summary.lipschitz) == (reason, 1.0)
-    assert summary.median_radius is not None
-    assert robustness_line(summary).endswith(f"{below(summary.median_radius)} (none in float32: {reason})")
+    median = summary.test.median_radius
+    assert median == summary.val.median_radius
+    assert robustness_line(summary).endswith(f"{below(median)} (none in float32: {reason})")
     RunFolder(tmp_path).write_columns("radii", found.columns)
     table = pd.read_csv(tmp_path / "radii.csv")
     assert table["radius_float32"].isna().all()
@@ -269,13 +293,17 @@ def test_where_nothing_is_known_of_float32_its_column_is_empty_and_the_reason_is
 
 
 def test_certified_accuracy_counts_points_that_are_right_and_stay_so():
-    columns = {"correct": np.array([1, 1, 0, 1]), "radius": np.array([0.3, 0.1, 9.0, 0.0])}
+    columns = {
+        "split": np.array(["val", *["test"] * 4]),
+        "correct": np.array([1, 1, 1, 0, 1]),
+        "radius": np.array([0.4, 0.3, 0.1, 9.0, 0.0]),
+    }
     summary = Robustness(math.inf, 2.0, columns, None).summary([0.05, 0.1, 0.2, 1.0])
     assert (summary.p, summary.lipschitz, summary.reason) == ("inf", 2.0, None)
-    assert summary.certified_accuracy == {"0.05": 0.5, "0.1": 0.5, "0.2": 0.25, "1": 0.0}
-    assert summary.median_radius == 0.05
-    columns["radius"] = np.full(4, math.inf)
-    assert Robustness(math.inf, 0.0, columns, None).summary([]).median_radius is None
+    assert summary.test == record.Certified({"0.05": 0.5, "0.1": 0.5, "0.2": 0.25, "1": 0.0}, 0.05)
+    assert summary.val == record.Certified({"0.05": 1.0, "0.1": 1.0, "0.2": 1.0, "1": 0.0}, 0.4)
+    columns["radius"] = np.full(5, math.inf)
+    assert Robustness(math.inf, 0.0, columns, None).summary([]).test.median_radius is None
 
 
 def test_a_run_reports_radii_of_its_test_points_if_it_classifies(lipexp, run_folders):
@@ -286,13 +314,20 @@ def test_a_run_reports_radii_of_its_test_points_if_it_classifies(lipexp, run_fol
     metrics, of_regression = (json.loads((one / "metrics.json").read_text()) for one in (folder, regression))
     radii, table = (pd.read_csv(folder / f"{name}.csv") for name in ("radii", "gradients"))
     test = table[table["split"] == "test"].reset_index(drop=True)
-    assert [*radii] == ["index", "x0", "x1", "y", "prediction", "correct", "f", "radius", "radius_float32"]
+    assert " ".join(radii) == "split index x0 x1 y prediction correct f radius radius_float32"
+    assert (radii["split"].unique() == ["val", "test"]).all()
+    val, radii = (radii[radii["split"] == split].reset_index(drop=True) for split in ("val", "test"))
     assert radii[["x0", "x1", "y"]].equals(test[["x0", "x1", "y"]])
     np.testing.assert_allclose(radii["f"], test["f"], rtol=1e-12)
     np.testing.assert_allclose(radii["radius"], radii["f"].abs() / metrics["lipschitz"]["certified"], rtol=1e-9)
     assert radii["correct"].mean() == metrics["test"]["accuracy"]
     right = (radii["radius"] >= 0.001) & (radii["correct"] == 1)
-    assert metrics["robustness"]["certified_accuracy"] == {"0.001": right.mean(), "2": 0.0}
+    assert metrics["robustness"]["test"]["certified_accuracy"] == {"0.001": right.mean(), "2": 0.0}
+    held = val["radius"].where(val["correct"] == 1, 0)
+    assert metrics["robustness"]["val"] == {
+        "certified_accuracy": {"0.001": (held >= 0.001).mean(), "2": 0.0},
+        "median_radius": held.median(),
+    }
     assert "certified accuracy within ‖δ‖₂ ≤ 0.001: " in done.out
     assert of_regression["robustness"] is None
     assert not (regression / "radii.csv").exists()

@@ -79,7 +79,7 @@ def test_an_outcome_is_what_the_files_tell(folder, tmp_path):
     row = Outcome.of(folder).results()
     assert (row["status"], row["reason"]) == ("ok", "")
     assert row["lipschitz.certified"] == metrics.lipschitz.certified
-    assert row["robustness.certified_accuracy.0.25"] == metrics.robustness.certified_accuracy["0.25"]
+    assert row["robustness.test.certified_accuracy.0.25"] == metrics.robustness.test.certified_accuracy["0.25"]
     broken = dataclasses.asdict(dataclasses.replace(metrics.lipschitz, verdict="FAIL"))
     change(folder, lipschitz=broken)
     assert Outcome.of(folder).status == "failed"

@@ -39,7 +39,7 @@ def run(trained_run, tmp_path, monkeypatch, capsys):
         content = trained.read_json("metrics.json") | {"val": scores, "test": scores}
         for key, value in {"measured": 0.75, "certified": 0.9999971, "within": 0.5, **results}.items():
             content["gradient_norm" if key == "median" else "lipschitz"][key] = value
-        content["robustness"]["certified_accuracy"] = {"0.25": content["lipschitz"].pop("within")}
+        content["robustness"]["test"]["certified_accuracy"] = {"0.25": content["lipschitz"].pop("within")}
         folder.write_json("metrics.json", content)
         return folder.path
 
@@ -103,7 +103,7 @@ def test_any_column_or_key_sorts(run, report):
     assert order(report("--sort", "test accuracy")) == ["a", "b", "c", "d"]
     assert order(report("--sort", "seed")) == ["c", "b", "a", "d"]  # as numbers, not as words
     assert order(report("outputs/a", "--sort", "act", "outputs/b")) == ["b", "a"]
-    assert order(report("--sort", "robustness.certified_accuracy.0.25")) == ["c", "a", "b", "d"]
+    assert order(report("--sort", "robustness.test.certified_accuracy.0.25")) == ["c", "a", "b", "d"]
     by_median = report("--sort", "gradient_norm.median")
     assert order(by_median) == ["b", "c", "a", "d"]
     assert "gradient_norm.median" in by_median  # it is shown

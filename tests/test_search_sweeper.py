@@ -73,7 +73,7 @@ def test_hydras_grammar_as_distributions():
 def test_the_metric_and_its_direction_are_known():
     for task, goal in (("regression", ("val.mse", "minimize")), ("transport", ("val.score", "maximize"))):
         assert SearchOptions().goal(task, []) == goal
-    for metric, direction in (("train.loss", "minimize"), ("robustness.certified_accuracy.0.4", "maximize")):
+    for metric, direction in (("train.loss", "minimize"), ("robustness.val.certified_accuracy.0.4", "maximize")):
         assert SearchOptions(metric=metric).goal("classification", [0.4]) == (metric, direction)
 
 
@@ -156,7 +156,7 @@ def test_the_picture_rings_the_best_trial_in_the_panel_of_each_axis(search, monk
 
 def test_a_search_leaves_a_table_a_picture_and_its_best_as_an_experiment(lipexp):
     """In a folder whose name has a meaning in URLs. One of the learning rates cannot train, which is ordinary."""
-    metric, folder = "robustness.certified_accuracy.0.2", Path("what? %20")
+    metric, folder = "robustness.val.certified_accuracy.0.2", Path("what? %20")
     settings = ("radii=[0.1,0.2]", "steps=40", "constraint=none", "optim.lr=1e-3,1e30", MARGIN, "seed=3,4")
     options = (f"hydra.sweeper.metric={metric}", "hydra.sweeper.trials=6", "hydra.sweeper.round=4")
     done = lipexp(*SEARCH, INLINE, *settings, *options, f"hydra.sweep.dir='{folder}'")

@@ -73,4 +73,4 @@ def loaded(run: RunFolder) -> BakedNetwork:
 def evaluated(run: RunFolder, points: npt.NDArray[np.float64]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """f (N,) and its gradient (N, D) at points (N, D), in float64, from the run's model.pt."""
     scanned = scan(loaded(run), torch.from_numpy(points).unsqueeze(0))
-    return scanned.f[0].numpy(), scanned.gradient[0].numpy()
+    return scanned.f[0, :, 0].numpy(), scanned.gradient[0, :, 0].numpy()

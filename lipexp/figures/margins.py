@@ -19,6 +19,7 @@ RADII = {0.1: SKY, 0.25: BLUE, 0.4: GREEN}
 def certified_accuracy(run: pd.Series, radius: float) -> float:
     """The fraction of test points whose class is right, and proven to stay so within `radius`."""
     points = table(run["run"], "radii")
+    points = points[points["split"] == "test"]
     return float(((points["correct"] == 1) & (points["radius"] >= radius)).mean())
 
 

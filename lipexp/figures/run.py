@@ -48,7 +48,7 @@ def _contours(run: Evaluation, points: Columns) -> Figure:
     """Level lines of f over the points, the line f = 0 emphasised."""
     x = np.stack([points[f"x{i}"] for i in range(2)], axis=1)
     mesh = Mesh(x)
-    f = mesh.over(scan(run.network, torch.from_numpy(mesh.points).unsqueeze(0)).f[0].numpy())
+    f = mesh.over(scan(run.network, torch.from_numpy(mesh.points).unsqueeze(0)).f[0, :, 0].numpy())
     wide, high = np.ptp(x, axis=0)
     figure, (ax,) = panels(6.0, float(np.clip(5.3 * high / wide if wide else 6, 1.2, 5.2)) + 0.85)
     contours(ax, x, points["y"] == 1, mesh, f)
@@ -68,10 +68,10 @@ def _curve(run: Evaluation, points: Columns, classes: bool) -> Figure:
     else:
         order = np.argsort(x)
         above_ax.plot(x[order], points["y"][order], color=GREY, linewidth=4, alpha=0.5, label="target")
-    above_ax.plot(along, scanned.f[0].numpy(), color=BLACK if classes else BLUE, label="f")
+    above_ax.plot(along, scanned.f[0, :, 0].numpy(), color=BLACK if classes else BLUE, label="f")
     above_ax.set_ylabel("f(x)")
     above_ax.legend()
-    below_ax.plot(along, scanned.gradient[0, :, 0].numpy(), color=BLUE)
+    below_ax.plot(along, scanned.gradient[0, :, 0, 0].numpy(), color=BLUE)
     target = run.certificate.chain.target
     for bound in () if target is None else (-target, target):
         below_ax.axhline(bound, color=BLACK, linewidth=0.8, linestyle="dashed", label=f"±L = ±{target:g}")
@@ -84,7 +84,8 @@ def _curve(run: Evaluation, points: Columns, classes: bool) -> Figure:
 
 def _distributions(run: Evaluation, points: Columns, classes: bool) -> Figure:
     """f by class or against its targets, the gradient norms, and the certified radii where there are some."""
-    radii = None if run.robustness is None else run.robustness.columns
+    robustness = run.robustness
+    radii = None if robustness is None or robustness.columns is None else robustness.of("test")
     figure, (f_ax, gradient_ax, *rest) = panels(PAGE, 2.3, 1, 2 if radii is None else 3)
     y, f = points["y"], points["f"]
     if classes:

@@ -63,8 +63,8 @@ def measured_gradients_are_slopes(subject: Subject) -> str | None:
     direction = subject.normal(*x.shape)
     step = 1e-7
     difference = (scan(network, x + step * direction).f - scan(network, x - step * direction).f) / (2 * step)
-    off = (difference - (scanned.gradient * direction).sum(dim=-1)).abs()
-    scale = scanned.gradient.abs().amax(dim=(1, 2)).unsqueeze(1)
+    off = (difference - (scanned.gradient @ direction.unsqueeze(-1)).squeeze(-1)).abs()
+    scale = scanned.gradient.abs().amax(dim=(1, 2, 3)).view(-1, 1, 1)
     if (off > 1e-4 * scale + 1e-7).double().mean() > 0.05:
         raise Broken(f"they differ by up to {float(off.max()):.3g}")
     return None

@@ -50,7 +50,7 @@ def ascend(
     generators: Sequence[torch.Generator],
     effort: int = 1,
 ) -> Tensor:
-    """Points (K, S, D) that climb ||grad f||_q for networks with data x (K, N, D).
+    """Points (K, S, D) that climb ||grad f||_q for networks of one output with data x (K, N, D).
 
     Args:
         gradients: of f at the data, (K, N, D).
@@ -68,6 +68,11 @@ def ascend(
         parts = [_search_once(one, points, ranked[:, turn * STARTS_PER_KIND :], q, own) for turn in range(effort)]
         found.append(torch.cat(parts, dim=1))
     return torch.cat(found)
+
+
+def steepness(network: BakedNetwork, x: Tensor, q: float) -> Tensor:
+    """(K, N) ||grad f||_q at points x (K, N, D)."""
+    return norms(scan(network, x).gradient.squeeze(2), q)
 
 
 def starts(dims: int) -> int:
@@ -89,7 +94,7 @@ def _search_once(network: BakedNetwork, x: Tensor, ranked: Tensor, q: float, gen
     """All three ways for one network, K = 1, with data x; `ranked`: those not started from yet, steepest first."""
 
     def height(points: Tensor) -> Tensor:
-        return norms(scan(network, points).gradient, q)
+        return steepness(network, points, q)
 
     jacobians, box = jacobians_of(network), _box(x)
     mixed = _mixtures(x, DRAWN, generator)
@@ -112,11 +117,11 @@ def random_steps(
     proposals = torch.stack(
         [torch.randn(ROUNDS, *best.shape[1:], generator=own, dtype=torch.float64) for own in generators]
     )
-    height = norms(scan(network, best).gradient, q)
+    height = steepness(network, best, q)
     for turn in range(ROUNDS):
         radius = 0.2 * 0.7**turn * (high - low)
         candidate = _clamp(best + radius * proposals[:, turn], box)
-        reached = norms(scan(network, candidate).gradient, q)
+        reached = steepness(network, candidate, q)
         better = reached > height
         best = torch.where(better.unsqueeze(-1), candidate, best)
         height = torch.where(better, reached, height)
@@ -252,12 +257,12 @@ def _soft_gradient(network: BakedNetwork, jacobians: Sequence[Jacobian], x: Tens
 
 def region_steps(network: BakedNetwork, jacobians: Sequence[Jacobian], best: Tensor, box: Box, q: float) -> Tensor:
     """`best` (1, S, D) after steps across the nearest breakpoints, as long as a neighbouring region is steeper."""
-    height = norms(scan(network, best).gradient, q)
+    height = steepness(network, best, q)
     for _ in range(REGION_ROUNDS):
         beyond = _clamp(_across_breakpoints(network.double, jacobians, best[0]), box)  # (S, M, D)
         if not beyond.shape[1]:  # there are no breakpoints, as in groups of one feature
             break
-        reached = norms(scan(network, beyond.flatten(0, 1).unsqueeze(0)).gradient, q)
+        reached = steepness(network, beyond.flatten(0, 1).unsqueeze(0), q)
         top = reached.view(beyond.shape[:2]).max(dim=1)
         better = top.values > MIN_GAIN * height[0]
         if not better.any():

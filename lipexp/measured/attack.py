@@ -1,10 +1,12 @@
 """The falsifier: tries to refute certified radii, and shows that it could.
 
-Inside the ball ||x' - x||_p < r around each test point it looks for a change of sign, by projected gradient steps
-and along the secants to points of the other class. Finding nothing proves nothing, so it also reports its power:
-the fraction of the same points that it flips in balls only a little larger than what is proven.
+Inside the ball ||x' - x||_p < r around each test point it looks for a change of class, by projected gradient steps
+that lower the margin, and along the secants to points of other classes. The margin is that by which the class c of
+x wins: sign(f(x)) f for one output, for several f_c - max_{j != c} f_j. Finding nothing proves nothing, so the
+falsifier also reports its power: the fraction of the same points that it flips in balls only a little larger than
+what is proven.
 
-Shapes: N points, D inputs, of one network, K = 1, in float64.
+Shapes: N points, D inputs, C outputs, of one network, K = 1, in float64.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lipexp.measured.gradients import norms, scan
+from lipexp.measured.gradients import norms
 from lipexp.networks import BakedNetwork
-from lipexp.proven.radii import evaluate
+from lipexp.proven.radii import evaluate, margins, predicted
 
 STEPS = 100
 RESTARTS = 4
@@ -31,17 +33,18 @@ BEYOND = (1.05, 1.5, 2.0)  # times the radius
 NEIGHBOURS = 8  # of the other class, to which the secants of a point lead
 RECORDED = 10  # counterexamples in metrics.json
 PAIRS = 2**22  # of points compared at once
+FEATURES = 2**20  # of one layer held at once
 
 
 @dataclass
 class Flip:
-    """A counterexample: f changes its sign within the radius. Both signs are certain, and so is the distance."""
+    """A counterexample: another class within the radius. Both classes are certain, and so is the distance."""
 
     index: int
     point: list[float]
     moved: list[float]
-    f: float
-    f_moved: float
+    f: float  # for several outputs the margin by which the class of `point` wins there
+    f_moved: float  # and that by which it loses at `moved`
     radius: float
 
 
@@ -91,19 +94,21 @@ def attack(
 
 
 class Falsifier:
-    """Attacks on the sign of f at points x (N, D), which move in the norm p."""
+    """Attacks on the class of points x (N, D), which move in the norm p."""
 
     def __init__(self, network: BakedNetwork, x: Tensor, p: float, generator: torch.Generator) -> None:
         self.network, self.x, self.p, self.generator = network, x, p, generator
-        self.f, self.error = evaluate(network, x)
-        self.sign = torch.from_numpy(np.sign(self.f))
-        self.certain = torch.from_numpy(2 * self.error)  # |f| near x above which its sign is beyond doubt
+        f, error = evaluate(network, x)
+        self.own = torch.from_numpy(predicted(f))  # (N,) the class of each point
+        self.certain = torch.from_numpy(
+            4 * error.max(axis=1, initial=0)
+        )  # margins near x below minus this are lost
         self.rivals = self._rivals()
 
     # Projected gradients
 
     def lowest(self, reach: Tensor) -> tuple[Tensor, Tensor]:
-        """The points (N, D) within `reach` (N,) of x with the lowest sign(f(x)) f that is found, and these values.
+        """The points (N, D) within `reach` (N,) of x with the lowest margins that are found, and these.
 
         The first start is x, the second the lowest point on its secants, the others are random. Points that have
         flipped are not attacked again.
@@ -120,7 +125,7 @@ class Falsifier:
         return best, margin
 
     def flipped(self, margin: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Where sign(f(x)) f is clearly negative."""
+        """Where the margin is clearly negative."""
         return margin < -self.certain[rows]
 
     def _start(self, restart: int, rows: Tensor, reach: Tensor) -> Tensor:
@@ -133,35 +138,43 @@ class Falsifier:
         return x + draw * (reach / norms(draw, self.p)).unsqueeze(1)
 
     def _descend(self, at: Tensor, rows: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-        """The lowest points on the way of projected gradient steps that shrink to zero, and their values."""
+        """The lowest points on the way of projected gradient steps that shrink to zero, and their margins."""
         best, margin = at.clone(), torch.full_like(reach, math.inf)
         active = torch.arange(len(rows))
         for step in range(STEPS + 1):
-            x, sign = self.x[rows[active]], self.sign[rows[active]]
-            scanned = scan(self.network, at.unsqueeze(0))
-            value = sign * scanned.f[0]
+            value, gradient = self._slopes(at, self.own[rows[active]])
             better = value < margin[active]
             best[active[better]], margin[active[better]] = at[better], value[better]
             left = ~self.flipped(value, rows[active])
             if step == STEPS or not left.any():
                 break
-            active, at, x, sign = active[left], at[left], x[left], sign[left]
-            towards = -sign.unsqueeze(1) * steepest_direction(scanned.gradient[0][left], self.p)
+            active, at = active[left], at[left]
+            x, towards = self.x[rows[active]], -steepest_direction(gradient[left], self.p)
             rate = RATE * (1 - step / STEPS) * reach[active].unsqueeze(1)
             at = x + project(at - x + rate * towards, reach[active], self.p)
         return best, margin
 
+    def _slopes(self, at: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """The margins (N,) at points (N, D) of points of the classes `own`, and their gradients (N, D)."""
+        parts = []
+        step = max(1, FEATURES // max([1, *self.network.hidden_widths]))
+        for x, classes in zip(at.split(step), own.split(step), strict=True):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                margin = margins_of(self.network.double(x.unsqueeze(0))[0], classes)
+                (gradient,) = torch.autograd.grad(margin.sum(), x)
+            parts.append((margin.detach(), gradient))
+        return torch.cat([margin for margin, _ in parts]), torch.cat([gradient for _, gradient in parts])
+
     # Secants
 
     def _rivals(self) -> Tensor:
-        """(N, M) the nearest points of the other sign; M = 0 where all signs are the same."""
-        sides = [(self.sign == sign).nonzero()[:, 0] for sign in (1, -1)]
-        nearest = min(NEIGHBOURS, *map(len, sides))
+        """(N, M) the nearest points of other classes; M = 0 where all classes are the same."""
+        others = {c: (self.own != c).nonzero()[:, 0] for c in self.own.unique().tolist()}
+        nearest = min([NEIGHBOURS, *map(len, others.values())])
         rivals = torch.zeros(len(self.x), nearest, dtype=torch.long)
-        for own, other in (sides, sides[::-1]):
-            if nearest == 0:
-                break
-            for part in own.split(max(1, PAIRS // len(other))):
+        for c, other in others.items() if nearest else ():
+            for part in (self.own == c).nonzero()[:, 0].split(max(1, PAIRS // len(other))):
                 distances = torch.cdist(self.x[part], self.x[other], p=self.p)
                 rivals[part] = other[distances.topk(nearest, dim=1, largest=False).indices]
         return rivals
@@ -174,20 +187,32 @@ class Falsifier:
         away = rivals - x.unsqueeze(1)
         part = (reach.unsqueeze(1) / norms(away, self.p).clamp_min(1e-300)).clamp_max(1)
         points = x.unsqueeze(1) + part.unsqueeze(2) * away
-        f = scan(self.network, points.flatten(0, 1).unsqueeze(0)).f.view(points.shape[:2])
-        lowest = (self.sign[rows].unsqueeze(1) * f).argmin(dim=1)
+        own = self.own[rows].repeat_interleave(points.shape[1])
+        lowest = self._slopes(points.flatten(0, 1), own)[0].view(points.shape[:2]).argmin(dim=1)
         return points[torch.arange(len(rows)), lowest]
 
     # Counterexamples
 
     def confirmed(self, i: int, moved: Tensor, radius: float) -> Flip | None:
-        """Point i, moved (D,), as a counterexample to its radius, if signs and distance are beyond doubt."""
-        (f_moved,), (error,) = evaluate(self.network, moved.unsqueeze(0))
-        f = self.f[i]
-        certain = f * f_moved < 0 and abs(f) > self.error[i] and abs(f_moved) > error
+        """Point i, moved (D,), as a counterexample to its radius, if classes and distance are beyond doubt."""
+        f, error = evaluate(self.network, torch.stack([self.x[i], moved]))
+        before, after = predicted(f)
+        margin, unsure = margins(f, error)
+        wins = margin > unsure
+        # The class of x beats all others there, and at `moved` it is beaten.
+        certain = before != after and wins[0].all() and wins[1, before if f.shape[1] > 1 else 0]
         if not certain or not closer(self.x[i], moved, radius, self.p):
             return None
-        return Flip(i, self.x[i].tolist(), moved.tolist(), float(f), float(f_moved), radius)
+        values = f[:, 0] if f.shape[1] == 1 else margins_of(torch.from_numpy(f), torch.full((2,), int(before)))
+        return Flip(i, self.x[i].tolist(), moved.tolist(), float(values[0]), float(values[1]), radius)
+
+
+def margins_of(f: Tensor, own: Tensor) -> Tensor:
+    """(N,) by how much the classes `own` win with outputs f (N, C): f or -f for one output, else f_c - max f_j."""
+    if f.shape[1] == 1:
+        return (2 * own - 1) * f[:, 0]
+    mine = own.unsqueeze(1)
+    return f.gather(1, mine)[:, 0] - f.scatter(1, mine, -math.inf).amax(dim=1)
 
 
 def closer(x: Tensor, y: Tensor, radius: float, p: float) -> bool:

@@ -1,6 +1,9 @@
 """Measured gradient norms: rigorous lower bounds on the Lipschitz constant.
 
-Shapes: K runs, N points, D inputs. Points are (K, N, D) in float64, weights the stored float32 numbers.
+Shapes: K runs, N points, D inputs, C outputs, H features. Points are (K, N, D) in float64, weights the stored
+float32 numbers. The gradients of all outputs at a point are the rows of the Jacobian J (C, D). It is measured in
+its operator norm from the p-norm of the inputs to the h-norm of the outputs, the norm of the hidden spaces; for
+one output that is ||grad f||_q, with 1/p + 1/q = 1.
 
 Points are scanned in float64. The largest value found is then computed again at its point in exact integer
 arithmetic: the point and the weights are rational numbers and the activations piecewise linear, so the gradient is
@@ -22,9 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lipexp.exact import norm_below
-from lipexp.networks import BakedNetwork
-from lipexp.norms import UNIT_ROUNDOFF
+from lipexp.exact import norm_below, spectral_norm_below
+from lipexp.networks import BakedNetwork, LinearRegion
+from lipexp.norms import UNIT_ROUNDOFF, dual
 
 GRID_POINTS = {1: 2001, 2: 64}  # number of inputs -> points per axis
 _CANDIDATES = 8  # points tried in exact arithmetic before a source is given up; more than one is rarely needed
@@ -40,38 +43,58 @@ class Maximum(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """Outputs and gradients at points, in float64."""
+    """Outputs and Jacobians at points, in float64."""
 
-    f: Tensor  # (K, N)
-    gradient: Tensor  # (K, N, D) of f to x
-    hidden: list[Tensor]  # (K, N) each, the norms of the gradients of f to the input of each later layer
+    f: Tensor  # (K, N, C)
+    gradient: Tensor  # (K, N, C, D) of each output to x
+    hidden: list[Tensor]  # (K, N) each, the norms h -> h of the Jacobians from the input of each later layer to f
 
 
-def scan(network: BakedNetwork, x: Tensor, hidden_q: float | None = None) -> Scan:
-    """f and its gradient at points x (K, N, D); with `hidden_q`, also the q-norms of the hidden gradients.
+def scan(network: BakedNetwork, x: Tensor, hidden_p: float | None = None) -> Scan:
+    """f and its gradients at points x (K, N, D), by one backward pass for each output.
 
-    Raises:
-        ValueError: the network has more than one output.
+    Args:
+        hidden_p: h, the norm of the hidden spaces, if the Jacobians there are to be measured as well.
     """
-    if network.n_outputs != 1:
-        raise ValueError(f"gradients are measured for one output; this network has {network.n_outputs}")
     double = network.double
-    widest = max([1, *network.hidden_widths])
+    features = max([1, *network.hidden_widths]) * (1 if hidden_p is None else network.n_outputs)
     parts = [
-        _scan_part(double, part, hidden_q)
-        for part in x.double().split(max(1, _CHUNK // (widest * x.shape[0])), dim=1)
+        _scan_part(double, part, hidden_p)
+        for part in x.double().split(max(1, _CHUNK // (features * x.shape[0])), dim=1)
     ]
     f, gradient, hidden = zip(*parts, strict=True)
     along = [torch.cat(part, dim=1) for part in zip(*hidden, strict=True)]
     return Scan(torch.cat(f, dim=1), torch.cat(gradient, dim=1), along)
 
 
-def _scan_part(network: BakedNetwork, x: Tensor, hidden_q: float | None) -> Scan:
+def _scan_part(network: BakedNetwork, x: Tensor, hidden_p: float | None) -> Scan:
     with torch.enable_grad():
-        inputs, out = network.inputs_and_output(x.requires_grad_())
-        f = out.squeeze(-1)
-        gradient, *hidden = torch.autograd.grad(f.sum(), inputs[:1] if hidden_q is None else inputs)
-    return Scan(f.detach(), gradient, [norms(one, hidden_q) for one in hidden] if hidden_q is not None else [])
+        inputs, f = network.inputs_and_output(x.requires_grad_())
+        wanted, last = inputs[:1] if hidden_p is None else inputs, f.shape[-1] - 1
+        rows = [torch.autograd.grad(f[..., c].sum(), wanted, retain_graph=c < last) for c in range(last + 1)]
+    gradient, *others = (torch.stack(each, dim=2) for each in zip(*rows, strict=True))
+    hidden = [] if hidden_p is None else [operator_norms(each, dual(hidden_p), hidden_p) for each in others]
+    return Scan(f.detach(), gradient, hidden)
+
+
+def operator_norms(jacobians: Tensor, q: float, h: float = math.inf) -> Tensor:
+    """The norms (...) of Jacobians (..., C, D) from the p-norm to the h-norm, where q is the dual of p.
+
+    For C = 1 and for h = inf, the largest q-norm of a row; for p = h = 2, the largest singular value, as the root
+    of the largest eigenvalue of J J^T or J^T J, whichever is smaller. NaN where a Jacobian is not finite.
+
+    Raises:
+        ArithmeticError: for several outputs no such formula is known in these norms.
+    """
+    if jacobians.shape[-2] == 1 or math.isinf(h):
+        return norms(jacobians, q).amax(dim=-1)
+    if not q == h == 2:
+        raise ArithmeticError(f"no operator norm from the {dual(q):g}-norm to the {h:g}-norm is known")
+    wide = jacobians.shape[-2] <= jacobians.shape[-1]
+    gram = jacobians @ jacobians.mT if wide else jacobians.mT @ jacobians
+    finite = torch.isfinite(gram).all(dim=-1).all(dim=-1)
+    largest = torch.linalg.eigvalsh(gram.where(finite[..., None, None], 0.0))[..., -1]
+    return largest.clamp_min(0).sqrt().where(finite, math.nan)
 
 
 def norms(gradients: Tensor, q: float) -> Tensor:
@@ -97,27 +120,30 @@ def grid(low: Tensor, high: Tensor, generators: Sequence[torch.Generator]) -> Te
     return low.unsqueeze(1) + (high - low).unsqueeze(1) * (cells + jitter) / n
 
 
-def largest(network: BakedNetwork, points: Tensor, gradients: Tensor, q: float) -> Maximum | None:
-    """The largest ||grad f||_q of a network, K = 1, over points (N, D): at most the true constant, or an estimate.
+def largest(
+    network: BakedNetwork, points: Tensor, gradients: Tensor, q: float, h: float = math.inf
+) -> Maximum | None:
+    """The largest norm of a Jacobian, K = 1, over points (N, D): at most the true constant, or an estimate.
 
     Args:
-        gradients: (N, D) float64, as scanned.
+        gradients: (N, C, D) float64, as scanned.
+        q, h: see `operator_norms`.
 
     Returns:
         None if every candidate lies on a breakpoint even after it was moved, or has no finite gradient.
     """
-    values = norms(gradients, q).nan_to_num(nan=-1, posinf=-1)
+    values = operator_norms(gradients, q, h).nan_to_num(nan=-1, posinf=-1)
     candidates = [i for i in values.topk(min(_CANDIDATES, len(values))).indices.tolist() if values[i] >= 0]
     if not candidates:
         return None
     if not (network.is_plain and network.act.is_piecewise_linear):
-        return _estimate(network, points[candidates[0]], q)
+        return _estimate(network, points[candidates[0]], q, h)
     best = None
     for i in candidates:
         for point in _nearby(points[i]):
             region = network.linear_region(point.numpy())
             if region is not None:
-                value = norm_below(region.gradient[0], region.exponent, q)
+                value = _norm_below(region, q, h)
                 if best is None or value > best.value:
                     best = Maximum(value, tuple(point.tolist()))
                 break
@@ -125,6 +151,13 @@ def largest(network: BakedNetwork, points: Tensor, gradients: Tensor, q: float) 
         if best is not None and best.value >= float(values[i]) * (1 - 1e-6):
             break
     return best
+
+
+def _norm_below(region: LinearRegion, q: float, h: float) -> float:
+    """The operator norm of the Jacobian of a region, rounded down."""
+    if len(region.gradient) == 1 or math.isinf(h):
+        return max(norm_below(row, region.exponent, q) for row in region.gradient)
+    return spectral_norm_below(region.gradient, region.exponent)
 
 
 def _nearby(point: Tensor) -> Iterator[Tensor]:
@@ -140,15 +173,17 @@ def _norm_product(network: BakedNetwork) -> float:
     return max(math.prod(float(np.linalg.norm(matrix, q)) for matrix in matrices) for q in (None, math.inf))
 
 
-def _estimate(network: BakedNetwork, point: Tensor, q: float) -> Maximum:
-    """The smallest gradient norm at and next to `point`, less its rounding errors, for an unknown activation.
+def _estimate(network: BakedNetwork, point: Tensor, q: float, h: float) -> Maximum:
+    """The smallest norm of a Jacobian at and next to `point`, less rounding errors, for an unknown activation.
 
     The neighbours unmask a breakpoint, where autograd may return what no gradient is. The value is lowered by a
     bound on the rounding error of backpropagation through n matrices of at most H columns, gamma_{n (H + 2)} times
     the product of their norms. The derivative of the activation itself is taken on trust, so this is an estimate.
     """
     around = torch.stack(list(_nearby(point)))
-    value = float(norms(scan(network, around.unsqueeze(0)).gradient[0], q).nan_to_num(nan=0).min())
+    jacobians = scan(network, around.unsqueeze(0)).gradient[0]
+    value = float(operator_norms(jacobians, q, h).nan_to_num(nan=0).min())
     widest = max(network.n_inputs, *network.hidden_widths, 1)
-    error = 4 * len(network.layers) * (widest + 2) * UNIT_ROUNDOFF * _norm_product(network) * math.sqrt(len(point))
+    entries = math.sqrt(network.n_outputs * len(point))
+    error = 4 * len(network.layers) * (widest + 2) * UNIT_ROUNDOFF * _norm_product(network) * entries
     return Maximum(max(0.0, value - error), tuple(point.tolist()), exact=False)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lipexp.activations import Activation
-from lipexp.measured.gradients import Maximum, largest, norms, scan
+from lipexp.measured.gradients import Maximum, largest, operator_norms, scan
 from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF
 
@@ -389,7 +389,7 @@ def _steeper(network: BakedNetwork, low: Tensor, high: Tensor, q: float, best: M
     """The steeper of `best` and the centres of boxes."""
     centres = (low + high) / 2
     gradients = scan(network, centres.unsqueeze(0)).gradient[0]
-    if float(norms(gradients, q).max()) <= best.value:
+    if float(operator_norms(gradients, q).max()) <= best.value:
         return best
     found = largest(network, centres, gradients, q)
     return found if found is not None and found.value > best.value else best

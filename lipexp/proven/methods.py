@@ -29,6 +29,7 @@ class Proof(NamedTuple):
     constants: Constants | None = None  # where all linear regions are known
     best: Maximum | None = None  # the steepest point that the method came across
     gave_up: bool = False  # the method applies to this network, but reached its limit
+    multipliers: semidefinite.Array | None = None  # that LipSDP found
 
     def within(self, bound: float | None) -> Proof:
         """With constants of at most `bound`, which is proven too: their own rounding may put them above it."""
@@ -92,7 +93,13 @@ def by_regions(problem: Problem) -> Proof:
     low, high = (end.numpy() for end in problem.box)
     try:
         found = constants(
-            problem.network, (low, high), problem.chain.q, problem.max_regions, problem.seconds, problem.report
+            problem.network,
+            (low, high),
+            problem.chain.q,
+            problem.max_regions,
+            problem.seconds,
+            problem.report,
+            problem.chain.hidden_p,
         )
     except TooManyRegions as limit:
         return Proof(None, str(limit), gave_up=True)
@@ -106,12 +113,12 @@ def by_rows(problem: Problem) -> Proof:
     reason = rows.why_not_applicable(problem.network)
     if reason is not None:
         return Proof(None, reason)
-    return Proof(rows.bound(problem.network, problem.chain.q))
+    return Proof(rows.bound(problem.network, problem.chain.q, problem.chain.hidden_p))
 
 
 def by_eclipse(problem: Problem) -> Proof:
     """ECLipsE-Fast, for slopes in [0, 1] and the 2-norm, everywhere; see `semidefinite`."""
-    reason = semidefinite.why_not_applicable(problem.network, problem.chain.q)
+    reason = semidefinite.why_not_applicable(problem.network, problem.chain.q, problem.chain.hidden_p)
     return Proof(None, reason) if reason else _semidefinite(semidefinite.eclipse(problem.network))
 
 
@@ -121,7 +128,7 @@ def by_lipsdp(problem: Problem) -> Proof:
     Unless it is asked for alone, only where the gap is above 10 % and the matrix of moderate size: the time grows
     with the cube of that.
     """
-    reason = semidefinite.why_not_applicable(problem.network, problem.chain.q)
+    reason = semidefinite.why_not_applicable(problem.network, problem.chain.q, problem.chain.hidden_p)
     measured, size = problem.measured.value, semidefinite.size(problem.network)
     if reason is None and problem.best is not None:
         if problem.best <= WORTHWHILE * measured:
@@ -130,7 +137,9 @@ def by_lipsdp(problem: Problem) -> Proof:
             reason = f"{size} inputs and features, more than {LARGEST}; --method lipsdp takes its time"
     if reason is not None:
         return Proof(None, reason)
-    return _semidefinite(semidefinite.lipsdp(problem.network, measured * (1 + problem.gap), problem.seconds))
+    enough = measured * (1 + problem.gap)
+    value, multipliers = semidefinite.lipsdp_and_multipliers(problem.network, enough, problem.seconds)
+    return _semidefinite(value)._replace(multipliers=multipliers)
 
 
 def _semidefinite(value: float | None) -> Proof:

@@ -28,7 +28,7 @@ Kohler and Allgöwer 2021, "Training robust neural networks using Lipschitz boun
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -48,10 +48,12 @@ FALLS = 60  # attempts to find a feasible start
 LARGEST_EXCESS = 2.0**-6  # of a proven bound over the smallest one that its multipliers allow
 
 
-def why_not_applicable(network: BakedNetwork, q: float) -> str | None:
-    """Why these bounds do not hold for the network and the gradient norm q; None if they do."""
+def why_not_applicable(network: BakedNetwork, q: float, h: float = 2.0) -> str | None:
+    """Why these bounds do not hold for the gradient norm q and the norm h of several outputs; None if they do."""
     if q != 2:
         return "bounds the 2-norm of gradients only"
+    if network.n_outputs > 1 and h < 2:  # a larger h makes the norm of a Jacobian no larger
+        return "bounds several outputs in the 2-norm only"
     slopes = network.act.slopes
     if slopes is None:
         return f"{network.act.label} declares no slopes"
@@ -81,19 +83,48 @@ def lipsdp(network: BakedNetwork, enough: float = 0.0, seconds: float = math.inf
         enough: the search for multipliers stops at a bound this small.
         seconds: the search stops after this time.
     """
+    return lipsdp_and_multipliers(network, enough, seconds)[0]
+
+
+def lipsdp_and_multipliers(
+    network: BakedNetwork, enough: float, seconds: float
+) -> tuple[float | None, Array | None]:
+    """The bound of `lipsdp`, and the multipliers that it found, for `bounds_of_pairs`."""
     slopes = network.act.slopes
     assert slopes is not None
     reduced = Reduced.of(network)
     if reduced is None:
-        return 0.0
+        return 0.0, None
     with np.errstate(over="ignore"):
         square = np.ldexp(enough, -reduced.exponent) ** 2
     sigma = float(1 / square) if square > 0 else math.inf
-    found = [
-        reduced.closed_bound(),
-        reduced.bound(slopes, lipsdp_multipliers(reduced, slopes, sigma, seconds)),
-    ]
-    return min((bound for bound in found if bound is not None), default=None)
+    multipliers = lipsdp_multipliers(reduced, slopes, sigma, seconds)
+    found = [reduced.closed_bound(), reduced.bound(slopes, multipliers)]
+    return min((bound for bound in found if bound is not None), default=None), multipliers
+
+
+def bounds_of_pairs(network: BakedNetwork, multipliers: Array | None = None) -> Array:
+    """(P,) proven bounds for f_i - f_j, i < j in the order of np.triu_indices; inf: no proof is found.
+
+    They hold for the differences of rows w_i - w_j as float64 rounds them.
+
+    The layers before are proven once. With multipliers in units of L^2, M / L^2 = K - w^T w / L^2 for the last row
+    w, and K - Q is proven positive semidefinite for a Q that acts on the last features alone, nearly the Schur
+    complement of K. Then L is a bound for every w with L^2 Q - w^T w positive semidefinite.
+
+    Args:
+        network: K = 1, float32; `why_not_applicable` must be None.
+        multipliers: that `lipsdp_and_multipliers` found; None: those of ECLipsE-Fast.
+    """
+    reduced, (first, second) = Reduced.of(network), np.triu_indices(network.n_outputs, 1)
+    if reduced is None:
+        return np.zeros(len(first))
+    rows = reduced.weights[-1][first] - reduced.weights[-1][second]
+    if multipliers is None:
+        return reduced.bounds_of_rows(rows, (0.0, 1.0), reduced.closed)
+    slopes = network.act.slopes
+    assert slopes is not None
+    return reduced.bounds_of_rows(rows, slopes, multipliers)
 
 
 def size(network: BakedNetwork) -> int:
@@ -154,15 +185,60 @@ class Reduced(NamedTuple):
         smallest = best_bound(self.weights, slopes, multipliers)
         return None if smallest is None else self._proven(smallest, slopes, multipliers)
 
+    def bounds_of_rows(self, rows: Array, slopes: Slopes, multipliers: Array) -> Array:
+        """The bounds (P,) with each of these last rows (P, H); inf where the layers before have no proof."""
+        *hidden, out = self.weights
+        matrix, terms = inequality_matrix([*hidden, np.zeros_like(out)], slopes, multipliers, 1.0)
+        last = slice(len(matrix) - out.shape[1], None)
+        m = max(len(weight) for weight in self.weights)
+        nothing = np.full(len(rows), math.inf)
+        if not (np.isfinite(matrix).all() and np.all(multipliers >= 0)):
+            return nothing
+        try:
+            corner = np.linalg.cholesky(matrix)[last, last]
+        except np.linalg.LinAlgError:
+            return nothing
+        for excess in self._excesses():
+            q = (1 - excess) * (corner @ corner.T)
+            q = (q + q.T) / 2
+            rest, of_rest = matrix.copy(), terms.copy()
+            rest[last, last] -= q
+            of_rest[last, last] += np.abs(q)
+            if is_semidefinite(rest, (m + 8) * (UNIT_ROUNDOFF * of_rest + 2.0**-1070)):
+                break
+        else:
+            return nothing
+        smallest = np.linalg.norm(_solved(np.linalg.cholesky(q), rows.T), axis=0)
+        return np.array([self._bound_of_row(row, q, float(low)) for row, low in zip(rows, smallest, strict=True)])
+
+    def _bound_of_row(self, row: Array, q: Array, smallest: float) -> float:
+        """The first L above `smallest` for which L^2 Q - w^T w is proven positive semidefinite."""
+        if not row.any():
+            return 0.0
+        for excess in self._excesses():
+            lipschitz = smallest * (1 + excess)
+            square = math.nextafter(lipschitz * lipschitz, 0)
+            terms = square * np.abs(q) + np.abs(np.outer(row, row))
+            if is_semidefinite(square * q - np.outer(row, row), 8 * (UNIT_ROUNDOFF * terms + 2.0**-1070)):
+                return round_up(Fraction(lipschitz) * Fraction(2) ** self.exponent)
+        return math.inf
+
+    def _excesses(self) -> Iterator[float]:
+        """By how much to try to stay away from the smallest bound.
+
+        The proof allows for errors of some n^2 u; a smaller excess would be tried in vain.
+        """
+        excess = 8 * (self.weights[0].shape[1] + len(self.closed)) ** 2 * UNIT_ROUNDOFF
+        while excess <= LARGEST_EXCESS:
+            yield excess
+            excess *= 8
+
     def _proven(self, smallest: float, slopes: Slopes, multipliers: Array) -> float | None:
         """The first bound above `smallest` for which the proof goes through."""
-        # The proof allows for errors of some n^2 u; a smaller excess would be tried in vain.
-        excess = 8 * (self.weights[0].shape[1] + len(multipliers)) ** 2 * UNIT_ROUNDOFF
-        while excess <= LARGEST_EXCESS:
+        for excess in self._excesses():
             lipschitz = smallest * (1 + excess)
             if proves(lipschitz, self.weights, slopes, multipliers * lipschitz**2):
                 return round_up(Fraction(lipschitz) * Fraction(2) ** self.exponent)
-            excess *= 8
         return None
 
 

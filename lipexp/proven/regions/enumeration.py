@@ -51,6 +51,7 @@ class Constants(NamedTuple):
     box: Steepest | None  # None: the box has no interior
     domain: list[list[float]]  # [low, high] of each coordinate of the box
     regions: int  # in the whole plane or line; the edges of the box count as breakpoints
+    pairs: Floats | None = None  # (C, C) the constants of f_i - f_j everywhere, for the norm p; of several outputs
 
     def within(self, bound: float) -> Constants:
         """The same with no value above `bound`."""
@@ -71,8 +72,6 @@ def why_not_enumerable(network: BakedNetwork) -> str | None:
     """Why the regions of this network cannot be enumerated; None if they can."""
     if network.n_inputs > 2:
         return "is for one or two inputs"
-    if network.n_outputs != 1:
-        return "is for one output"
     if not network.act.is_piecewise_linear:
         return f"{network.act.label} does not declare its active linear map"
     if network.hidden_widths and network.act.breakpoints(network.hidden_widths[0]) is None:
@@ -87,8 +86,9 @@ def constants(
     max_regions: int,
     seconds: float = math.inf,
     report: Callable[[str], None] | None = None,
+    h: float = 2.0,
 ) -> Constants:
-    """sup ||grad f||_q over the box and everywhere.
+    """sup ||J||_{p -> h} over the box and everywhere, for one output sup ||grad f||_q with 1/p + 1/q = 1.
 
     Args:
         network: K = 1; `why_not_enumerable` must be None.
@@ -96,12 +96,13 @@ def constants(
         seconds: after which it is given up. Most networks take a few, but where many breakpoints meet in one point
             nearly all sides have to be decided in integers.
         report: is told the number of regions after each layer.
+        h: the norm of several outputs: inf, or 2 where q is 2.
 
     Raises:
         TooManyRegions: there are more than `max_regions`, or so many that they take too much memory or time.
         TooLarge: float64 does not hold the numbers of the network.
     """
-    return Enumeration(network, box, max_regions, seconds, report).constants(q)
+    return Enumeration(network, box, max_regions, seconds, report).constants(q, h)
 
 
 class Enumeration:
@@ -306,19 +307,28 @@ class Enumeration:
 
     # The result --------------------------------------------------------------------------------------------------
 
-    def constants(self, q: float) -> Constants:
-        """The largest gradient norms, and where they are."""
+    def constants(self, q: float, h: float = 2.0) -> Constants:
+        """The largest norms of a Jacobian, and where they are; see the function `constants`."""
         norm = np.empty(len(self.cells))
-        width = self.weights[-1].shape[1]
-        for block in _blocks(np.arange(len(self.cells)), 3 * width):
-            gradient = self._gradients(block)
-            norm[block] = _norm_above(np.abs(gradient.value[:, :2, 0]) + gradient.error[:, :2], q)
+        n_outputs = len(self.weights[-1])
+        first, second = np.triu_indices(n_outputs, 1)
+        apart = np.zeros(len(first))
+        for block in _blocks(np.arange(len(self.cells)), 3 * max(self.weights[-1].shape[1], len(first))):
+            maps = self._gradients(block)
+            norm[block] = _operator_norm_above(maps, q, h)
+            if len(first):
+                difference = maps.value[:, :2, first] - maps.value[:, :2, second]
+                unsure = 2 * maps.error[:, :2, None] + UNIT_ROUNDOFF * np.abs(difference)
+                slopes = _norm_above(SAFETY * unsure + np.abs(difference), q)
+                apart = np.maximum(apart, slopes.max(axis=0))
+        pairs = np.zeros((n_outputs, n_outputs))
+        pairs[first, second] = pairs[second, first] = apart
         inside = np.flatnonzero(self.inside)
         box = self._steepest(norm, inside) if len(inside) else None
         everywhere = self._steepest(norm, np.arange(len(norm)))
         if box is not None and box.value == everywhere.value:
             everywhere = box
-        return Constants(everywhere, box, self.domain.sides, len(norm))
+        return Constants(everywhere, box, self.domain.sides, len(norm), pairs if len(first) else None)
 
     def _gradients(self, block: Integers) -> Maps:
         """The map onto the output on some regions."""
@@ -360,8 +370,29 @@ def _error_bound(points: Floats, error: Floats, maps: Maps, regions: Integers) -
     return 3 * single.sum(axis=-1)  # of two features, and of their difference
 
 
+def _operator_norm_above(maps: Maps, q: float, h: float) -> Floats:
+    """(P,) the norms p -> h of the gradients (C, 2) of maps, rounded up.
+
+    For p = h = 2 the square of the norm is the larger eigenvalue of the Gram matrix [[a, b], [b, d]] of the
+    columns, (a + d) / 2 + hypot((a - d) / 2, b). Its terms are off by no more than 2 (C + 8) u (a + d) in all, and
+    it is at least (a + d) / 2. The errors E of the maps add ||E||_2 <= ||E||_F at most.
+    """
+    n = maps.value.shape[2]
+    if n == 1 or math.isinf(h):
+        return _norm_above(np.abs(maps.value[:, :2]) + maps.error[:, :2, None], q).max(axis=1)
+    if not q == h == 2:
+        raise ArithmeticError(f"the norms of {n} outputs are not known")
+    # Scaled by powers of two, so that no square that counts underflows.
+    exponent = np.frexp(np.abs(maps.value[:, :2]).max(axis=(1, 2)))[1]
+    x, y = np.moveaxis(np.ldexp(maps.value[:, :2], -exponent[:, None, None]), 1, 0)  # (P, C) each
+    a, b, d = ((left * right).sum(axis=1) for left, right in ((x, x), (x, y), (y, y)))
+    value = np.ldexp(np.sqrt((a + d) / 2 + np.hypot((a - d) / 2, b)), exponent)
+    unsure = SAFETY * np.hypot(*maps.error_2[:, :2].T) + TINY * (value > 0)
+    return value * (1 + 4 * (n + 8) * UNIT_ROUNDOFF) + SAFETY * unsure
+
+
 def _norm_above(sizes: Floats, q: float) -> Floats:
-    """||.||_q of rows (N, 2) of non-negative numbers, rounded up."""
+    """||.||_q over the second axis of non-negative numbers (N, 2, ...), rounded up."""
     # Squares may underflow; hypot's do not.
-    value = np.hypot(*sizes.T) if q == 2 else np.linalg.norm(sizes, q, axis=1)
+    value = np.hypot(sizes[:, 0], sizes[:, 1]) if q == 2 else np.linalg.norm(sizes, q, axis=1)
     return np.where(value > 0, value * (1 + 8 * UNIT_ROUNDOFF) + TINY, 0.0)
