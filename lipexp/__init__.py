@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import sys
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lipexp.estimators import LipschitzClassifier as LipschitzClassifier
+    from lipexp.estimators import LipschitzRegressor as LipschitzRegressor
     from lipexp.loading import LoadedRun, LoadedRuns
 
 # Hydra finds launchers in the namespace package `hydra_plugins` only, which must therefore be on the path.
@@ -49,3 +51,11 @@ def load(run: str | PathLike[str], trust: bool = False) -> LoadedRun | LoadedRun
     from lipexp.loading import load  # torch takes a second to import
 
     return load(run, trust=trust)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("LipschitzClassifier", "LipschitzRegressor"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lipexp import estimators  # torch and scikit-learn take seconds to import
+
+    return getattr(estimators, name)

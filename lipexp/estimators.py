@@ -1,63 +1,74 @@
-"""scikit-learn estimators: a Lipschitz network that is trained by the loop of lipexp, and its certified radii.
+"""scikit-learn estimators: a network that is trained under a Lipschitz bound, and what is proven of it.
 
-Shapes: N rows, D features, C outputs. A fitted estimator is the map x -> f(x - center) with `center_` (D,) and a
-network f of stored float32 numbers. That it standardises its input is part of f: the scales are multiplied into
-the weights of the first layer, those of a regression's targets into the last one. So everything that is proven of
-f is proven in the units of the X that `fit` was given.
+Shapes: N rows, D features, C outputs. A fitted estimator is the map x -> f(x - c) with the column means c, and a
+network f of stored float32 numbers. The scales of the columns are multiplied into the weights of its first layer,
+those of a regression's targets into its last one. So whatever is proven of the weights is proven in the units of
+the X and y that `fit` was given, and subtracting c changes no distance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from omegaconf import OmegaConf
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state, gen_batches
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from lipexp.config import GROUPS, SETTINGS, ConfigError, conf_dir, number, one_of, plain
-from lipexp.datasets import Data, Dataset
-from lipexp.loop import Checkpoint, Value, fit
+from lipexp.config import GROUPS, SETTINGS, conf_dir, one_of, whole
+from lipexp.fitting import Array, Option, Rows, in_given_units, node, number_of_python, split, trained
 from lipexp.measured.gradients import Maximum
-from lipexp.members import Member, build, made_key, stack
-from lipexp.networks import Affine, BakedNetwork
+from lipexp.members import Member, build, made_key
 from lipexp.norms import UNIT_ROUNDOFF
-from lipexp.process import cpu_threads
 from lipexp.proven import METHODS, Certificate, Chain, Problem, prove
-from lipexp.proven.radii import certified_radii, why_no_radii
-from lipexp.tasks import TASKS, squeezed
-
-Array = npt.NDArray[Any]
-Option = str | Mapping[str, Any]
+from lipexp.proven.pairs import pair_constants
+from lipexp.proven.radii import certified_radii, predicted, why_no_radii
 
 LOSSES = {"classification": "hinge", "multiclass": "multi_margin", "regression": "mse"}  # where none is named
-ROWS_AT_ONCE = 2**16  # that are evaluated, for the memory that their features take
+ROWS_AT_ONCE = 2**16  # in an evaluation, for the memory that their features take
 
 
-class Rows(Dataset):
-    """The rows that `fit` has split into training and validation; there is no test part."""
+class LipschitzEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+    """What the classifier and the regressor share. See `LipschitzClassifier` and `LipschitzRegressor`.
 
-    def __init__(self, task: str, n_outputs: int, train: tuple[Array, Array], val: tuple[Array, Array]) -> None:
-        self.task, self.n_outputs, self.n_inputs = task, n_outputs, train[0].shape[1]
-        self.n_train, self.n_val = len(train[0]), len(val[0])
-        self._data = Data(*train, *val, train[0][:0], train[1][:0])
+    Args:
+        act: an option of conf/act/, such as "groupsort" or "relu"; with arguments, {"option": "groupsort",
+            "n_groups": 1}; or a class of your own, {"_target_": "my.Class"}. So are the next two.
+        constraint: an option of conf/constraint/, such as "spectral" (radii and constants in the 2-norm), "linf"
+            ({"option": "linf", "p": "inf"}: in the inf-norm), or "none".
+        loss: an option of conf/loss/ that fits the task. None: "hinge" for two classes and "multi_margin" for
+            several, whose accuracy is higher than that of cross-entropy at its default temperature; "mse" for a
+            regression.
+        lipschitz: the bound L under which the network is trained, for standardised features (and targets).
+        width: features of a hidden layer.
+        depth: hidden layers.
+        lr: learning rate of Adam at the start; it falls to zero along a cosine.
+        steps: optimiser steps.
+        batch_size: rows per step; all of them if there are less.
+        eval_every: steps between two checkpoints.
+        validation_fraction: of the rows are not trained on. They choose the checkpoint that is kept and the
+            temperature of `predict_proba`. 0: none; then the last network is kept.
+        keep: "best", the checkpoint with the best score on validation, or "last".
+        patience: checkpoints in a row that are no better, after which training stops; 0: never.
+        standardize: subtract the means of the training rows' features (and of a regression's targets) and divide
+            by their standard deviations.
+        method: what proves the Lipschitz constant: "product" of the layers' norms, which takes no time, another
+            method of `lipexp certify --method`, or "best", the best of all, which may take some seconds.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        threads: CPU threads; these networks are too small to gain from more.
+        random_state: of the split, the first weights and the batches; an int for the same network at every call.
 
-    def draw(self, stream: np.random.SeedSequence) -> Data:
-        return self._data
-
-
-class _Lipschitz(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
-    """What both estimators share: their parameters, the training, and the network in the units of X."""
+    Raises:
+        ConfigError: (a ValueError) at `fit`, for a parameter that is not allowed.
+    """
 
     def __init__(
         self,
@@ -68,7 +79,7 @@ class _Lipschitz(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
         width: int = 64,
         depth: int = 2,
         lr: float = 0.01,
-        steps: int = 500,
+        steps: int = 300,
         batch_size: int = 256,
         eval_every: int = 50,
         validation_fraction: float = 0.1,
@@ -99,61 +110,45 @@ class _Lipschitz(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
         self.threads = threads
         self.random_state = random_state
 
-    def _train(self, x: Array, y: Array, task: str, n_outputs: int) -> Array:
-        """Train on points (N, D) and targets, prove, and set the attributes of the fitted network.
+    def _train(self, x: Array, y: Array, task: str, n_outputs: int) -> tuple[Array, Certificate]:
+        """Train on points (N, D) and targets (N,) or (N, C), and set the attributes of the fitted network.
 
         Returns:
-            The indices of the rows that were kept for validation; all rows where none were.
+            The indices of the rows for validation, or of all rows where there are none; and what is proven.
         """
-        method = None if self.method == "best" else one_of("method", self.method, list(METHODS))
+        method = None if self.method == "best" else one_of("method", self.method, ["best", *METHODS])
         seed = int(check_random_state(self.random_state).randint(2**31))
-        train, val = self._split(y, task, seed)
-        scaler = StandardScaler(with_mean=self.standardize, with_std=self.standardize).fit(x[train])
-        self.center_ = np.zeros(x.shape[1]) if scaler.mean_ is None else scaler.mean_
-        z = scaler.transform(x)
-        target = StandardScaler(with_mean=self.standardize, with_std=self.standardize)
-        if task == "regression":
-            y = target.fit(y[train].reshape(len(train), -1)).transform(y.reshape(len(y), -1)).reshape(y.shape)
-        member = self._member(Rows(task, n_outputs, (z[train], y[train]), (z[val], y[val])), seed)
-        trained = _fitted(member)
-        scales = _ones_if_none(scaler, x.shape[1]), _ones_if_none(target, n_outputs)
+        train, val = split(y, task, number_of_python(self.validation_fraction), seed)
+        features, targets = (
+            StandardScaler(with_mean=wanted, with_std=wanted)
+            for wanted in (self.standardize, self.standardize and task == "regression")
+        )
+        features.fit(x[train])
+        targets.fit(y[train].reshape(len(train), -1))
+        z, t = features.transform(x), targets.transform(y.reshape(len(y), -1)).reshape(y.shape)
+        member = self._member(Rows(task, n_outputs, (z[train], t[train]), (z[val], t[val])), seed)
         constraint = member.parts["constraint"]
-        self.network_ = constraint.prove(_in_given_units(trained, *scales))
+        network = in_given_units(trained(member), features.scale_, targets.scale_)
+        if not network.is_finite(0):
+            raise ValueError("the scales of X or y are too far from 1 for a network in float32")
+        self.network_ = constraint.prove(network)
+        self.center_ = np.zeros(x.shape[1]) if features.mean_ is None else features.mean_
+        self.offset_ = np.zeros(n_outputs) if targets.mean_ is None else targets.mean_
         self.p_ = float(constraint.p)
-        points = torch.from_numpy(x - self.center_)
-        chain = Chain.of(constraint, len(trained.layers))
-        box = points.amin(dim=0), points.amax(dim=0)
+        moved = torch.from_numpy(x - self.center_)
+        box = moved.amin(dim=0), moved.amax(dim=0)
+        chain = Chain.of(constraint, len(network.layers))
         problem = Problem(self.network_, chain, box, Maximum(0.0, ()), member.config.max_regions)
-        self._take(prove(problem, method))
-        self._offset = np.zeros(n_outputs) if getattr(target, "mean_", None) is None else target.mean_
-        return val if len(val) else np.arange(len(x))
-
-    def _take(self, certificate: Certificate) -> None:
-        """Set what is proven."""
+        certificate = prove(problem, method)
         self.lipschitz_ = np.inf if certificate.value is None else certificate.value
-
-    def _split(self, y: Array, task: str, seed: int) -> tuple[Array, Array]:
-        """The indices of the rows for training and for validation, stratified by class.
-
-        A class with a single row stays in training. There is no validation where it would have less than one row,
-        or less than one of each other class.
-        """
-        fraction = number("validation_fraction", _plain(self.validation_fraction), least=0, most=0.9)
-        rows, n_val = np.arange(len(y)), int(fraction * len(y))
-        classes = y.astype(int) if TASKS[task].has_classes else None
-        single = np.zeros(len(y), dtype=bool) if classes is None else np.bincount(classes)[classes] < 2
-        kinds = 1 if classes is None else len(np.unique(classes[~single]))
-        if n_val < max(1, kinds) or len(y) - n_val - single.sum() < kinds:
-            return rows, rows[:0]
-        of_class = None if classes is None else classes[~single]
-        train, val = train_test_split(rows[~single], test_size=n_val, stratify=of_class, random_state=seed)
-        return np.sort(np.concatenate([train, rows[single]])), np.sort(val)
+        return (val if len(val) else np.arange(len(x))), certificate
 
     def _member(self, dataset: Rows, seed: int) -> Member:
         """The parameters and the data as one run of lipexp."""
         given: Any = OmegaConf.load(conf_dir() / "config.yaml")
         settings = {key: given[key] for key in SETTINGS if key not in GROUPS}
-        settings |= {name: _plain(getattr(self, name)) for name in settings.keys() & self.get_params().keys()}
+        settings |= {name: number_of_python(value) for name, value in vars(self).items() if name in settings}
+        whole("batch_size", settings["batch_size"], least=1)
         settings |= {"seed": seed, "batch_size": min(settings["batch_size"], dataset.n_train)}
         if not dataset.n_val:  # nothing to choose by
             settings |= {"keep": "last", "patience": 0, "eval_every": 0}
@@ -161,79 +156,146 @@ class _Lipschitz(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
             "act": self.act,
             "constraint": self.constraint,
             "loss": LOSSES[dataset.task] if self.loss is None else self.loss,
-            "model": {"option": "mlp", "width": _plain(self.width), "depth": _plain(self.depth)},
-            "optim": {"option": "adam", "lr": _plain(self.lr)},
+            "model": {"option": "mlp", "width": self.width, "depth": self.depth},
+            "optim": {"option": "adam", "lr": self.lr},
         }
-        nodes = {group: _node(group, choice, settings["lipschitz"]) for group, choice in choices.items()}
+        nodes = {group: node(group, choice, settings["lipschitz"]) for group, choice in choices.items()}
         nodes["dataset"] = {"_target_": f"{__name__}.Rows"}
-        names = {"dataset": "X"} | {group: _name(choice) for group, choice in choices.items()}
-        return build(settings | nodes, names, made={made_key("dataset", nodes["dataset"]): dataset})
+        names = {
+            group: choice if isinstance(choice, str) else choice.get("option") for group, choice in choices.items()
+        }
+        made: dict[str, Any] = {made_key("dataset", nodes["dataset"]): dataset}
+        return build(settings | nodes, names | {"dataset": "X"}, made=made)
 
     def _centered(self, X: Any) -> Array:
         check_is_fitted(self)
         return validate_data(self, X, dtype=np.float64, reset=False) - self.center_
 
-    def _outputs(self, X: Any) -> Array:
-        """f (N, C) in float64."""
-        return self._outputs_at(self._centered(X))
-
-    def _outputs_at(self, points: Array) -> Array:
-        return self._by_parts(lambda part: self.network_.double(part[None])[0].numpy(), points)
-
-    @staticmethod
-    def _by_parts(function: Callable[[Tensor], Array], points: Array) -> Array:
-        parts = gen_batches(len(points), ROWS_AT_ONCE)
-        return np.concatenate([function(torch.from_numpy(points[part])) for part in parts])
+    def _outputs(self, centered: Array) -> Array:
+        """f (N, C) at points from which the center is subtracted, in float64."""
+        return _by_parts(lambda part: self.network_.double(part[None])[0].numpy(), centered)
 
 
-class LipschitzClassifier(ClassifierMixin, _Lipschitz):  # type: ignore[misc]
+class LipschitzClassifier(ClassifierMixin, LipschitzEstimator):  # type: ignore[misc]
+    """A classifier with a certified radius around each row, within which its prediction cannot change.
+
+    >>> from sklearn.datasets import make_moons
+    >>> from lipexp import LipschitzClassifier
+    >>> X, y = make_moons(300, noise=0.1, random_state=0)
+    >>> model = LipschitzClassifier(random_state=0).fit(X, y)
+    >>> radius = model.certified_radius(X)
+    >>> certain = (model.predict(X) == y) & (radius > 0.05)  # right, and still so if a row moves by 0.05
+    >>> bool(certain.mean() > 0.9)
+    True
+
+    The parameters are those of `LipschitzEstimator`.
+
+    Attributes:
+        classes_: the classes, in sorted order.
+        lipschitz_: a proven bound on the Lipschitz constant of the decision function, for the norm `p_` in the
+            units of the X that `fit` was given. With several classes its values are vectors, in the 2-norm under
+            constraint="spectral" and in the inf-norm under "linf". inf: nothing is proven.
+        pair_lipschitz_: with several classes, (C, C) a bound for the difference of each two outputs, else None.
+        p_: the norm in which rows move: 1, 2 or inf.
+        temperature_: T of `predict_proba`.
+        network_: f, a `lipexp.networks.BakedNetwork` of rows from which `center_` (D,) is subtracted.
+
+    A network with the constant L for standardised features z = (x - c) / s has the constant L / min_k s_k for x,
+    as ||z' - z||_p <= ||x' - x||_p / min_k s_k. `lipschitz_` is proven from the weights divided by s, and is no
+    larger than that but for their rounding to float32.
+    """
+
     def fit(self, X: Any, y: Any) -> LipschitzClassifier:
+        """Train on rows X (N, D), which must be finite, and their classes y (N,), at least two different ones."""
         x, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
         n_classes = len(self.classes_)
         if n_classes < 2:
-            raise ValueError(f"y holds one class only, {self.classes_[0]!r}; a classifier needs at least two classes")
+            raise ValueError(f"y has one class only, {self.classes_[0]}; a classifier needs at least two")
         task, n_outputs = ("classification", 1) if n_classes == 2 else ("multiclass", n_classes)
-        held = self._train(x, codes, task, n_outputs)
-        self.temperature_ = _temperature(self._outputs_at(x[held] - self.center_), codes[held])
+        rows, certificate = self._train(x, codes, task, n_outputs)
+        several = n_classes > 2 and certificate.value is not None
+        self.pair_lipschitz_ = pair_constants(self.network_, certificate).constants if several else None
+        self.temperature_ = _temperature(self._outputs(x[rows] - self.center_), codes[rows])
         return self
 
     def decision_function(self, X: Any) -> Array:
-        f = self._outputs(X)
+        """f: (N,), positive for `classes_[1]`; with several classes (N, C), of which the largest decides."""
+        f = self._outputs(self._centered(X))
         return f[:, 0] if f.shape[1] == 1 else f
 
     def predict(self, X: Any) -> Array:
-        f = self._outputs(X)
-        decided = (f[:, 0] > 0).astype(int) if f.shape[1] == 1 else f.argmax(axis=1)
-        return self.classes_[decided]
+        """The class of each row, (N,)."""
+        f = self._outputs(self._centered(X))
+        return self.classes_[predicted(f)]
 
     def predict_proba(self, X: Any) -> Array:
-        f = self._outputs(X)
+        """(N, C) softmax(T f), for two classes sigmoid(T f) of the second one.
+
+        T, the attribute `temperature_`, makes the classes of the validation rows the most likely, or those of all
+        rows if there are no validation rows.
+        """
+        f = self._outputs(self._centered(X))
         return softmax(self.temperature_ * _logits(f), axis=1)
 
     def certified_radius(self, X: Any) -> Array:
+        """(N,) how far each row can move in the norm `p_`, in the units of X, before its prediction can change.
+
+        For two classes it is |f| / `lipschitz_`; for several the smallest (f_c - f_j) / `pair_lipschitz_[c, j]`
+        over all classes j but the predicted one, c. Bounds on the rounding errors are subtracted, so that it holds
+        for the stored weights in real arithmetic. It is 0 where nothing is proven.
+        """
         points = self._centered(X)
         if not np.isfinite(self.lipschitz_) or why_no_radii(self.network_) is not None:
             return np.zeros(len(points))
-        radius = self._by_parts(
-            lambda part: certified_radii(self.network_, part, self.lipschitz_).radius, points
-        )
-        shift = 2 * UNIT_ROUNDOFF * np.linalg.norm(points, ord=self.p_, axis=1)
-        return np.maximum(0, np.nextafter(radius - shift, 0))
+        constants = self.lipschitz_ if self.pair_lipschitz_ is None else self.pair_lipschitz_
+        radius = _by_parts(lambda part: certified_radii(self.network_, part, constants).radius, points)
+        # x - c is rounded: each coordinate is off by at most a half unit in its last place.
+        lost = 2 * UNIT_ROUNDOFF * np.linalg.norm(points, ord=self.p_, axis=1)
+        return np.maximum(np.nextafter(radius - lost, 0), 0)
 
 
-class LipschitzRegressor(RegressorMixin, _Lipschitz):  # type: ignore[misc]
+class LipschitzRegressor(RegressorMixin, LipschitzEstimator):  # type: ignore[misc]
+    """A regression, of one target or of several, that moves by no more than `lipschitz_` times what its row moves.
+
+    >>> import numpy as np
+    >>> from sklearn.datasets import load_diabetes
+    >>> from lipexp import LipschitzRegressor
+    >>> X, y = load_diabetes(return_X_y=True)
+    >>> model = LipschitzRegressor(random_state=0).fit(X, y)
+    >>> step = np.full(X.shape[1], 0.01)
+    >>> change = model.predict(X + step) - model.predict(X)
+    >>> bool(np.abs(change).max() <= model.lipschitz_ * np.linalg.norm(step))
+    True
+
+    The parameters are those of `LipschitzEstimator`.
+
+    Attributes:
+        lipschitz_: a proven bound on the Lipschitz constant of the map X -> y, in the units of both, for the norm
+            `p_` of a row. Several targets are vectors, in the 2-norm under constraint="spectral" and in the
+            inf-norm under "linf". inf: nothing is proven.
+        p_: the norm in which rows move: 1, 2 or inf.
+        network_: f, a `lipexp.networks.BakedNetwork` of rows from which `center_` (D,) is subtracted, for targets
+            from which `offset_` (C,) is subtracted.
+
+    With features of scales s and targets of scales t the constant is at most L max_c t_c / min_k s_k, but for
+    rounding: see `LipschitzClassifier`.
+    """
+
     def fit(self, X: Any, y: Any) -> LipschitzRegressor:
+        """Train on rows X (N, D) and targets y (N,) or (N, C), all finite."""
         x, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
-        y = y.astype(np.float64)
-        self._one_dimensional = y.ndim == 1
-        self._train(x, y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y, "regression", 1 if y.ndim == 1 else y.shape[1])
+        self.y_ndim_ = y.ndim
+        y = np.asarray(y, dtype=np.float64)
+        n_outputs = 1 if y.ndim == 1 else y.shape[1]
+        self._train(x, y.ravel() if n_outputs == 1 else y, "regression", n_outputs)
         return self
 
     def predict(self, X: Any) -> Array:
-        found = self._outputs(X) + self._offset
-        return found[:, 0] if self._one_dimensional else found
+        """The targets of each row, in the shape in which `fit` was given them, (N,) or (N, C)."""
+        y = self._outputs(self._centered(X)) + self.offset_
+        return y[:, 0] if self.y_ndim_ == 1 else y
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -241,51 +303,21 @@ class LipschitzRegressor(RegressorMixin, _Lipschitz):  # type: ignore[misc]
         return tags
 
 
-def _fitted(member: Member) -> BakedNetwork:
-    """The network of one run, trained by the loop of all runs.
-
-    Raises:
-        ValueError: its numbers stop being finite.
-    """
-    run, config = stack([member]), member.config
-    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
-    x, y = (torch.from_numpy(part).double()[None] for part in run.data[0].part("val"))
-    score, sign = run.task.scores[run.task.metric], 1 if run.task.larger_is_better else -1
-
-    def evaluate(checkpoint: Checkpoint) -> list[Value | None]:
-        if checkpoint.failures or not x.numel():
-            return [None]
-        f = squeezed(checkpoint.network.double(x))
-        return [(sign * float(score(f, y)), -float(run.loss(f, y).mean()))]
-
-    with cpu_threads(config.threads):
-        last = fit(run, evaluate, device="cpu" if device == "auto" else device)
-    if last.failures:
-        raise ValueError(f"training failed: {last.failures[0].reason} at step {last.failures[0].step}")
-    return last.network
-
-
-def _in_given_units(network: BakedNetwork, x_scale: Array, y_scale: Array) -> BakedNetwork:
-    """The network x -> y_scale f(x / x_scale), its weights rounded to float32."""
-    layers = list(network.layers)
-    weight, bias = layers[0]
-    layers[0] = Affine((weight.double() / torch.from_numpy(x_scale)).float(), bias)
-    weight, bias = layers[-1]
-    scale = torch.from_numpy(y_scale)
-    layers[-1] = Affine((weight.double() * scale[:, None]).float(), (bias.double() * scale).float())
-    return BakedNetwork(layers, network.act)
+def _by_parts(function: Callable[[Tensor], Array], points: Array) -> Array:
+    parts = gen_batches(len(points), ROWS_AT_ONCE)
+    return np.concatenate([function(torch.from_numpy(points[part])) for part in parts])
 
 
 def _logits(f: Array) -> Array:
-    """Outputs (N, C) with one column for each class: (0, f) for the single output of two classes."""
+    """Outputs (N, C) with a column for each class: (0, f) for the single output of two classes."""
     return np.hstack([np.zeros_like(f), f]) if f.shape[1] == 1 else f
 
 
 def _temperature(f: Array, classes: Array) -> float:
-    """The T for which the probabilities softmax(T f) of the classes are the most likely.
+    """The T for which softmax(T f) makes the classes of N rows the most likely, of outputs f (N, 1) or (N, C).
 
-    Of n rows the class counts (n + 1) / (n + C) and each other one 1 / (n + C): so T stays finite where no row is
-    wrong.
+    So that T stays finite where no row is wrong, the class of a row counts (N + 1) / (N + C) and each other class
+    1 / (N + C).
 
     Reference: Guo et al. 2017, "On calibration of modern neural networks" (arXiv 1706.04599), section 4.2.
     """
@@ -293,39 +325,9 @@ def _temperature(f: Array, classes: Array) -> float:
     n, n_classes = logits.shape
     share = np.full(logits.shape, 1 / (n + n_classes))
     share[np.arange(n), classes] = (n + 1) / (n + n_classes)
-    unit = np.abs(logits).max() or 1.0
+    unit = float(np.abs(logits).max()) or 1.0
 
-    def unlikely(log_t: float) -> float:
-        return float(-(share * log_softmax(np.exp(log_t) / unit * logits, axis=1)).mean())
+    def surprise(log_t: float) -> float:
+        return -float((share * log_softmax(np.exp(log_t) / unit * logits, axis=1)).sum())
 
-    return float(np.exp(minimize_scalar(unlikely, bounds=(-7, 7), method="bounded").x) / unit)
-
-
-def _node(group: str, choice: Option, lipschitz: float) -> dict[str, Any]:
-    """The configuration node of an option of conf/, or of a class with its arguments.
-
-    Raises:
-        ConfigError: there is no such option.
-    """
-    arguments = {"option": choice} if isinstance(choice, str) else {key: _plain(v) for key, v in dict(choice).items()}
-    node: dict[str, Any] = {}
-    if "option" in arguments:
-        folder = conf_dir() / group
-        option = one_of(group, arguments.pop("option"), sorted(path.stem for path in folder.glob("*.yaml")))
-        leaf = OmegaConf.create({"lipschitz": lipschitz, group: OmegaConf.load(folder / f"{option}.yaml")})
-        node = plain(leaf[group])
-    return node | arguments
-
-
-def _name(choice: Option) -> str:
-    return choice if isinstance(choice, str) else str(choice.get("option") or choice.get("_target_"))
-
-
-def _plain(value: Any) -> Any:
-    """A number of numpy, such as one of np.logspace, as one of Python."""
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _ones_if_none(scaler: StandardScaler, n: int) -> Array:
-    found = getattr(scaler, "scale_", None)
-    return np.ones(n) if found is None else np.asarray(found)
+    return float(np.exp(minimize_scalar(surprise, bounds=(-10, 10), method="bounded").x) / unit)
