@@ -62,7 +62,7 @@ print(json.dumps([(one["check_name"], one["status"], str(one["exception"])) for 
 
 
 def checks_that_do_not_pass(name, parameters):
-    """In a process of its own, as scipy reads SCIPY_ARRAY_API when it is imported; without it a check is skipped."""
+    """In its own process: scipy reads SCIPY_ARRAY_API, without which a check is skipped, when it is imported."""
     environment = os.environ | {"SCIPY_ARRAY_API": "1"}
     command = [sys.executable, "-c", CHECKS, name, json.dumps(parameters)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
