@@ -27,6 +27,7 @@ from hydra.types import RunMode
 from hydra.version import VersionBase, setbase
 from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lipexp.config import ConfigError, Settings, conf_dir
 from lipexp.explain import explain
@@ -56,7 +57,7 @@ def train(
     try:
         with hydra_of_our_own(config_dir) as hydra:
             return _train(hydra, lines)
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+    except (ConfigError, HydraException, OmegaConfBaseException, YAMLError) as error:
         raise _refusal(error) from None
     except Refused as refused:
         raise _refusal(refused.error) from refused.error
@@ -66,8 +67,9 @@ def train(
 
 def _train(hydra: Hydra, lines: Sequence[str]) -> LoadedRun | LoadedRuns:
     for line in lines:
-        if line.startswith("-"):
-            raise ConfigError(line, None, "is a flag of the command line; lipexp.train takes overrides")
+        if not isinstance(line, str) or line.startswith("-"):
+            allowed = "is no override, such as 'loss=hinge'; flags of the command line are none"
+            raise ConfigError(str(line), None, allowed)
     keys = {o.key_or_group: o.is_sweep_override() for o in OverridesParser.create().parse_overrides(list(lines))}
     sweep = any(keys.values()) or "hydra/sweeper" in keys or ("experiment" in keys and _is_grid(hydra, lines))
     composed = [*checked_overrides(lines, sweep), GATE]

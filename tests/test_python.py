@@ -134,7 +134,8 @@ def test_settings_are_written_as_on_the_command_line(name, value, expected):
     ("overrides", "settings", "message"),
     [
         (["los=hinge"], {}, "los: no such setting; did you mean loss?"),
-        (["-m", "seed=1,2"], {}, "-m: is a flag of the command line; lipexp.train takes overrides"),
+        (["-m", "seed=1,2"], {}, "-m: is no override, such as 'loss=hinge'"),
+        ([["seed=1"]], {}, "['seed=1']: is no override, such as 'loss=hinge'"),
         ([], {"loss": "hing"}, "loss=hing: no such option; did you mean loss=hinge?"),
         ([], {"act": ["relu", "grupsort"]}, "act=grupsort: no such option; did you mean act=groupsort?"),
         ([], {"lipschitz": "one"}, "lipschitz=one: must be a number"),
