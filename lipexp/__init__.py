@@ -11,18 +11,24 @@ The rule of the house: configuration group (singular) = module (plural) = test f
 
 The road of a command: cli -> hydra_app -> members (configurations -> objects) -> loop (K stacked runs) ->
 evaluate, with measured (lower bounds) and proven (upper bounds) -> record and runs (the folder of a run). A sweep
-takes the side road sweep -> train. What is finished is read back by loading, for certify, export, report and
-figures.
+takes the side road sweep -> training. What is finished is read back by loading, for certify, predict, export, report
+and figures. From Python the same road begins at `lipexp.train` (python), or at a scikit-learn estimator (estimators,
+fitting).
 """
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lipexp.config import ConfigError as ConfigError
+    from lipexp.estimators import LipschitzClassifier as LipschitzClassifier
+    from lipexp.estimators import LipschitzRegressor as LipschitzRegressor
     from lipexp.loading import LoadedRun, LoadedRuns
+    from lipexp.runs import RunFailed as RunFailed
 
 # Hydra finds launchers in the namespace package `hydra_plugins` only, which must therefore be on the path.
 _plugins = __file__.rpartition("__init__")[0] + "_plugins"
@@ -30,6 +36,41 @@ if _plugins not in sys.path:
     sys.path.append(_plugins)
 
 __version__ = "0.1.0"
+
+
+def train(
+    *overrides: str, config_dir: str | PathLike[str] | None = None, progress: bool = True, **settings: Any
+) -> LoadedRun | LoadedRuns:
+    """Train a network, or sweep over configurations, as `lipexp train` does.
+
+    >>> run = lipexp.train("act=groupsort", "loss=hinge", "model.width=16", steps=100, progress=False)
+    >>> run.metrics.lipschitz.certified <= 1
+    True
+    >>> runs = lipexp.train("act=relu,groupsort", "model.width=16", seed=range(2), steps=100, progress=False)
+    >>> len(runs), runs.table["act"].unique().tolist()
+    (4, ['relu', 'groupsort'])
+
+    Args:
+        overrides: as on the command line, "group=option" or "key=value"; "key=a,b" is a sweep.
+        config_dir: a folder with options of your own, as --config-dir.
+        progress: show a progress bar, on a terminal or in a notebook with ipywidgets; elsewhere a line now and
+            then. False: nothing is printed.
+        settings: overrides of keys without a dot. Several values (a list, tuple, range or array) are a sweep.
+
+    Returns:
+        The run, or of a sweep the runs, as `lipexp.load` returns them from the folder that they were written to:
+        outputs/<date>/<time>, or hydra.run.dir, of a sweep hydra.sweep.dir.
+
+    Raises:
+        ConfigError: bad input; nothing is written.
+        RunFailed: a run ended without a result, or runs of a sweep did; what has finished lies in its folder.
+
+    The runs of a sweep train as stacked models in this process. With "hydra.launcher.executor=process" they train
+    in several ones; a script then needs `if __name__ == "__main__":`, since each of them imports it.
+    """
+    from lipexp.python import train  # torch takes a second to import
+
+    return train(overrides, settings, config_dir, progress)
 
 
 def load(run: str | PathLike[str], trust: bool = False) -> LoadedRun | LoadedRuns:
@@ -51,3 +92,18 @@ def load(run: str | PathLike[str], trust: bool = False) -> LoadedRun | LoadedRun
     from lipexp.loading import load  # torch takes a second to import
 
     return load(run, trust=trust)
+
+
+# Imported when they are asked for: torch and scikit-learn take seconds.
+_LATER = {
+    "ConfigError": "config",
+    "LipschitzClassifier": "estimators",
+    "LipschitzRegressor": "estimators",
+    "RunFailed": "runs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"lipexp.{_LATER[name]}"), name)

@@ -58,7 +58,7 @@ class Display:
     @contextmanager
     def training(self, total: int) -> Iterator[None]:
         """Shows the progress of `total` steps, and of what follows them, while the body runs."""
-        if not self.screen.is_terminal:
+        if not self.screen.is_live:
             yield
             return
         with self.screen.progress() as self._bar:
@@ -83,7 +83,7 @@ class Display:
         live = f"loss {row['train_loss']:.4g}  {metric.replace('_', ' ')} {row[metric]:.4g}  max ‖∇f‖ {steepest}"
         self.stage(live)
         if self._bar is None and not self.brief:
-            self.screen.show(f"step {step:>5}  {live}")
+            self.screen.tell(f"step {step:>5}  {live}")
 
     def stage(self, text: str) -> None:
         """What is done now, beside the steps."""
@@ -109,7 +109,7 @@ class Display:
 def composing(jobs: int, screen: Screen | None = None) -> Iterator[Callable[[], None]]:
     """Shows on a terminal how many jobs of a sweep are composed; yields what is to be called after each."""
     screen = screen or Screen()
-    if not screen.is_terminal:
+    if not screen.is_live:
         yield lambda: None
         return
     with screen.progress() as bar:
@@ -153,7 +153,7 @@ class SweepDisplay:
     @contextmanager
     def progress(self) -> Iterator[None]:
         """Shows the progress of all stacks while the body runs."""
-        if not self.screen.is_terminal:
+        if not self.screen.is_live:
             yield
             return
         with self.screen.progress() as self._bars:
@@ -190,7 +190,7 @@ class SweepDisplay:
         """Print a line about stack `number`, or about all of them."""
         if number is not None:
             text = f"stack {number + 1} of {len(self._runs)}, {count(self._runs[number], 'run')}: {text}"
-        self.screen.show(text)
+        self.screen.tell(text)
 
     def result(self, rows: Sequence[Mapping[str, Any]], overrides: Sequence[str], file: Path, table: bool) -> None:
         """The table of the jobs, best first and failed last, where all of it lies, and how to go on.

@@ -2,7 +2,7 @@
 
 `checked` reads the words of `lipexp train`. `Gate` looks at the configuration that Hydra has composed of them, and
 takes the folder. Hydra calls it as a callback and turns what callbacks raise into warnings, so that whatever is
-raised here ends in SystemExit, which Hydra lets pass.
+raised here becomes a `Refused`, a SystemExit, which Hydra lets pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from lipexp.config import GROUPS, SETTINGS, ConfigError, content, no_such, one_of
-from lipexp.explain import explain
 from lipexp.process import begin_work
 from lipexp.reading import careful, printable
 from lipexp.runs import RunFolder
@@ -229,22 +228,32 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
+class Refused(SystemExit):
+    """The configuration is refused because of `error`, which may be of any kind."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(2)
+        self.error = error
+
+
 class Gate(Callback):
     """Checks a configuration before Hydra creates anything, so that bad input leaves no folder behind."""
 
     member: ClassVar[Any] = None  # the single run that was checked
+    folder: ClassVar[Path | None] = None  # that it or the sweep leaves its results in
     _claimed: ClassVar[list[Path]] = []  # folders made for this command
     _held: ClassVar[ExitStack] = ExitStack()  # their locks
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        import lipexp.train  # noqa: F401  # what the run needs, while Ctrl-C may still end the process
+        import lipexp.training  # noqa: F401  # what the run needs, while Ctrl-C may still end the process
         from lipexp.members import build
 
         def check() -> None:
             running: Any = HydraConfig.instance()
             running.cfg = config  # for the resolver `hydra:`
             with flag_override(config.hydra.runtime, ["readonly", "struct"], [False, False]):
-                config.hydra.runtime.output_dir = str(Path(config.hydra.run.dir).absolute())
+                Gate.folder = Path(config.hydra.run.dir).absolute()
+                config.hydra.runtime.output_dir = str(Gate.folder)
             check_composed(config, config.hydra.runtime.choices, GlobalHydra.instance().config_loader())
             if config.get("resume"):  # a replayed configuration may lack it
                 raise ConfigError("resume", "true", "continues a sweep, which needs -m")
@@ -255,11 +264,12 @@ class Gate(Callback):
             Gate.member = build(content(config), config.hydra.runtime.choices)
             self._claim("hydra.run.dir", Path(config.hydra.run.dir), locked=False)
 
-        _or_exit(check)
+        _or_refused(check)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         def check() -> None:
             check_composed(config, config.hydra.runtime.choices, GlobalHydra.instance().config_loader())
+            Gate.folder = Path(config.hydra.sweep.dir).absolute()
             if config.hydra.launcher._target_.startswith("hydra_plugins.lipexp"):
                 if config.hydra.sweeper.get("max_batch_size") is not None:
                     value = config.hydra.sweeper.max_batch_size
@@ -269,7 +279,7 @@ class Gate(Callback):
                 raise ConfigError("resume", "true", "is for hydra/launcher=stack")
             self._claim("hydra.sweep.dir", Path(config.hydra.sweep.dir), locked=True)
 
-        _or_exit(check)
+        _or_refused(check)
 
     def _claim(self, option: str, folder: Path, locked: bool) -> None:
         """Make `folder` for this command alone.
@@ -295,7 +305,7 @@ class Gate(Callback):
     @classmethod
     def begin(cls) -> None:
         """A new command."""
-        cls.member = None
+        cls.member = cls.folder = None
         cls._claimed.clear()
 
     @classmethod
@@ -307,14 +317,11 @@ class Gate(Callback):
                 RunFolder(folder).discard_if_empty()
 
 
-def _or_exit(check: Callable[[], None]) -> None:
+def _or_refused(check: Callable[[], None]) -> None:
     try:
         check()
     except Exception as error:  # a user's class may raise anything
-        complain(explain(error))
-    else:
-        return
-    raise SystemExit(2)
+        raise Refused(error) from None
 
 
 def complain(message: object, *more: str) -> None:

@@ -5,10 +5,10 @@ Torch is imported only once a configuration is to be trained: `--help`, `--cfg j
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,17 +22,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lipexp.config import ConfigError, Settings, conf_dir, content, one_line
 from lipexp.explain import explain
-from lipexp.gate import Gate, checked, complain
+from lipexp.gate import Gate, Refused, checked, complain
 from lipexp.process import Terminated, begin_work, has_begun
-from lipexp.runs import RunFolder, SweepFailed
+from lipexp.runs import RunFailed, RunFolder, SweepFailed
 from lipexp.sweep.options import LauncherOptions
 from lipexp.sweep.search.options import SearchOptions
-
-log = logging.getLogger(__name__)
-
-
-class RunFailed(Exception):
-    """A run ended without a result; its folder says why."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,24 +34,19 @@ def main(arguments: Sequence[str]) -> int:
     failures: list[RunFailed] = []
     refused: list[ConfigError] = []
     Gate.begin()
-
-    def task(config: DictConfig) -> None:
-        # Not raised: Hydra would print a page, and of a sweep only the first failure.
-        try:
-            run_one(config)
-        except RunFailed as error:
-            failures.append(error)
-        except ConfigError as error:
-            refused.append(error)
-
     sys.path.append(os.getcwd())  # a user's own class lies where they work, as with `python -m`
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the error is explained in one line here
     register_schemas()
     try:
         sys.argv[1:] = checked(arguments)
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(
+            collecting(failures, refused)
+        )()
     except ConfigError as error:
         complain(error)
+        return 2
+    except Refused as stop:
+        complain(explain(stop.error))
         return 2
     except SweepFailed as error:
         failures.extend(RunFailed(line) for line in error.failures)
@@ -78,6 +67,20 @@ def main(arguments: Sequence[str]) -> int:
     return 2 if refused else int(bool(failures))
 
 
+def collecting(failures: list[RunFailed], refused: list[ConfigError]) -> Callable[[DictConfig], None]:
+    """The task that Hydra runs; it raises no failure, since of a sweep Hydra would report only the first."""
+
+    def task(config: DictConfig) -> None:
+        try:
+            run_one(config)
+        except RunFailed as error:
+            failures.append(error)
+        except ConfigError as error:
+            refused.append(error)
+
+    return task
+
+
 def register_schemas() -> None:
     """Tell Hydra the types of all settings: those of a run, of the launcher and of the sweeper."""
     store = ConfigStore.instance()
@@ -87,7 +90,7 @@ def register_schemas() -> None:
 
 
 def run_one(config: DictConfig) -> None:
-    """The task that Hydra runs: one configuration, one run folder.
+    """One configuration, one run folder.
 
     Raises:
         RunFailed: it ended without a result; failed.json is written.
@@ -95,7 +98,7 @@ def run_one(config: DictConfig) -> None:
     """
     from lipexp.display import Display
     from lipexp.members import build
-    from lipexp.train import train_many
+    from lipexp.training import train_many
     from lipexp.wording import broken_bound, shown_path
 
     begin_work()
@@ -122,11 +125,10 @@ def run_one(config: DictConfig) -> None:
         _write_failure(folder, str(error), step=0)
         raise RunFailed(f"{error} ({shown})") from None
     except Exception as error:  # a user's class may raise anything
-        reason = one_line(error)
-        with suppress(OSError):  # the disk may be full
-            log.exception("the run ended with an error")
+        reason, written = one_line(error), f"{running.job.name}.log"
+        with suppress(OSError), (folder.path / written).open("a") as log:  # the disk may be full
+            log.write(traceback.format_exc())
         _write_failure(folder, reason, display.step)
-        written = f"{running.job.name}.log"
         where = f"traceback in {Path(shown, written)}" if (folder.path / written).is_file() else shown
         raise RunFailed(f"{reason} ({where})") from error
     if trained.metrics is None:

@@ -74,7 +74,7 @@ def build(
         content: the composed configuration, without Hydra's own node.
         choices: the option chosen in each group, for messages.
         here: it will be trained on this machine, which must have its device.
-        made: the objects that earlier calls have made, by their configuration: they are shared.
+        made: the objects that earlier calls have made, by their `made_key`: they are shared.
 
     Raises:
         ConfigError: whatever is wrong with it, by the name that the command line uses.
@@ -87,7 +87,7 @@ def build(
         for group in GROUPS
     }
     parts: dict[str, Any] = {} if made is None else made
-    keys = {group: repr((group, sorted(plain(getattr(config, group)).items()))) for group in GROUPS}
+    keys = {group: made_key(group, getattr(config, group)) for group in GROUPS}
     for group, key in keys.items():
         if key not in parts:
             parts[key] = part(getattr(config, group), group, names[group])
@@ -118,6 +118,11 @@ def build(
             allowed = f"is for one output that is fitted, not for dataset={names['dataset']}"
             raise ConfigError("model.monotone", plain(config.model)["monotone"], allowed)
     return member
+
+
+def made_key(group: str, node: Any) -> str:
+    """What an object of `group` that is made from a configuration node is known by."""
+    return repr((group, sorted(plain(node).items())))
 
 
 def part(node: Any, group: str, name: str, trust: bool = True) -> Any:

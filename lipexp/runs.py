@@ -47,11 +47,15 @@ class NotFinite(ValueError):
     """A number of a result is infinite, or none at all."""
 
 
-class SweepFailed(Exception):
+class RunFailed(Exception):
+    """A run ended without a result; its folder says why."""
+
+
+class SweepFailed(RunFailed):
     """Some jobs of a sweep failed; `failures` has a line for each."""
 
     def __init__(self, failures: Sequence[str]) -> None:
-        super().__init__(f"{len(failures)} jobs failed")
+        super().__init__("\n".join(failures))
         self.failures = list(failures)
 
 

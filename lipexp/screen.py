@@ -7,11 +7,13 @@ output cannot encode is spelled out; see process.py.) What is printed is text, i
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +27,8 @@ from rich.text import Text
 
 from lipexp.process import LEGIBLE, silence
 
+# What a screen shows: "everything"; "progress", which is what changes while something is done; or "nothing".
+SHOWN: ContextVar[str] = ContextVar("SHOWN", default="everything")
 PLAIN: Any = {"markup": False, "emoji": False, "highlight": False}
 ANY_WIDTH = 100_000
 GAP = 2  # characters between two columns
@@ -50,9 +54,25 @@ class Screen(Console):
         if stream is not None:
             options.setdefault("file", _Forgiving(stream))
         super().__init__(**PLAIN, **options)
+        self.shown = SHOWN.get()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it shows lines that change: on a terminal, and in a notebook that has rich's widgets."""
+        notebook = self.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+        return self.shown != "nothing" and (self.is_terminal or notebook)
 
     def show(self, *parts: str | Table, bold: str = "") -> None:
         """Print text and tables; `bold` precedes the first text."""
+        if self.shown == "everything":
+            self._print(*parts, bold=bold)
+
+    def tell(self, line: str) -> None:
+        """Print a line about the progress of something."""
+        if self.shown != "nothing":
+            self._print(line)
+
+    def _print(self, *parts: str | Table, bold: str = "") -> None:
         for part in parts:
             for line in self.lines(part, bold):
                 self.print(line, soft_wrap=True)
@@ -108,7 +128,7 @@ class Screen(Console):
     def waiting(self, text: str) -> Iterator[Callable[[str], None]]:
         """Says on a terminal what is waited for and since when; yields what is called with a new text."""
         columns = (SpinnerColumn("line"), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-        with Progress(*columns, console=self, transient=True, disable=not self.is_terminal) as progress:
+        with Progress(*columns, console=self, transient=True, disable=not self.is_live) as progress:
             task = progress.add_task(self.spelled(text))
             yield lambda news: progress.update(task, description=self.spelled(news))
 

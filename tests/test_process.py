@@ -13,7 +13,7 @@ from lipexp.display import StackDisplay
 from lipexp.members import build
 from lipexp.process import cpu_threads
 from lipexp.runs import RunFolder
-from lipexp.train import train_many
+from lipexp.training import train_many
 
 
 def in_use() -> set[int]:

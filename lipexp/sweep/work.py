@@ -19,7 +19,7 @@ from lipexp.display import StackDisplay
 from lipexp.members import build
 from lipexp.runs import RunFolder
 from lipexp.sweep.compose import Job
-from lipexp.train import train_many
+from lipexp.training import train_many
 
 gc.freeze()  # a collection in a worker would copy the memory that it shares with the server
 

@@ -145,7 +145,7 @@ class Search:
         for number, (first, end) in enumerate(pairwise(ends)):
             trials = self._ask(first, end)
             self._tell(trials, self._train(number, trials))
-            Screen().show(f"round {number + 1} of {len(ends) - 1}: {count(end, 'trial')}, {self._best()}")
+            Screen().tell(f"round {number + 1} of {len(ends) - 1}: {count(end, 'trial')}, {self._best()}")
         self._finish()
 
     @holding_interrupts()
