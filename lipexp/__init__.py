@@ -2,7 +2,7 @@
 
 The rule of the house: configuration group (singular) = module (plural) = test file.
 
-    conf/dataset/     -> lipexp/datasets.py      what a run learns
+    conf/dataset/     -> lipexp/datasets/        what a run learns
     conf/act/         -> lipexp/activations.py   1-Lipschitz maps between layers
     conf/constraint/  -> lipexp/constraints.py   operator norms that bound each layer
     conf/loss/        -> lipexp/losses.py
@@ -11,9 +11,9 @@ The rule of the house: configuration group (singular) = module (plural) = test f
 
 The road of a command: cli -> hydra_app -> members (configurations -> objects) -> loop (K stacked runs) ->
 evaluate, with measured (lower bounds) and proven (upper bounds) -> record and runs (the folder of a run). A sweep
-takes the side road sweep -> training. What is finished is read back by loading, for certify, predict, export, report
-and figures. From Python the same road begins at `lipexp.train` (python), or at a scikit-learn estimator (estimators,
-fitting).
+takes the side road sweep -> training. What is finished is read back by loading, for certify, predict, export,
+report and figures. From Python the same road begins at `lipexp.train` (python), or at a scikit-learn estimator
+(estimators, fitting).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import hashlib
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -15,11 +15,13 @@ from typing import Any, overload
 import pandas as pd
 import torch
 
-from lipexp.config import ConfigError, no_such, one_line
+from lipexp.config import ConfigError, no_such, one_line, whole
 from lipexp.datasets.preprocessing import NUMBER, Column, Preprocessing, Target
+from lipexp.measured.gradients import Maximum
 from lipexp.members import part
 from lipexp.networks import BakedNetwork, Network
 from lipexp.prediction import Predictor
+from lipexp.proven import Chain, Problem, prove, prove_quickly
 from lipexp.reading import LARGE_BYTES, Missing, Unreadable, plain_file
 from lipexp.record import Metrics, Outcome, settings
 from lipexp.runs import RunFolder, find
@@ -53,8 +55,21 @@ class LoadedRun:
     @cached_property
     def predictor(self) -> Predictor:
         """What `predict` asks."""
-        constraint = part_of(self.config, "constraint", self.trusted)
-        return Predictor(constraint.prove(self.baked), *self._certified(), self._preprocessing())
+        constraint, preprocessing = part_of(self.config, "constraint", self.trusted), self._preprocessing()
+        network = constraint.prove(self.baked)
+        value, reason = self._certified()
+        problem = Problem(
+            network,
+            Chain.of(constraint, len(network.layers)),
+            tuple(torch.tensor(self.metrics.search.box, dtype=torch.float64).T),
+            Maximum(self.metrics.lipschitz.measured, ()),
+            whole("max_regions", self.config.get("max_regions", 0), least=0),
+        )
+        # The constant of the whole network is recorded. Of several classes each pair has its own.
+        certificate = prove(problem) if preprocessing.task == "multiclass" else prove_quickly(problem)
+        if value is not None and certificate.value is not None:
+            value = min(value, certificate.value)
+        return Predictor(network, replace(certificate, value=value, reason=reason), preprocessing)
 
     def _certified(self) -> tuple[float | None, str | None]:
         """The smallest constant that is recorded as proven for this model.pt, or why there is none."""

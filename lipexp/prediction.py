@@ -6,6 +6,8 @@ Shapes: N rows, D inputs, C outputs, of one network, K = 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +17,9 @@ import torch
 from lipexp.config import ConfigError
 from lipexp.datasets.preprocessing import NUMBER, Floats, Preprocessing
 from lipexp.networks import BakedNetwork
-from lipexp.proven.radii import certified_radii, why_no_radii
+from lipexp.proven import Certificate
+from lipexp.proven.pairs import Pairs, feature_constants, pair_constants
+from lipexp.proven.radii import certified_radii, margins, predicted, why_no_radii
 
 ROUNDING = 2.0**-22  # of the two float32 numbers that a value of the table and a changed one become, relative
 
@@ -39,8 +43,7 @@ class Predictor:
     """
 
     network: BakedNetwork  # with its proven norms
-    lipschitz: float | None  # a proven bound for the norm p
-    reason: str | None  # why there are no radii
+    certificate: Certificate
     preprocessing: Preprocessing
 
     def __post_init__(self) -> None:
@@ -53,7 +56,27 @@ class Predictor:
                 f"{len(found.features)} inputs and {outputs} outputs, the network {expected[0]} and {expected[1]}"
             )
             raise ConfigError("preprocessing.json", None, f"has {sizes}")
-        self.reason = self.reason or why_no_radii(self.network)
+        self.reason = self.certificate.reason or why_no_radii(self.network)  # why there are no radii
+
+    @cached_property
+    def pairs(self) -> Pairs | None:
+        """The constants of the differences of outputs, if each stands for a class."""
+        several = self.preprocessing.task == "multiclass"
+        return pair_constants(self.network, self.certificate) if several else None
+
+    @cached_property
+    def gains(self) -> Floats:
+        """How much farther one input may move alone, for each class (C, D), or (1, D) for one output.
+
+        The radius is the smallest m_j / L_cj over other classes j, with the margins m_j = f_c - f_j. Input k alone
+        may move by the smallest m_j / L^k_cj, which is at least the radius times the smallest L_cj / L^k_cj.
+        """
+        alone = feature_constants(self.network, self.certificate, self.pairs)  # (D,) or (C, C, D)
+        constants: Any = self.certificate.value if self.pairs is None else self.pairs.constants[:, :, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = np.array(constants / alone)
+        found[np.isnan(found)] = np.inf  # of a class and itself, and of two whose difference is constant
+        return found[None] if self.pairs is None else found.min(axis=1)
 
     def __call__(self, frame: pd.DataFrame, reach: bool = False) -> pd.DataFrame:
         """The predictions for the rows of a table, with its index.
@@ -66,41 +89,43 @@ class Predictor:
     def of_points(self, points: npt.NDArray[np.float32], reach: bool = False) -> pd.DataFrame:
         """The predictions for points (N, D)."""
         x, task = torch.from_numpy(points).double(), self.preprocessing.task
+        if task == "regression":
+            f, targets = self.network.double(x.unsqueeze(0))[0].numpy(), self.preprocessing.targets  # (N, C)
+            names = [f"prediction:{target.name}" for target in targets] if len(targets) > 1 else ["prediction"]
+            values = zip(names, targets, f.T, strict=True)
+            return pd.DataFrame({name: target.mean + target.scale * own for name, target, own in values})
         classes = np.array(self.preprocessing.classes, dtype=object)
-        if task == "classification" and self.lipschitz is not None and self.reason is None:
-            radii = certified_radii(self.network, x, self.lipschitz)
-            found = {
-                "prediction": classes[(radii.f > 0).astype(np.int64)],
-                "score": radii.f,
-                "radius": radii.radius,
-            }
-            return pd.DataFrame(found | (self.reaches(points, radii.radius) if reach else {}))
-        f = self.network.double(x.unsqueeze(0))[0].numpy()  # (N, C)
-        if task == "classification":
-            return pd.DataFrame({"prediction": classes[(f[:, 0] > 0).astype(np.int64)], "score": f[:, 0]})
-        if task == "multiclass":
-            second, first = np.argsort(f, axis=1, kind="stable")[:, -2:].T
-            score = f[np.arange(len(f)), first] - f[np.arange(len(f)), second]
-            return pd.DataFrame({"prediction": classes[first], "runner_up": classes[second], "score": score})
-        targets = self.preprocessing.targets
-        names = [f"prediction:{target.name}" for target in targets] if len(targets) > 1 else ["prediction"]
-        values = {
-            name: each.mean + each.scale * f[:, i]
-            for i, (name, each) in enumerate(zip(names, targets, strict=True))
-        }
-        return pd.DataFrame(values)
+        if self.reason is None:
+            constants = self.certificate.value if self.pairs is None else self.pairs.constants
+            assert constants is not None
+            radii = certified_radii(self.network, x, constants)
+            prediction, runner_up, score, radius = radii[:4]
+        else:
+            f, radius = self.network.double(x.unsqueeze(0))[0].numpy(), None
+            prediction, (margin, _) = predicted(f), margins(f, np.zeros_like(f))
+            runner_up = margin.argmin(axis=1) if task == "multiclass" else None
+            score = margin.min(axis=1) if task == "multiclass" else f[:, 0]
+        found = {"prediction": classes[prediction]}
+        found |= {} if runner_up is None else {"runner_up": classes[runner_up]}
+        found |= {"score": score} | ({} if radius is None else {"radius": radius})
+        if reach and radius is not None:
+            found |= self.reaches(points, radius, prediction)
+        return pd.DataFrame(found)
 
-    def reaches(self, points: npt.NDArray[np.float32], radius: Floats) -> dict[str, Floats]:
+    def reaches(
+        self, points: npt.NDArray[np.float32], radius: Floats, prediction: npt.NDArray[np.int64]
+    ) -> dict[str, Floats]:
         """`reach:NAME` of each column of numbers: how far it may change alone, in its own unit, rounded down.
 
-        A change of one input by d moves the point by d in every norm, so the prediction holds for d <= radius. The
-        input is a float32 number, and so is the changed one, whose rounding is taken off.
+        The input is a float32 number, and so is the changed one, whose rounding is taken off.
         """
+        gains = self.gains[prediction if self.pairs is not None else 0]  # (N, D), or (D,)
         found, place = {}, 0
         for column in self.preprocessing.columns:
             if column.kind == NUMBER:
                 size = np.abs(points[:, place].astype(np.float64))
-                change = np.maximum(radius * (1 - ROUNDING) - ROUNDING * size, 0)
+                alone = np.multiply(radius, gains[..., place], out=np.zeros_like(radius), where=radius > 0)
+                change = np.maximum(alone * (1 - ROUNDING) - ROUNDING * size, 0)
                 found[f"reach:{column.name}"] = np.nextafter(change * column.scale * (1 - 2.0**-50), 0)
             place += len(column.features)
         return found
@@ -108,17 +133,17 @@ class Predictor:
     def slopes(self) -> pd.DataFrame:
         """Of a regression: the largest change of each target, in its unit, per unit of each column of numbers.
 
-        A row for each column of numbers, a column for each target, rounded up: L times the scale of the target
-        over that of the column. Empty where no Lipschitz constant is proven.
+        A row for each column of numbers, a column for each target, rounded up. Empty where no constant is proven.
         """
-        if self.lipschitz is None:
+        if self.certificate.value is None:
             return pd.DataFrame()
-        columns = {column.name: column.scale for column in self.preprocessing.columns if column.kind == NUMBER}
-        constant = self.lipschitz * (1 + 2.0**-50)
-        return pd.DataFrame(
-            {
-                target.name: [constant * target.scale / scale for scale in columns.values()]
-                for target in self.preprocessing.targets
-            },
-            index=list(columns),
-        )
+        constants = np.atleast_2d(feature_constants(self.network, self.certificate)) * (1 + 2.0**-50)  # (C, D)
+        found: dict[str, list[float]] = {target.name: [] for target in self.preprocessing.targets}
+        names, place = [], 0
+        for column in self.preprocessing.columns:
+            if column.kind == NUMBER:
+                names.append(column.name)
+                for target, constant in zip(self.preprocessing.targets, constants[:, place], strict=True):
+                    found[target.name].append(float(constant * target.scale / column.scale))
+            place += len(column.features)
+        return pd.DataFrame(found, index=names)

@@ -12,16 +12,14 @@ import pytest
 import torch
 from commands import edit
 from conftest import choice_of
-from networks import RELU, normal
 
 import lipexp as package
 from lipexp import predict
 from lipexp.config import ConfigError
-from lipexp.datasets.preprocessing import Column, Preprocessing, Target
-from lipexp.networks import Affine, BakedNetwork
-from lipexp.prediction import Predictor
+from lipexp.datasets.preprocessing import Preprocessing
 
 TABLE = choice_of("dataset", "table")
+CITIES = (*TABLE[:-1], "dataset.target=city", "dataset.drop=ill", "loss=multi_margin", "lipschitz=2")
 REGRESSION = (*TABLE[:-1], "dataset.target=pressure", "dataset.drop=ill", "loss=mse", "lipschitz=2")
 FILE = Path(__file__).with_name("table.csv")
 NEW = pd.read_csv(FILE).drop(columns="ill")
@@ -46,10 +44,13 @@ def test_classes_scores_and_radii_are_those_of_the_network(trained_run):
     assert list(found.index) == list(range(599, -1, -1))
 
 
-def test_a_class_holds_while_a_column_stays_within_its_reach(trained_run):
-    run = package.load(trained_run(*TABLE, "steps=60"))
+@pytest.mark.parametrize("task", [TABLE, CITIES], ids=["two classes", "three classes"])
+def test_a_class_holds_while_a_column_stays_within_its_reach(task, trained_run):
+    run = package.load(trained_run(*task, "steps=60"))
     found = run.predict(NEW, reach=True)
-    assert list(found)[3:] == ["reach:age", "reach:pressure"]
+    assert list(found)[-2:] == ["reach:age", "reach:pressure"]
+    scales = {column.name: column.scale for column in run.predictor.preprocessing.columns}
+    assert (found["reach:age"] / scales["age"] > 1.01 * found["radius"]).any()  # more than what the radius says
     for column in ("age", "pressure"):
         reach = found[f"reach:{column}"]
         assert (reach > 0).mean() > 0.9
@@ -81,37 +82,40 @@ def test_a_regression_is_predicted_in_the_unit_of_the_file_and_changes_no_faster
     assert 0.01 * slope < change.max() <= slope * (1 + 1e-3)  # the inputs are rounded to float32
 
 
-@pytest.mark.parametrize("dataset", ["two_moons", "absolute_value"])
+@pytest.mark.parametrize("dataset", ["two_moons", "spirals", "absolute_value"])
 def test_a_run_on_other_data_takes_the_columns_of_gradients_csv(dataset, trained_run):
     folder = trained_run(f"dataset={dataset}")
     run = package.load(folder)
     points = run.table("gradients")
     found = run.predict(points)
     score = found["prediction" if dataset == "absolute_value" else "score"]
-    np.testing.assert_allclose(score, points["f"], rtol=1e-12)
-    if dataset == "two_moons":
+    if dataset == "spirals":
+        values = points[["f0", "f1", "f2"]].to_numpy()
+        assert np.array_equal(found["prediction"].astype(int), values.argmax(axis=1))
+    else:
+        np.testing.assert_allclose(score, points["f"], rtol=1e-12)
+    if dataset != "absolute_value":
         radii = run.table("radii")
-        own = found[points["split"] == "test"].reset_index(drop=True)
+        own = found[points["split"] != "train"].reset_index(drop=True)
         assert own["prediction"].astype(int).equals(radii["prediction"])
         np.testing.assert_array_equal(own["radius"], radii["radius"])
 
 
-def test_of_several_classes_the_largest_output_decides_and_the_next_is_the_runner_up():
-    layers = [Affine(normal(1, 4, 2).float(), normal(1, 1, 4, seed=1).float())]
-    layers += [Affine(normal(1, 3, 4, seed=2).float(), normal(1, 1, 3, seed=3).float())]
-    columns = [Column("u", "number", 1.0, 2.0), Column("v", "number")]
-    classes = ["x", "y", "z"]
-    preprocessing = Preprocessing(columns, [Target("t")], "multiclass", classes, "")
-    frame = pd.DataFrame(normal(50, 2, seed=4).numpy(), columns=["v", "u"])
-    found = Predictor(BakedNetwork(layers, RELU), 1.0, None, preprocessing)(frame)
-    (first, last), x = layers, np.stack([(frame["u"] - 1) / 2, frame["v"]], axis=1)
-    hidden = np.maximum(x @ first.weight[0].double().numpy().T + first.bias[0].double().numpy(), 0)
-    f = hidden @ last.weight[0].double().numpy().T + last.bias[0].double().numpy()
-    assert found["prediction"].nunique() > 1
-    for row, (values, said) in enumerate(zip(f, found.itertuples(), strict=True)):
-        best, second, _ = sorted(zip(values, classes, strict=True), reverse=True)
-        assert (said.prediction, said.runner_up) == (best[1], second[1]), row
-        assert said.score == pytest.approx(best[0] - second[0], abs=1e-5)
+def test_of_several_classes_the_largest_output_decides_and_the_runner_up_is_the_nearest(trained_run):
+    run = package.load(trained_run(*CITIES, "steps=60"))
+    found = run.predict(NEW)
+    f, _ = outputs(run.folder, NEW)
+    classes = np.array(["Bergen", "Oslo", "Tromso"])
+    places = {city: place for place, city in enumerate(classes)}
+    first, second = (found[column].map(places).to_numpy() for column in ("prediction", "runner_up"))
+    assert len(set(first)) == 3
+    assert np.array_equal(f.argmax(axis=1), first)
+    rows = np.arange(len(f))
+    np.testing.assert_allclose(found["score"], f[rows, first] - f[rows, second], rtol=1e-4, atol=1e-5)
+    others = run.predictor.pairs.constants + np.diag([np.nan] * 3)
+    apart = (f[rows, first][:, None] - f) / others[first]
+    np.testing.assert_allclose(found["radius"], np.nanmin(apart, axis=1), rtol=1e-4, atol=1e-5)
+    assert (np.nanargmin(apart, axis=1) == second).mean() > 0.99  # but for ties
 
 
 # The verb --------------------------------------------------------------------------------------------------------
