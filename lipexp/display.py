@@ -18,7 +18,16 @@ from rich.table import Table
 from lipexp.process import holding_interrupts
 from lipexp.screen import Screen
 from lipexp.tasks import METRICS, SPLITS
-from lipexp.wording import below, count, gradient_line, interval_line, monotone_line, robustness_line, shown_path
+from lipexp.wording import (
+    below,
+    columns_line,
+    count,
+    gradient_line,
+    interval_line,
+    monotone_line,
+    robustness_line,
+    shown_path,
+)
 
 if TYPE_CHECKING:
     from lipexp.members import Member
@@ -99,6 +108,8 @@ class Display:
             self.screen.show(gradient_line(metrics.gradient_norm))
             if metrics.robustness is not None:
                 self.screen.show(robustness_line(metrics.robustness))
+            if metrics.columns:
+                self.screen.show(columns_line(metrics.columns))
             if metrics.monotone is not None:
                 self.screen.show(monotone_line(metrics.monotone))
         self.screen.show(interval_line(metrics.lipschitz))

@@ -147,3 +147,24 @@ class Predictor:
                     found[target.name].append(float(constant * target.scale / column.scale))
             place += len(column.features)
         return pd.DataFrame(found, index=names)
+
+
+def in_units(predictor: Predictor, radii: dict[str, Any] | None) -> tuple[dict[str, Floats], dict[str, Any]]:
+    """What certified bounds mean in the units of a table: new columns of radii.csv, and one number a column of it.
+
+    For a classifier that is its reach in each row, and the median of the test rows; for a regression there are no
+    rows, and a number for each target: see `Predictor.slopes`.
+
+    Args:
+        radii: the columns of radii.csv; None where there are none.
+    """
+    if predictor.preprocessing.task == "regression":
+        slopes: Any = predictor.slopes().to_dict("index")
+        return {}, slopes
+    if radii is None:
+        return {}, {}
+    points = np.stack([radii[f"x{i}"] for i in range(predictor.network.n_inputs)], axis=1).astype(np.float32)
+    reaches = predictor.reaches(points, radii["radius"], radii["prediction"])
+    test = radii["split"] == "test"
+    medians = {name.removeprefix("reach:"): float(np.median(reach[test])) for name, reach in reaches.items()}
+    return reaches, {name: {"reach": value} for name, value in medians.items() if np.isfinite(value)}

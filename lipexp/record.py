@@ -154,6 +154,7 @@ class Metrics:
     lipschitz: Interval
     robustness: Robustness | None  # None where nothing is classified
     monotone: Monotone | None
+    columns: dict[str, dict[str, float]] | None  # of a table, in its units: see `prediction.in_units`
     search: SearchedBox
     model_sha256: str
     timing: dict[str, float]

@@ -118,13 +118,18 @@ def _write(
     member: Member, folder: RunFolder, found: Evaluation, timing: Mapping[str, float], device: str
 ) -> Metrics:
     """Write the other files of a finished run but its picture, metrics.json last, and return its content."""
-    preprocessing = member.parts["dataset"].preprocessing
+    preprocessing, columns = member.parts["dataset"].preprocessing, None
+    radii = None if found.robustness is None else found.robustness.columns
     if preprocessing is not None:
         folder.write_json(PREPROCESSING, dataclasses.asdict(preprocessing))
+        with holding_interrupts():  # pandas, which only tables need
+            from lipexp.prediction import Predictor, in_units
+        reaches, columns = in_units(Predictor(found.network, found.certificate, preprocessing), radii)
+        radii = radii and {**radii, **reaches}
     folder.write_columns("gradients", found.gradients)
     folder.write_rows("layers", found.layers)
-    if found.robustness is not None and found.robustness.columns is not None:
-        folder.write_columns("radii", found.robustness.columns)
+    if radii is not None:
+        folder.write_columns("radii", radii)
     metrics = Metrics(
         seed=int(member.config.seed),
         step=found.step,
@@ -135,6 +140,7 @@ def _write(
         lipschitz=found.certificate.interval(found.measured),
         robustness=None if found.robustness is None else found.robustness.summary(member.config.radii),
         monotone=found.monotone,
+        columns=columns,
         search=found.search,
         model_sha256=folder.write_model(found.network.state_dict()),
         timing=dict(timing),

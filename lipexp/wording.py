@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from itertools import pairwise
 from pathlib import Path
@@ -56,6 +56,25 @@ def robustness_line(robustness: Robustness) -> str:
     if pairs is not None:
         line += f" (pairs of outputs: {below(pairs.smallest)} to {above(pairs.largest, None)})"
     return line if robustness.reason is None else f"{line} (none in float32: {robustness.reason})"
+
+
+def columns_line(columns: Mapping[str, Mapping[str, float]], most: int = 6) -> str:
+    """What bounds mean for the columns of a table: `may move alone by (median): age 4.1  weight 12.2`.
+
+    For a regression `cost changes by at most: 0.31 per age  1.2 per weight`, a line for each target.
+    """
+    names = dict.fromkeys(name for row in columns.values() for name in row)
+    rest = f"  and {len(columns) - most} more" if len(columns) > most else ""
+    lines = []
+    for name in names:
+        shown = [(column, row[name]) for column, row in columns.items() if name in row][:most]
+        if name == "reach":
+            text = "  ".join(f"{column} {below(value)}" for column, value in shown)
+            lines.append(f"without another prediction each may move alone, median: {text}{rest}")
+        else:
+            text = "  ".join(f"{above(value, None)} per {column}" for column, value in shown)
+            lines.append(f"{name} changes by at most: {text}{rest}")
+    return "\n".join(lines)
 
 
 def monotone_line(monotone: Monotone) -> str:
