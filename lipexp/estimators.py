@@ -61,7 +61,7 @@ class LipschitzEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn h
         standardize: subtract the means of the training rows' features (and of a regression's targets) and divide
             by their standard deviations.
         method: what proves the Lipschitz constant: "product" of the layers' norms, which takes no time, another
-            method of `lipexp certify --method`, or "best", the best of all, which may take some seconds.
+            method of `lipexp certify --method`, or "best", the best of all, which may take a minute.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         threads: CPU threads; these networks are too small to gain from more.
         random_state: of the split, the first weights and the batches; an int for the same network at every call.

@@ -41,6 +41,7 @@ GATE = "++hydra.callbacks.gate={_target_: lipexp.gate.Gate}"
 # Worker processes import the script that starts them, so without `if __name__ == "__main__":` it would run again.
 INLINE = "hydra.launcher.executor=inline"
 LISTS = {name for name, kind in get_type_hints(Settings).items() if str(kind).startswith("list")}
+EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, YAMLError)  # of bad input
 HYDRA_STATE = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)  # Hydra's other singletons are registries
 ONE_AT_A_TIME = threading.RLock()
 
@@ -57,10 +58,9 @@ def train(
     try:
         with hydra_of_our_own(config_dir) as hydra:
             return _train(hydra, lines)
-    except (ConfigError, HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise _refusal(error) from None
-    except Refused as refused:
-        raise _refusal(refused.error) from refused.error
+    except (*EXPECTED, Refused) as stop:
+        error = stop.error if isinstance(stop, Refused) else stop
+        raise _refusal(error) from (None if isinstance(error, EXPECTED) else error)
     finally:
         SHOWN.reset(shown)
 
@@ -167,6 +167,7 @@ def _text(name: str, value: Any) -> str:
 
 
 def _refusal(error: Exception) -> ConfigError:
+    """What the command says of an error, as the error that it is in Python."""
     if isinstance(error, ConfigError):
         return error
     head, found, allowed = explain(error).partition(": ")

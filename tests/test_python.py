@@ -298,5 +298,6 @@ def test_the_example_in_the_docstring_holds(tmp_path, monkeypatch):
 def test_names_are_imported_when_they_are_asked_for():
     code = "import sys, lipexp; lipexp.ConfigError; sys.exit(bool({'torch', 'sklearn', 'hydra'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert {"ConfigError", "LipschitzRegressor", "RunFailed", "load", "train"} <= {*dir(package)}
     with pytest.raises(AttributeError, match="module 'lipexp' has no attribute 'LipschitzClasifier'"):
         package.LipschitzClasifier  # noqa: B018
