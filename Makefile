@@ -13,6 +13,10 @@ help: ## list the targets
 train: .venv/ready ## train on two-moons: hinge loss, GroupSort, spectral norm 1
 	$(BIN)/lipexp train loss=hinge act=groupsort
 
+outputs/breast_cancer.csv: .venv/ready
+	$(BIN)/python -c "from sklearn.datasets import load_breast_cancer as load; data = load(as_frame=True); \
+	data.data.assign(diagnosis=data.target_names[data.target]).to_csv('$@', index=False)"
+
 figures: .venv/ready ## draw all figures and check their claims; figure-NAME draws one of them
 	$(BIN)/lipexp figures
 

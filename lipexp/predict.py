@@ -20,6 +20,7 @@ from lipexp.prediction import Predictor
 from lipexp.process import cpu_threads
 from lipexp.runs import write_file
 from lipexp.screen import Screen
+from lipexp.wording import above
 
 ROWS = 2**16  # that are read, predicted and written at a time ...
 NUMBERS = 2**23  # ... fewer where a layer is wide, since rows x features numbers are held, several times over
@@ -95,7 +96,7 @@ def predict(options: argparse.Namespace) -> None:
     if options.reach and regression:
         for target, slopes in predictor.slopes().items():
             for column, slope in slopes.items():
-                screen.show(f"{target} changes by at most {slope:.4g} per unit of {column}")
+                screen.show(f"{target} changes by at most {above(slope, None)} per unit of {column}")
     with cpu_threads(whole("threads", run.config.get("threads", 1), least=1)), screen.progress() as progress:
         task = progress.add_task("rows", total=None)
 
