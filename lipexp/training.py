@@ -156,7 +156,7 @@ def _draw(member: Member, folder: RunFolder, found: Evaluation) -> None:
         with holding_interrupts():
             from lipexp.figures.run import run_figure
 
-        folder.write_figure(run_figure(found, member.names))
+        folder.write_figure(run_figure(found, member))
     except Exception as error:
         line = f"lipexp: {shown_path(folder.path / 'figure.png')}: cannot be drawn: {one_line(error)}"
         Screen(stderr=True).show(line)

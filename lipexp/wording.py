@@ -22,6 +22,11 @@ def shown_path(path: Path) -> str:
     return str(path.absolute()) if shown.startswith("..") else shown
 
 
+def dataset_name(option: str, path: str | None) -> str:
+    """What a dataset is called: the option, or the name of the file that it only reads."""
+    return Path(path).name if option in ("table", "npz") and path else option
+
+
 def count(number: int, what: str, plural: str = "s") -> str:
     """`1 run`, `2 runs`."""
     return f"{number} {what}{'' if number == 1 else plural}"

@@ -36,7 +36,7 @@ def drawn(compose):
         member = build(compose("experiment=debug", "device=cpu", "max_regions=0", *overrides))
         runs = stack([member])
         (found,) = Evaluator(runs).final(fit(runs, lambda checkpoint: None))
-        return run_figure(found, member.names), found
+        return run_figure(found, member), found
 
     return draw
 

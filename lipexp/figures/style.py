@@ -11,15 +11,19 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, whose colours can be told apart with any colour vision.
 BLUE, ORANGE, GREEN, RED, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9"
+PURPLE, YELLOW = "#CC79A7", "#F0E442"
 BLACK, GREY = "#222222", "#8a8a8a"
 ACT_COLOUR = {"relu": ORANGE, "groupsort": BLUE}
 ACT_NAME = {"relu": "ReLU", "groupsort": "GroupSort"}
 LOSS_NAME = {"bce": "cross-entropy", "hinge": "hinge"}
-CLASS_COLOURS = (BLUE, ORANGE)  # of class 0 and class 1
+WINE = "#882255"  # of Tol's palette, which has the same property
+# Of classes, or of several outputs, in their order; from the tenth on they share the last.
+CLASS_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, BLACK, WINE, GREY)
 
 COLUMN, PAGE = 3.5, 7.0  # inches: one column and both of a two-column paper
 DPI = 200
@@ -78,34 +82,79 @@ def label(ax: Axes, text: str, x: float, y: float, colour: str = BLACK, **option
     ax.annotate(text, (x, y), textcoords="offset points", color=colour, **settings)
 
 
+def scatter(ax: Axes, points: npt.NDArray[Any], y: npt.NDArray[Any], names: Sequence[str]) -> None:
+    """Points (N, 2) in the colour of their class y (N,); `names` are those of the classes, for a legend."""
+    for c, name in enumerate(names):
+        own, colour = points[y == c], class_colour(c)
+        ax.scatter(own[:, 0], own[:, 1], s=5, color=colour, alpha=0.45, linewidths=0, rasterized=True, label=name)
+    ax.set_aspect("equal")
+
+
+def class_colour(c: int) -> str:
+    return CLASS_COLOURS[min(c, len(CLASS_COLOURS) - 1)]
+
+
 def contours(
-    ax: Axes, points: npt.NDArray[Any], second_class: npt.NDArray[np.bool_], mesh: Mesh, f: npt.NDArray[Any]
+    ax: Axes, points: npt.NDArray[Any], y: npt.NDArray[Any], mesh: Mesh, f: npt.NDArray[Any], names: Sequence[str]
 ) -> None:
     """Points of two classes, labelled level lines of f (rows, columns), and the decision line f = 0 emphasised."""
-    for inside, colour in zip((~second_class, second_class), CLASS_COLOURS, strict=True):
-        ax.scatter(
-            points[inside, 0], points[inside, 1], s=5, color=colour, alpha=0.45, linewidths=0, rasterized=True
-        )
-    for levels, width, colour in ((_levels(f), 0.8, GREY), ([0.0], 2.0, BLACK)):
-        drawn = [level for level in levels if f.min() < level < f.max()]
-        if drawn:
-            lines = ax.contour(*mesh.axes, f, drawn, linewidths=width, colors=colour, linestyles="solid")
-            # Not inline: a label that is left out would leave a gap in its line.
-            for text in ax.clabel(lines, fontsize=7, fmt=_signed, colors=BLACK, inline=False):
-                text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})
-                text.set_visible(mesh.well_inside(text.get_position()))
-    ax.set(aspect="equal", xlabel="$x_0$", ylabel="$x_1$")
+    scatter(ax, points, y, names)
+    level_lines(ax, mesh, f, _levels(f, 12), 0.8, GREY)
+    level_lines(ax, mesh, f, [0.0], 2.0, BLACK)
+
+
+def regions(
+    ax: Axes, points: npt.NDArray[Any], y: npt.NDArray[Any], mesh: Mesh, f: npt.NDArray[Any], names: Sequence[str]
+) -> None:
+    """Points of several classes on the colour of the class that outputs f (rows, columns, C) decide for.
+
+    Level lines show the margin of the largest output over the second, which is 0 on the thick lines.
+    """
+    ordered = np.sort(f, axis=2)
+    colours = [to_rgb(class_colour(c)) for c in range(f.shape[2])]
+    (left, *_, right), (low, *_, high) = mesh.axes
+    shown = np.array(colours)[f.argmax(axis=2)]
+    ax.imshow(
+        shown, extent=(left, right, low, high), origin="lower", alpha=0.16, interpolation="nearest", zorder=0
+    )
+    scatter(ax, points, y, names)
+    margin = ordered[..., -1] - ordered[..., -2]
+    level_lines(ax, mesh, margin, _levels(margin, 7), 0.8, GREY)
+    for c in np.unique(f.argmax(axis=2)):
+        over_others = f[..., c] - np.delete(f, c, axis=2).max(axis=2)
+        level_lines(ax, mesh, over_others, [0.0], 2.0, BLACK, labelled=False)
+
+
+def level_lines(
+    ax: Axes,
+    mesh: Mesh,
+    f: npt.NDArray[Any],
+    levels: Sequence[float],
+    width: float,
+    colour: str,
+    labelled: bool = True,
+) -> None:
+    """The lines on which f (rows, columns) has a value of `levels`."""
+    drawn = [level for level in levels if f.min() < level < f.max()]
+    if not drawn:
+        return
+    lines = ax.contour(*mesh.axes, f, drawn, linewidths=width, colors=colour, linestyles="solid")
+    if labelled:
+        # Not inline: a label that is left out would leave a gap in its line.
+        for text in ax.clabel(lines, fontsize=7, fmt=_signed, colors=BLACK, inline=False):
+            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})
+            text.set_visible(mesh.well_inside(text.get_position()))
 
 
 def _signed(level: float) -> str:
     return f"{level:g}".replace("-", "−")
 
 
-def _levels(f: npt.NDArray[Any]) -> list[float]:
-    """Some twelve round levels over the range of f, without 0, which is drawn by itself."""
+def _levels(f: npt.NDArray[Any], n: int) -> list[float]:
+    """Some n round levels over the range of f, without 0, which is drawn by itself."""
     from matplotlib.ticker import MaxNLocator
 
-    return [float(v) for v in MaxNLocator(12).tick_values(f.min(), f.max()) if abs(v) > 1e-12 * np.abs(f).max()]
+    return [float(v) for v in MaxNLocator(n).tick_values(f.min(), f.max()) if abs(v) > 1e-12 * np.abs(f).max()]
 
 
 class Mesh:

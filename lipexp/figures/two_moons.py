@@ -35,7 +35,9 @@ def _panel(ax: Axes, run: pd.Series, loss: str) -> None:
     points = points[points["split"] == "test"]
     x = points[["x0", "x1"]].to_numpy()
     mesh = Mesh(x)
-    contours(ax, x, points["y"].to_numpy() == 1, mesh, mesh.over(evaluated(run["run"], mesh.points)[0]))
+    f = mesh.over(evaluated(run["run"], mesh.points)[0])
+    contours(ax, x, points["y"].to_numpy(), mesh, f, ("class 0", "class 1"))
+    ax.set(xlabel="$x_0$", ylabel="$x_1$")
     word = "exact" if run["lipschitz.method"] == "exact" else "certified"
     interval = (
         f"measured {below(run['lipschitz.measured'])} ≤ "
