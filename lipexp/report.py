@@ -38,8 +38,9 @@ BEST_HIGH = (
     "r2",
     "radius",
 )  # parts of keys end in them
-UPPER = (".certified", ".product", ".exact", ".exact_box.value", "robustness.lipschitz")  # upper bounds end so
-LOWER = (".measured", "gradient_norm.max", ".median_radius")  # and lower bounds so
+UPPER = (".certified", ".product", ".exact", ".exact_box.value", "robustness.lipschitz", ".pairs.largest")
+# Upper bounds end in one of these, and lower bounds in one of those.
+LOWER = (".measured", "gradient_norm.max", ".median_radius")
 CHOICES = ["dataset", "act", "constraint", "loss"]  # the groups that are columns of every table
 UNFINISHED = ["missing", "running"]  # statuses of runs that have neither a result nor a failure
 PLAIN = [*CHOSEN, *TESTED, MEASURED, CERTIFIED, Q, VERDICT, "status"]
