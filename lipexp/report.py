@@ -27,7 +27,7 @@ from lipexp.record import Outcome, settings
 from lipexp.runs import RunFolder, find, write_file
 from lipexp.screen import CONTROL, Screen, Wide
 from lipexp.tasks import METRICS
-from lipexp.wording import above, below, count
+from lipexp.wording import above, below, count, dataset_name
 
 MEASURED, CERTIFIED, TARGET = "lipschitz.measured", "lipschitz.certified", "lipschitz.target"
 Q, VERDICT = "lipschitz.q", "lipschitz.verdict"
@@ -131,6 +131,8 @@ def read(folders: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
                 outcome.status = "running"
             # Without a record of its settings, nobody can say that a run differs from another only in its seed.
             own = settings(run) or {"folder": str(run)}
+            if "dataset" in own:
+                own["dataset"] = dataset_name(own["dataset"], own.get("dataset.path"))
             texts = {
                 k: v if isinstance(v, str) else json.dumps(v, default=str).removesuffix(".0")
                 for k, v in own.items()

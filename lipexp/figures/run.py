@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from functools import partial
 from typing import Any, NamedTuple
@@ -39,7 +40,8 @@ from lipexp.wording import SUBSCRIPT, above, below, dataset_name, monotone_line
 CURVE_POINTS = 2001
 BINS = 40
 MOST_NAMED = 12  # classes or features that have a row of their own in a panel
-CHARACTERS = 14  # of a title in an inch
+STANDARDISED = ", standardised"  # behind the name of a column of numbers
+CHARACTERS = 16  # of a title in an inch
 
 Array = npt.NDArray[Any]
 
@@ -56,6 +58,7 @@ class Shown(NamedTuple):
     outputs: list[str]  # (C)
     classes: list[str]  # such as `class 0` or `ill=yes`; empty for a regression
     short: list[str]  # such as `0` or `yes`
+    target: str
 
     @property
     def prediction(self) -> Array:
@@ -109,15 +112,17 @@ def _shown(run: Evaluation, member: Member) -> Shown:
     inputs = ["x"] if x.shape[1] == 1 else [f"$x_{{{i}}}$" for i in range(x.shape[1])]
     if dataset.features:
         numbers = set() if table is None else {column.name for column in table.columns if column.kind == NUMBER}
-        inputs = [_text(name) + ", standardised" * (name in numbers) for name in dataset.features]
+        inputs = [_text(name) + STANDARDISED * (name in numbers) for name in dataset.features]
     short: list[str] = []
+    target = "target"
     if TASKS[dataset.task].has_classes:
         short = [_text(name) for name in dataset.classes or map(str, range(max(2, n_outputs)))]
     what = "class " if table is None else f"{_text(table.targets[0].name)}="
     classes = [what + name for name in short]
     outputs = classes if classes and n_outputs > 1 else [f"$f_{{{i}}}$" for i in range(n_outputs)]
     if table is not None and not classes:
-        outputs = [_text(target.name) for target in table.targets]
+        outputs = [_text(one.name) for one in table.targets]
+        target = (outputs[0] if n_outputs == 1 else "target") + STANDARDISED
     return Shown(
         x,
         y[:, 0] if classes else y,
@@ -128,6 +133,7 @@ def _shown(run: Evaluation, member: Member) -> Shown:
         outputs if n_outputs > 1 else ["f"],
         classes,
         short,
+        target,
     )
 
 
@@ -184,17 +190,17 @@ def _curves(run: Evaluation, shown: Shown) -> Figure:
     along = np.linspace(x.min(), x.max(), CURVE_POINTS)
     scanned = scan(run.network, torch.from_numpy(along.reshape(1, -1, 1)))
     figure, (above_ax, below_ax) = panels(5.0, 4.2, 2, 1, sharex=True, height_ratios=[2, 1])
-    order, several = np.argsort(x), n_outputs > 1
+    several = n_outputs > 1
     for c, name in enumerate(shown.outputs):
         colour = class_colour(c) if several else BLACK if shown.classes else BLUE
         if not shown.classes:
-            wide: Any = {"color": colour if several else GREY, "linewidth": 4, "alpha": 0.35 if several else 0.5}
-            above_ax.plot(x[order], shown.y[order, c], label=None if several else "target", **wide)
+            dots: Any = {"color": colour if several else GREY, "alpha": 0.35, "markersize": 4, "mew": 0}
+            above_ax.plot(x, shown.y[:, c], "o", label=None if several else shown.target, **dots)
         above_ax.plot(along, scanned.f[0, :, c].numpy(), color=colour, label=name)
         below_ax.plot(along, scanned.gradient[0, :, c, 0].numpy(), color=colour if several else BLUE)
     for c, name in enumerate(shown.classes):
         own = shown.y == c  # on the largest output, whose colour is that of the class if the decision is right
-        dots: Any = {"color": class_colour(c), "markersize": 3.5, "label": None if several else name}
+        dots = {"color": class_colour(c), "markersize": 3.5, "label": None if several else name}
         above_ax.plot(x[own], shown.f[own].max(axis=1), "o", **dots)
     if several:
         _legend_beside(above_ax, n_outputs)
@@ -249,8 +255,12 @@ def _margins(shown: Shown, ax: Axes) -> None:
     own = np.arange(shown.f.shape[1]) == shown.y[:, None]
     margin = shown.f[own] - np.where(own, -np.inf, shown.f).max(axis=1)
     right = shown.prediction == shown.y
+    bins = _bins(margin)
+    if margin.min() < 0 < margin.max():  # so that no bar holds points of both kinds
+        width = bins[1] - bins[0]
+        bins = [width * i for i in range(math.floor(margin.min() / width), math.ceil(margin.max() / width) + 1)]
     for chosen, colour, name in ((right, BLUE, "right"), (~right, ORANGE, "wrong")):
-        ax.hist(margin[chosen], _bins(margin), color=colour, alpha=0.6, label=f"{chosen.sum()} {name}")
+        ax.hist(margin[chosen], bins, color=colour, alpha=0.6, label=f"{chosen.sum()} {name}")
     ax.set(xlabel="f of the true class − largest other f", ylabel="test points")
     ax.ticklabel_format(axis="x", useOffset=False)
     _legend_above(ax)
@@ -263,19 +273,20 @@ def _against_targets(shown: Shown, ax: Axes) -> None:
     ax.plot(ends, ends, color=GREY, linewidth=0.8)
     for c, name in enumerate(shown.outputs):
         ax.plot(y[:, c], f[:, c], "o", color=class_colour(c), markersize=2, alpha=0.5, mew=0, label=name)
-    ax.set(xlabel="target", ylabel="f(x)")
+    ax.set(xlabel=shown.target, ylabel="f(x)")
     if f.shape[1] > 1:
         _legend_beside(ax, f.shape[1])
 
 
 def _steepness(run: Evaluation, shown: Shown, ax: Axes) -> None:
     """The gradient norms, and what bounds them."""
-    ax.hist(shown.steepness, _bins(shown.steepness), color=BLUE, alpha=0.6)
     marks = {
         "measured": (run.measured.value, "solid", ORANGE),
         "certified": (run.certificate.value, "dashed", GREY),
         "L": (run.certificate.chain.target, "dotted", BLACK),
     }
+    highest = max([float(shown.steepness.max()), *(value for value, _, _ in marks.values() if value is not None)])
+    ax.hist(shown.steepness, np.linspace(0, highest or 1, BINS + 1).tolist(), color=BLUE, alpha=0.6)
     for name, (value, style, colour) in marks.items():
         if value is not None:
             ax.axvline(value, color=colour, linestyle=style, label=name)
@@ -297,7 +308,7 @@ def _certified_accuracy(run: Evaluation, shown: Shown, ax: Axes) -> None:
 
 def _confusion(shown: Shown, ax: Axes) -> None:
     """How many points of each class (rows) are taken for each class (columns)."""
-    n = len(shown.classes)
+    n = len(shown.short)
     counts = np.zeros((n, n), dtype=int)
     np.add.at(counts, (shown.y, shown.prediction), 1)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
@@ -317,7 +328,8 @@ def _monotone_slopes(run: Evaluation, shown: Shown, ax: Axes) -> None:
     """
     gradient = scan(run.network, torch.from_numpy(shown.x).unsqueeze(0)).gradient[0, :, 0].numpy()
     chosen = np.flatnonzero(shown.signs)
-    slopes, names = gradient[:, chosen] * shown.signs[chosen], [shown.inputs[k] for k in chosen]
+    slopes = gradient[:, chosen] * shown.signs[chosen]
+    names = [shown.inputs[k].removesuffix(STANDARDISED) + (" ↑" if shown.signs[k] > 0 else " ↓") for k in chosen]
     if len(chosen) > MOST_NAMED:
         slopes, names = slopes.reshape(-1, 1), [f"all {len(chosen)}"]
     parts = ("boxprops", "whiskerprops", "capprops")
@@ -325,7 +337,7 @@ def _monotone_slopes(run: Evaluation, shown: Shown, ax: Axes) -> None:
     ax.boxplot(slopes, orientation="horizontal", tick_labels=names, whis=(0, 100), widths=0.5, **black)
     ax.invert_yaxis()
     ax.axvline(0, color=BLACK, linewidth=0.7)
-    ax.set(xlabel="slope of f in its direction", xlim=(min(0.0, float(slopes.min())), None))
+    ax.set(xlabel="slope of f along the arrow", xlim=(min(0.0, float(slopes.min())), None))
 
 
 def _bins(values: Array) -> list[float]:

@@ -82,11 +82,12 @@ def label(ax: Axes, text: str, x: float, y: float, colour: str = BLACK, **option
     ax.annotate(text, (x, y), textcoords="offset points", color=colour, **settings)
 
 
-def scatter(ax: Axes, points: npt.NDArray[Any], y: npt.NDArray[Any], names: Sequence[str]) -> None:
+def scatter(ax: Axes, points: npt.NDArray[Any], y: npt.NDArray[Any], names: Sequence[str], **dots: Any) -> None:
     """Points (N, 2) in the colour of their class y (N,); `names` are those of the classes, for a legend."""
+    marks: Any = {"s": 5, "alpha": 0.45, "linewidths": 0, "rasterized": True} | dots
     for c, name in enumerate(names):
         own, colour = points[y == c], class_colour(c)
-        ax.scatter(own[:, 0], own[:, 1], s=5, color=colour, alpha=0.45, linewidths=0, rasterized=True, label=name)
+        ax.scatter(own[:, 0], own[:, 1], color=colour, label=name, **marks)
     ax.set_aspect("equal")
 
 
@@ -117,7 +118,7 @@ def regions(
     ax.imshow(
         shown, extent=(left, right, low, high), origin="lower", alpha=0.16, interpolation="nearest", zorder=0
     )
-    scatter(ax, points, y, names)
+    scatter(ax, points, y, names, s=8, alpha=0.9, linewidths=0.25, edgecolors=BLACK)
     margin = ordered[..., -1] - ordered[..., -2]
     level_lines(ax, mesh, margin, _levels(margin, 7), 0.8, GREY)
     for c in np.unique(f.argmax(axis=2)):
