@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 import re
 import shlex
@@ -173,8 +172,11 @@ def test_a_failure_that_cannot_be_written_down_is_one_line_more(lipexp, mine, mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(RunFolder, "write_failure", write)
+    opened = Path.open
     if not logged:
-        monkeypatch.setattr(logging.FileHandler, "_open", write)
+        monkeypatch.setattr(
+            Path, "open", lambda path, *a, **k: (write if path.suffix == ".log" else opened)(path, *a, **k)
+        )
     mine("bad", "import torch\nclass Bad(torch.nn.Module):\n    norms = (2,)\n    def forward(self, x): 1 / 0\n")
     done = lipexp("train", *TINY, "act=relu", "act._target_=bad.Bad", "hydra.job.name=mine")
     assert done.code == 1
