@@ -12,7 +12,9 @@ import pytest
 import torch
 from conftest import SIZES, choice_of, options
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.text import Text
+from sklearn.metrics import confusion_matrix
 
 import lipexp as package
 from lipexp import figures
@@ -22,10 +24,12 @@ from lipexp.figures import absolute_value, attenuation, claims, groupsort, margi
 from lipexp.figures.experiments import evaluated
 from lipexp.figures.run import run_figure
 from lipexp.figures.story import Story
-from lipexp.figures.style import panels
+from lipexp.figures.style import class_colour, panels
 from lipexp.loop import fit
 from lipexp.members import build, stack
 from lipexp.runs import RunFolder
+
+NO_SIZES = ("dataset.n_train=null", "dataset.n_val=0.2", "dataset.n_test=0.2")  # of a file: all its rows
 
 
 @pytest.fixture
@@ -84,6 +88,111 @@ def test_more_inputs_are_drawn_as_distributions(drawn):
     for i in (1, len(radius) // 2, len(radius) - 1):
         held = (columns["correct"] == 1) & (columns["radius"] >= radius[i])
         assert share[i] == pytest.approx(held.mean())
+
+
+@pytest.fixture
+def four_classes(tmp_path):
+    """The overrides of a dataset of four classes in the plane, one around each corner of a square."""
+    rng = np.random.default_rng(0)
+    y = np.arange(400) % 4
+    np.savez(tmp_path / "four.npz", x=np.stack([y % 2, y // 2], axis=1) * 2 + rng.normal(size=(400, 2)) / 3, y=y)
+    return f"dataset=npz dataset.path={tmp_path / 'four.npz'} loss=multi_margin lipschitz=3".split()
+
+
+def test_several_classes_in_the_plane_are_drawn_as_the_regions_in_which_the_network_decides_for_them(
+    drawn, four_classes
+):
+    figure, found = drawn(*four_classes, *SIZES)
+    (ax,) = figure.axes
+    (image,) = ax.images
+    rows, columns, _ = image.get_array().shape
+    left, right, low, high = image.get_extent()
+    x, y = np.meshgrid(np.linspace(left, right, columns), np.linspace(low, high, rows))
+    network = found.network.double
+    f = network(torch.from_numpy(np.stack([x, y], axis=-1).reshape(1, -1, 2)))[0].reshape(rows, columns, 4).numpy()
+    colours = np.array([to_rgb(class_colour(c)) for c in range(4)])
+    assert np.array_equal(image.get_array(), colours[f.argmax(axis=2)])
+    top = np.sort(f, axis=2)
+    shown = {text.get_text() for text in ax.texts if text.get_visible()}
+    assert shown
+    assert all(0 < float(text) < (top[..., 3] - top[..., 2]).max() for text in shown)
+    dots = [c for c in ax.collections if str(c.get_label()).startswith("class ")]
+    test = pd.DataFrame(found.gradients).query("split == 'test'")
+    for c, drawn_points in enumerate(dots):
+        own = test[test["y"] == c][["x0", "x1"]].to_numpy()
+        assert sorted(map(tuple, drawn_points.get_offsets())) == sorted(map(tuple, own))
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["class 0", "class 1", "class 2", "class 3", "margin of the\nlargest output"]
+
+
+def test_more_classes_than_colours_share_the_last(drawn, tmp_path):
+    y = np.arange(480) % 12
+    x = np.stack([np.cos(y), np.sin(y)], axis=1) + np.random.default_rng(0).normal(size=(480, 2)) / 10
+    np.savez(tmp_path / "twelve.npz", x=x, y=y)
+    figure, _ = drawn("dataset=npz", f"dataset.path={tmp_path / 'twelve.npz'}", "loss=multi_margin", *SIZES)
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert names[8:] == ["class 8", "3 others", "margin of the\nlargest output"]
+    assert len({class_colour(c) for c in range(12)}) == 10
+
+
+def test_several_classes_are_drawn_with_margins_and_confusion(drawn):
+    figure, found = drawn("dataset=wine", "dataset.n_train=100", "dataset.n_test=30", "dataset.n_val=30")
+    margin_ax, gradient_ax, _, confusion_ax = figure.axes
+    test = pd.DataFrame(found.gradients).query("split == 'test'")
+    f = test[["f0", "f1", "f2"]].to_numpy()
+    counts = confusion_matrix(test["y"], f.argmax(axis=1), labels=range(3))
+    shown = {
+        (round(t.get_position()[1]), round(t.get_position()[0])): int(t.get_text()) for t in confusion_ax.texts
+    }
+    assert shown == {(i, j): counts[i, j] for i in range(3) for j in range(3) if counts[i, j]}
+    assert [label.get_text() for label in confusion_ax.get_yticklabels()] == ["class_0", "class_1", "class_2"]
+    right, wrong = (int(text.get_text().split()[0]) for text in margin_ax.get_legend().get_texts())
+    assert (right, right + wrong) == (np.trace(counts), 30)
+    below_zero = sum(bar.get_height() for bar in margin_ax.patches if bar.get_x() + bar.get_width() < 1e-9)
+    assert below_zero == wrong > 0
+    assert sum(bar.get_height() for bar in gradient_ax.patches) == 30
+    assert gradient_ax.get_xlabel() == "‖J‖₂"
+
+
+def test_several_outputs_of_one_input_are_drawn_as_curves_with_their_targets_and_slopes(drawn, tmp_path):
+    x = np.linspace(-1, 1, 200)[:, None] + 0.001
+    np.savez(tmp_path / "two.npz", x=x, y=np.hstack([np.abs(x), x / 2]))
+    figure, found = drawn("dataset=npz", f"dataset.path={tmp_path / 'two.npz'}", "loss=mse", *SIZES)
+    upper, lower = figure.axes
+    test = pd.DataFrame(found.gradients).query("split == 'test'")
+    for c in range(2):
+        targets, f = (line.get_xydata() for line in upper.get_lines()[2 * c : 2 * c + 2])
+        assert np.array_equal(targets, test[["x0", f"y{c}"]].to_numpy())
+        slope = lower.get_lines()[c].get_ydata()
+        assert np.median(np.abs(np.diff(f[:, 1]) / np.diff(f[:, 0]) - slope[:-1])) < 1e-9
+
+
+TABLE = f"dataset=table dataset.path={Path(__file__).with_name('table.csv')}".split()
+
+
+def test_what_a_table_calls_its_columns_and_classes_stands_in_the_picture(drawn):
+    figure, _ = drawn(*TABLE, "dataset.target=ill", "dataset.columns=[age,smoker]", *NO_SIZES)
+    (ax,) = figure.axes
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("age, standardised", "smoker")
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ill=no", "ill=yes", "f"]
+
+
+def test_the_slopes_of_monotone_features_are_drawn_in_their_directions(drawn):
+    chosen = ("dataset.target=pressure", "dataset.columns=[age,smoker,ill]", "loss=mse")
+    figure, found = drawn(*TABLE, *chosen, "model.monotone={age: 1, smoker: -1}", *NO_SIZES)
+    assert "monotone: f rises with age, falls with smoker: proven" in " ".join(figure.get_suptitle().split())
+    ax = figure.axes[-1]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["age ↑", "smoker ↓"]
+    test = pd.DataFrame(found.gradients).query("split == 'test'")
+    x = torch.from_numpy(test[[f"x{i}" for i in range(found.network.n_inputs)]].to_numpy(copy=True))
+    for k, sign in enumerate((1, -1)):
+        moved = x.clone()
+        moved[:, k] += 1e-7
+        f, after = (found.network.double(points[None])[0, :, 0].numpy() for points in (x, moved))
+        slopes = sign * (after - f) / 1e-7
+        ends = np.concatenate([ax.get_lines()[i].get_xdata() for i in range(6 * k, 6 * k + 6)])
+        assert [ends.min(), ends.max()] == pytest.approx([slopes.min(), slopes.max()], abs=1e-5)
+        assert ends.min() >= 0
 
 
 DRAWN = {

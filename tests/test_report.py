@@ -274,6 +274,21 @@ def test_what_only_the_dataset_brings_is_no_column(run, report):
     assert "steps" not in heading.split()
 
 
+def test_a_table_is_named_by_its_file_and_two_files_of_one_name_by_their_paths(run, report):
+    for seed, path in enumerate(("old/heart.csv", "new/heart.csv", "lungs.csv")):
+        run("abc"[seed], 0.9 - seed / 10, seed=seed, change={"dataset.path": path}, chosen={"dataset": "table"})
+    cells = {line.split()[0]: line.split() for line in report().splitlines()}
+    assert [set(cells[name]) & {"heart.csv", "lungs.csv"} for name in "abc"] == [
+        {"heart.csv"},
+        {"heart.csv"},
+        {"lungs.csv"},
+    ]
+    assert "old/heart.csv" in cells["a"]
+    assert "new/heart.csv" in cells["b"]
+    alone = report("outputs/a", "outputs/c")
+    assert "old/" not in alone
+
+
 def test_runs_without_hydras_record_are_shown_and_never_folded(run, report, table):
     (run("a", 0.8) / ".hydra").rename("a.moved")
     (run("b", 0.8) / ".hydra").rename("b.moved")

@@ -285,8 +285,11 @@ def _steepness(run: Evaluation, shown: Shown, ax: Axes) -> None:
         "certified": (run.certificate.value, "dashed", GREY),
         "L": (run.certificate.chain.target, "dotted", BLACK),
     }
-    highest = max([float(shown.steepness.max()), *(value for value, _, _ in marks.values() if value is not None)])
-    ax.hist(shown.steepness, np.linspace(0, highest or 1, BINS + 1).tolist(), color=BLUE, alpha=0.6)
+    # The last bar ends at `measured`, which no point exceeds, and all are as wide as BINS in the panel.
+    top = max(float(shown.steepness.max()), run.measured.value)
+    widest = max([top, *(value for value, _, _ in marks.values() if value is not None)])
+    n_bars = max(1, round(BINS * top / widest)) if top else 1
+    ax.hist(shown.steepness, np.linspace(0, top or 1, n_bars + 1).tolist(), color=BLUE, alpha=0.6)
     for name, (value, style, colour) in marks.items():
         if value is not None:
             ax.axvline(value, color=colour, linestyle=style, label=name)
