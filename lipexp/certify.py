@@ -22,15 +22,11 @@ from omegaconf import OmegaConf
 from lipexp import record
 from lipexp.arguments import Parser
 from lipexp.config import ConfigError, conf_dir, number, one_line, whole
-from lipexp.constraints import Constraint
-from lipexp.datasets import Dataset
-from lipexp.loading import LoadedRun, load_run, part_of
+from lipexp.loading import LoadedRun, load_run
 from lipexp.loop import Streams, generator
 from lipexp.measured import monotone, overall, sources, steepest
 from lipexp.measured.attack import RECORDED, Attack, attack
 from lipexp.measured.gradients import Maximum, scan
-from lipexp.members import drawn
-from lipexp.models import Model, signs
 from lipexp.networks import BakedNetwork
 from lipexp.process import cpu_threads
 from lipexp.proven import METHODS, Certificate, Chain, Problem, Proof, prove
@@ -102,19 +98,14 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
     Raises:
         ConfigError: it is not trusted, or fits neither its data nor the options.
     """
-    dataset: Dataset = part_of(run.config, "dataset", options.trust)
-    constraint: Constraint = part_of(run.config, "constraint", options.trust)
-    model: Model = part_of(run.config, "model", options.trust)
-    constraint.signs = signs(model, dataset.features, dataset.n_inputs)
-    _check_network(run, dataset, constraint)
+    dataset, constraint, data = run.parts()
     network = constraint.prove(run.baked)
-    streams = Streams.of(whole("seed", run.config.get("seed"), least=0))
-    data = drawn(dataset, streams.data, type(dataset).__name__)
+    search = Streams.of(whole("seed", run.config.get("seed"), least=0)).search
     x = torch.from_numpy(data.x).double().unsqueeze(0)  # (1, N, D)
     chain = Chain.of(constraint, len(network.layers))
     report("measuring")
     scanned = scan(network, x)
-    points = sources(network, x, scanned, chain.q, [generator(streams.search)], EFFORT, chain.hidden_p)
+    points = sources(network, x, scanned, chain.q, [generator(search)], EFFORT, chain.hidden_p)
     by = steepest(network, points, 0, chain.q, chain.hidden_p)
     measured = overall(by)
     max_regions = setting(run.config, "max_regions") if options.max_regions is None else options.max_regions
@@ -139,13 +130,13 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
         if options.attack and robustness.columns is not None:
             (test_x, _), radius = parts["test"], robustness.of("test")["radius"]
             report(f"attacking {len(test_x):,} points")
-            attacked = attack(network, test_x, radius, chain.p, generator(streams.search))
+            attacked = attack(network, test_x, radius, chain.p, generator(search))
     directions = None
     if constraint.signs is not None:
-        directions = monotone.assess(network, points, 0, constraint.signs, model.monotone)
+        directions = monotone.assess(network, points, 0, constraint.signs, run.config["model"]["monotone"])
         if options.attack:
             report(f"comparing {PAIRS:,} pairs of points")
-            tried = monotone.violations(network, problem.box, constraint.signs, generator(streams.search), PAIRS)
+            tried = monotone.violations(network, problem.box, constraint.signs, generator(search), PAIRS)
             directions = replace(directions, violations=tried)
     digest = hashlib.sha256(RunFolder(run.folder).model_bytes()).hexdigest()
     return Finding(
@@ -159,19 +150,6 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
         directions,
         attacked,
     )
-
-
-def _check_network(run: LoadedRun, dataset: Dataset, constraint: Constraint) -> None:
-    """Raise ConfigError if its numbers are not finite, or it is no network for this dataset."""
-    file, network = run.folder / "model.pt", run.baked
-    if not network.is_finite(0):
-        raise ConfigError("model.pt", file, "holds numbers that are not finite")
-    if network.n_inputs != dataset.n_inputs:
-        raise ConfigError("model.pt", file, f"has {network.n_inputs} inputs, its dataset {dataset.n_inputs}")
-    if (run.baked.linear is None) != (constraint.signs is None):
-        raise ConfigError("model.pt", file, "has a linear term, or lacks it, against model.monotone")
-    if network.n_outputs != dataset.n_outputs:
-        raise ConfigError("model.pt", file, f"has {network.n_outputs} outputs, its dataset {dataset.n_outputs}")
 
 
 def _broken_layers(network: BakedNetwork, chain: Chain) -> list[str]:

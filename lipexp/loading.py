@@ -16,9 +16,13 @@ import pandas as pd
 import torch
 
 from lipexp.config import ConfigError, no_such, one_line, whole
+from lipexp.constraints import Constraint
+from lipexp.datasets import Data, Dataset
 from lipexp.datasets.preprocessing import NUMBER, Column, Preprocessing, Target
+from lipexp.loop import Streams
 from lipexp.measured.gradients import Maximum
-from lipexp.members import part
+from lipexp.members import drawn, part
+from lipexp.models import signs
 from lipexp.networks import BakedNetwork, Network
 from lipexp.prediction import Predictor
 from lipexp.proven import Chain, Problem, prove, prove_quickly
@@ -97,6 +101,31 @@ class LoadedRun:
         task = "multiclass" if len(outputs) > 1 else "classification"
         classes = [str(i) for i in range(max(2, len(outputs)))]
         return Preprocessing(columns, [Target("y")], task, classes, "")
+
+    def parts(self) -> tuple[Dataset, Constraint, Data]:
+        """Its dataset, its constraint, and its data, drawn again from its seed.
+
+        Raises:
+            ConfigError: a class is not trusted, the network is none for this dataset, or a table has changed.
+        """
+        dataset, constraint, model = (
+            part_of(self.config, group, self.trusted) for group in ("dataset", "constraint", "model")
+        )
+        file, network = self.folder / "model.pt", self.baked
+        if not network.is_finite(0):
+            raise ConfigError("model.pt", file, "holds numbers that are not finite")
+        sizes, expected = (network.n_inputs, network.n_outputs), (dataset.n_inputs, dataset.n_outputs)
+        if sizes != expected:
+            allowed = "has {} inputs and {} outputs, its dataset {} and {}".format(*sizes, *expected)
+            raise ConfigError("model.pt", file, allowed)
+        constraint.signs = signs(model, dataset.features, dataset.n_inputs)
+        if (network.linear is None) != (constraint.signs is None):
+            raise ConfigError("model.pt", file, "has a linear term, or lacks it, against model.monotone")
+        if dataset.preprocessing is not None and dataset.preprocessing != self._preprocessing():
+            allowed = "reads another table than the one that the run was trained on"
+            raise ConfigError("dataset", type(dataset).__name__, allowed)
+        streams = Streams.of(whole("seed", self.config.get("seed"), least=0))
+        return dataset, constraint, drawn(dataset, streams.data, type(dataset).__name__)
 
     def table(self, name: str) -> pd.DataFrame:
         """One of the run's tables: `history`, `gradients`, `layers`, and of a classifier `radii`.

@@ -25,17 +25,15 @@ from lipexp.certify import finished
 from lipexp.config import ConfigError, one_line, whole
 from lipexp.constraints import Constraint
 from lipexp.datasets import Dataset
-from lipexp.datasets.preprocessing import NUMBER, Preprocessing
+from lipexp.datasets.preprocessing import NUMBER
 from lipexp.export import programs
 from lipexp.export.model import Model, Outputs, decision
-from lipexp.loading import LoadedRun, load_run, part_of
+from lipexp.loading import LoadedRun, load_run
 from lipexp.loop import Streams, generator
 from lipexp.measured.gradients import Maximum
-from lipexp.members import drawn
 from lipexp.networks import BakedNetwork
 from lipexp.process import cpu_threads
 from lipexp.proven import Chain, Problem, prove_quickly
-from lipexp.reading import Unreadable
 from lipexp.record import Certification, Interval, Metrics
 from lipexp.runs import RunFolder, write_file
 from lipexp.screen import Screen
@@ -124,23 +122,20 @@ def format_of(name: str) -> Format:
 # One run ---------------------------------------------------------------------------------------------------------
 
 
-def export(run: LoadedRun, to: Format, path: Path, trust: bool) -> list[str]:
+def export(run: LoadedRun, to: Format, path: Path) -> list[str]:
     """Write the file of a run, and return what there is to say of it.
 
     Raises:
         ConfigError: the run is not trusted, does not fit its data, or cannot be written in this format.
         Unequal: the file is not equal to the run, and there is none.
     """
-    dataset: Dataset = part_of(run.config, "dataset", trust)
-    constraint: Constraint = part_of(run.config, "constraint", trust)
-    _check_network(run, dataset)
+    dataset, constraint, data = run.parts()
     proven = _proven(run)
     interval = proven.lipschitz
-    streams = Streams.of(whole("seed", run.config.get("seed"), least=0))
-    data = drawn(dataset, streams.data, type(dataset).__name__)
-    model = Model(run.baked, TASKS[dataset.task], dataset.features, _preprocessing(run, dataset))
+    search = Streams.of(whole("seed", run.config.get("seed"), least=0)).search
+    model = Model(run.baked, TASKS[dataset.task], dataset.features, dataset.preprocessing)
     rows, test = (model.rows(torch.from_numpy(points)) for points in (data.x, data.test_x))
-    points = torch.cat([test, around(model, rows, generator(streams.search))])
+    points = torch.cat([test, around(model, rows, generator(search))])
     content = to.write(model, _description(dataset, model, proven))
     share = 0.0
 
@@ -164,18 +159,6 @@ def export(run: LoadedRun, to: Format, path: Path, trust: bool) -> list[str]:
     ]
 
 
-def _check_network(run: LoadedRun, dataset: Dataset) -> None:
-    """Raise ConfigError if its numbers are not finite, or it is no network for this dataset."""
-    file, network = run.folder / "model.pt", run.baked
-    if not network.is_finite(0):
-        raise ConfigError("model.pt", file, "holds numbers that are not finite")
-    sizes, expected = (network.n_inputs, network.n_outputs), (dataset.n_inputs, dataset.n_outputs)
-    if sizes != expected:
-        raise ConfigError(
-            "model.pt", file, "has {} inputs and {} outputs, its dataset {} and {}".format(*sizes, *expected)
-        )
-
-
 def _proven(run: LoadedRun) -> Certification | Metrics:
     """The record of model.pt as it is now, by `lipexp certify` or else by training."""
     digest = hashlib.sha256(RunFolder(run.folder).model_bytes()).hexdigest()
@@ -186,19 +169,6 @@ def _proven(run: LoadedRun) -> Certification | Metrics:
             return found
     changed = "was changed since the run recorded it; `lipexp certify` proves and records its bounds"
     raise ConfigError("model.pt", run.folder / "model.pt", changed)
-
-
-def _preprocessing(run: LoadedRun, dataset: Dataset) -> Preprocessing | None:
-    """What the run recorded of how its table became points; None for other datasets."""
-    own = dataset.preprocessing
-    try:
-        if own is None or Preprocessing.of(run.folder) == own:
-            return own
-    except Unreadable as error:
-        raise ConfigError("preprocessing.json", None, str(error)) from None
-    raise ConfigError(
-        "dataset", type(dataset).__name__, "reads another table than the one that the run was trained on"
-    )
 
 
 def _description(dataset: Dataset, model: Model, proven: Certification | Metrics) -> dict[str, Any]:
@@ -334,7 +304,7 @@ def _export(folder: RunFolder, to: Format, path: Path, trust: bool) -> int:
         with screen.waiting(str(folder)):
             run = load_run(folder.path, trust=trust)
             with cpu_threads(whole("threads", run.config.get("threads", 1), least=1)):
-                lines = export(run, to, path, trust)
+                lines = export(run, to, path)
         screen.show(*lines)
     except ConfigError as error:
         print(f"lipexp: {folder}: {error}", file=sys.stderr)
