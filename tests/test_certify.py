@@ -312,8 +312,11 @@ TWO = {"layers.2.weight": torch.ones(2, 16), "layers.2.bias": torch.ones(2)}
 TWO_MOONS, MSE = "lipexp.datasets.TwoMoons", "lipexp.losses.MSE"
 BROKEN = {
     "not finite": (saved(lambda s: s["layers.1.weight"].fill_(math.nan)), "holds numbers that are not finite"),
-    "two outputs": (saved(lambda s: s | TWO), "has 2 outputs, its dataset 1"),
-    "other inputs": (saved(lambda s: s | {"layers.0.weight": torch.ones(16, 5)}), "has 5 inputs, its dataset 2"),
+    "two outputs": (saved(lambda s: s | TWO), "has 2 inputs and 2 outputs, its dataset 2 and 1"),
+    "other inputs": (
+        saved(lambda s: s | {"layers.0.weight": torch.ones(16, 5)}),
+        "has 5 inputs and 1 outputs, its dataset 2 and 1",
+    ),
     "no act": (replaced("act:", "ract:"), "act: needs an option with a _target_"),
     "an interpolation": (replaced("noise: 0.05", "noise: ${oc.env:HOME}"), "is not resolved"),
     "regions below none": (

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import choice_of
 
 import lipexp
 from lipexp.config import ConfigError
@@ -115,11 +116,16 @@ def test_a_model_that_does_not_fit_is_named(run):
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
-def test_the_snippet_of_the_readme_runs(run, tmp_path, monkeypatch):
-    (snippet,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def test_the_snippets_of_the_readme_run(run, tmp_path, monkeypatch):
+    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(snippets) == 3
     run(name="outputs/2026-01-31/12-00-00-000000")
+    run(*choice_of("dataset", "table"), name="outputs/tumours")
     monkeypatch.chdir(tmp_path)
-    exec(snippet, {})
+    x = np.random.default_rng(0).normal(size=(50, 2))
+    names = {"frame": pd.read_csv(Path(__file__).with_name("table.csv")), "X": x, "y": x[:, 0] > 0}
+    for snippet in snippets:
+        exec(snippet, names)
     code = "import sys, lipexp; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
