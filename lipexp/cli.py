@@ -21,7 +21,7 @@ VERBS = {
     "report": ("lipexp.report", "one table of the runs under outputs/"),
     "figures": ("lipexp.figures", "draw the figures of the README, and check the claims they make"),
     "check": ("lipexp.check", "test the classes behind a configuration against the laws of their rooms"),
-    "bench": ("lipexp.bench", "speed against other implementations, as ratios measured in one run"),
+    "bench": ("lipexp.bench", "speed against other implementations, and accuracy on real data"),
 }
 
 

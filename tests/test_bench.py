@@ -5,14 +5,21 @@ from __future__ import annotations
 import re
 import tempfile
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from commands import metrics
 from rich.console import Console
+from scipy.stats import sem
+from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
 from lipexp import loop
 from lipexp.activations import GroupSort
-from lipexp.bench import main, steps, sweep, timing
+from lipexp.bench import accuracy, main, steps, sweep, timing
 from lipexp.bench.timing import Case
+from lipexp.datasets import Data
+from lipexp.loading import load_run
 
 NUMBER = r"[\d,]+(\.\d+)?"
 TIMES = rf"{NUMBER} (µs|ms) +{NUMBER} (µs|ms)"
@@ -88,3 +95,110 @@ def test_bad_input_is_one_line(arguments, capsys):
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith(("lipexp: stpe: no such section; did you mean step?", "lipexp: --rounds=0: must be"))
+
+
+# Accuracy --------------------------------------------------------------------------------------------------------
+
+
+OTHERS = {accuracy.FREE: [0.97, 0.95, 0.96], accuracy.LINEAR: [0.98, 0.96, 0.97], accuracy.TREES: [0.9, 0.99, 0.9]}
+
+
+@pytest.mark.parametrize(
+    ("metric", "own", "met"),
+    [
+        ("accuracy", [0.97, 0.95, 0.961], True),  # 0.97 on average is the best of the others
+        ("accuracy", [0.97, 0.95, 0.959], False),
+        ("r2", [0.96, 0.94, 0.951], True),
+        ("r2", [0.96, 0.94, 0.949], False),
+    ],
+)
+def test_lipexp_is_compared_with_the_best_mean_of_the_others_seed_by_seed(metric, own, met):
+    found = accuracy.Compared("wine", metric, {accuracy.OWN: own, **OTHERS}, "91.2 at 0.5")
+    assert found.best == accuracy.LINEAR
+    difference = np.subtract(own, OTHERS[accuracy.LINEAR])
+    assert found.differences == pytest.approx(difference)
+    assert accuracy.standard_error(found.differences) == pytest.approx(sem(difference))
+    assert found.met == met
+
+
+def test_the_table_of_scores_fits_into_80_columns_and_says_what_is_missed():
+    console = Console(width=80)
+    columns = [
+        accuracy.Compared(
+            "breast_cancer", "accuracy", {accuracy.OWN: [0.9561, 0.9649, 0.9474], **OTHERS}, "88.2 at 0.5"
+        ),
+        accuracy.Compared("wine", "accuracy", {accuracy.OWN: [1.0, 1.0, 1.0], **OTHERS}, "100.0 at 0.5"),
+        accuracy.Compared("digits", "accuracy", {accuracy.OWN: [0.97, 0.95, 0.9599], **OTHERS}, "81.5 at 0.25"),
+        accuracy.Compared("diabetes", "r2", {accuracy.OWN: [0.4, 0.5, -0.6], **OTHERS}, "1.70 a unit"),
+    ]
+    with console.capture() as captured:
+        console.print(accuracy.table(columns))
+    shown = [re.split("  +", line.strip()) for line in captured.get().splitlines()]
+    assert shown == [
+        ["breast_cancer", "wine", "digits", "diabetes"],
+        ["3 seeds", "accuracy", "accuracy", "accuracy", "r2"],
+        ["lipexp", "95.6 ± 0.5", "100.0 ± 0.0", "96.0 ± 0.6", "0.100 ± 0.351"],
+        ["without a bound", *["96.0 ± 0.6"] * 3, "0.960 ± 0.006"],
+        ["linear", *["97.0 ± 0.6"] * 3, "0.970 ± 0.006"],
+        ["boosted trees", *["93.0 ± 3.0"] * 3, "0.930 ± 0.030"],
+        ["difference", "−1.39 ± 0.95", "+3.00 ± 0.58", "−1.00 ± 0.00", "−0.870 ± 0.350"],
+        ["aim", "≥ −1", "missed", "≥ −1", "met", "≥ −1", "missed", "≥ −0.02", "missed"],
+        ["certified", "88.2 at 0.5", "100.0 at 0.5", "81.5 at 0.25", "1.70 a unit"],
+    ]
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_a_model_is_chosen_by_validation_alone_as_scikit_learn_chooses_it(regression):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 120, 8)).astype(np.float32)
+    y = x[..., 0] + rng.normal(size=(3, 120))
+    y = (y if regression else y > 0).astype(np.float32)
+    data = [Data(x[k, :40], y[k, :40], x[k, 40:80], y[k, 40:80], x[k, 80:], y[k, 80:]) for k in range(3)]
+    models = accuracy.peers(regression)[accuracy.LINEAR]
+    name = "alpha" if regression else "C"
+    grid = {name: [getattr(model, name) for model in models]}
+    split = PredefinedSplit([-1] * 40 + [0] * 40)
+    means = np.mean(
+        [
+            GridSearchCV(models[0], grid, cv=split, refit=False)
+            .fit(x[k, :80], y[k, :80])
+            .cv_results_["mean_test_score"]
+            for k in range(3)
+        ],
+        axis=0,
+    )
+    best = models[int(means.argmax())]
+    expected = [best.fit(x[k, :40], y[k, :40]).score(x[k, 80:], y[k, 80:]) for k in range(3)]
+    assert accuracy.best_of(models, data) == pytest.approx(expected)
+
+
+def test_a_learning_rate_is_chosen_by_validation_alone():
+    runs = pd.DataFrame(
+        {
+            "seed": [0, 0, 1, 1],
+            "optim.lr": [0.1, 0.3, 0.1, 0.3],
+            "val.accuracy": [0.8, 0.9, 0.85, 0.8],
+            "test.accuracy": [0.99, 0.7, 0.98, 0.6],
+        }
+    )
+    assert accuracy.chosen_on_validation(runs, "accuracy") == [0.7, 0.6]
+
+
+def test_the_others_learn_from_the_rows_of_the_run(trained_run):
+    run = load_run(trained_run("dataset=wine", "loss=cross_entropy", "seed=3"))
+    table, data = run.table("gradients"), accuracy.data_of(run.config)
+    for split in ("train", "val", "test"):
+        x, y = data.part(split)
+        rows = table[table["split"] == split]
+        assert np.allclose(rows.filter(regex=r"^x\d").to_numpy(), x, rtol=1e-6)
+        assert rows["y"].tolist() == y.tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", accuracy.RADII)
+def test_an_experiment_on_real_data_is_as_good_as_the_best_of_the_others(name, tmp_path):
+    found = accuracy.compared(tmp_path, name, accuracy.RADII[name])
+    assert {len(scores) for scores in found.scores.values()} == {5}
+    for seed, score in enumerate(found.scores[accuracy.OWN]):
+        assert metrics(tmp_path / name / str(seed))["test"][found.metric] == score
+    assert found.met

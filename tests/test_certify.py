@@ -58,11 +58,11 @@ def test_an_attack_is_reported_and_stays_until_the_model_changes(lipexp, run):
             path.unlink()
     done = lipexp("certify", str(folder), "--attack", "--radii", "0.05,1")
     assert (done.code, done.err) == (0, "")
-    assert "attack on 200 points: 0 flipped within their radius; " in done.out
+    assert "attack on 40 points: 0 flipped within their radius; " in done.out
     assert "certified accuracy within ‖δ‖₂ ≤ 0.05: " in done.out
     section = metrics(folder)["certify"]
     found = section["attack"]
-    assert (found["points"], found["flips_inside"], found["counterexamples"]) == (200, 0, [])
+    assert (found["points"], found["flips_inside"], found["counterexamples"]) == (40, 0, [])
     assert set(found["flipped"]) == {"1.05", "1.5", "2"}
     assert found["flipped"]["2"] >= found["flipped"]["1.05"]
     assert list(section["robustness"]["test"]["certified_accuracy"]) == ["0.05", "1"]

@@ -40,7 +40,7 @@ def test_metrics_say_what_the_tables_say(trained_run):
     found = metrics(trained_run())
     gradients, history = (pd.read_csv(trained_run() / f"{name}.csv") for name in ("gradients", "history"))
     assert list(gradients.columns) == ["split", "x0", "x1", "y", "f", "grad_1", "grad_2", "grad_inf"]
-    assert gradients["split"].value_counts().to_dict() == {"train": 200, "val": 200, "test": 200}
+    assert gradients["split"].value_counts().to_dict() == {"train": 100, "val": 30, "test": 40}
     for split in ("train", "val", "test"):
         part = gradients[gradients["split"] == split]
         accuracy = ((part["f"] > 0) == (part["y"] == 1)).mean()

@@ -30,6 +30,7 @@ from lipexp.datasets import (
     Digits,
     DigitsParity,
     Finite,
+    LogOutliers,
     Spirals,
     TwoMoons,
     Wine,
@@ -83,6 +84,25 @@ def test_the_absolute_value_is_exact_and_covers_its_interval():
     counts, _ = np.histogram(data.train_x, bins=10, range=(-1, 1))
     assert counts.sum() == 4000
     assert np.abs(counts - 400).max() < 95
+
+
+def test_outliers_are_that_many_training_targets_that_far_from_the_logarithm_and_no_others():
+    data = drawn(LogOutliers(noise=0.0, outliers=0.07, offset=3.0, low=0.5, high=8.0, n_train=300))
+    for split, outliers in (("train", 21), ("val", 0), ("test", 0)):
+        x, y = data.part(split)
+        assert 0.5 <= x.min() < x.max() <= 8
+        off = y - np.log(x[:, 0])
+        assert np.allclose(abs(off), 3 * (abs(off) > 1), atol=1e-6)
+        assert (abs(off) > 1).sum() == outliers
+    signs = np.sign(data.train_y - np.log(data.train_x[:, 0]))[abs(data.train_y - np.log(data.train_x[:, 0])) > 1]
+    assert set(signs) == {-1, 1}
+
+
+def test_the_noise_of_the_logarithm_has_its_standard_deviation():
+    data = drawn(LogOutliers(noise=0.2, n_val=4000))
+    noise = data.val_y - np.log(data.val_x[:, 0])
+    assert abs(noise.mean()) < 5 * 0.2 / 4000**0.5
+    assert noise.std() == pytest.approx(0.2, rel=5 / 8000**0.5)
 
 
 @pytest.mark.parametrize(("noise", "factor", "scale"), [(0.05, 0.5, 2.0), (0.0, 0.2, 1.0)])

@@ -148,7 +148,7 @@ def test_what_is_written_is_said_with_the_bound_of_its_weights(lipexp, run, over
     said = done.out.splitlines()
     assert said[0].startswith(f"{folder.name}/model{suffix}  ")
     assert said[1] == "input x (N, 2) of x0, x1; output f (N, 1) and prediction (N,)"
-    assert said[2].startswith("equal to the run at 200 test points and 1,000 random ones in ")
+    assert said[2].startswith("equal to the run at 40 test points and 1,000 random ones in ")
     assert float(said[2].split()[-5]) < 1e-5
     bound = float(said[3].removeprefix("proven again from the weights in the file, as for the run: product "))
     assert bound >= lipschitz["product"]

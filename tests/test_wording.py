@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lipexp.record import Interval
-from lipexp.wording import above, below, broken_bound, interval_line
+from lipexp.record import Certified, Interval, Pairs, Robustness
+from lipexp.wording import above, below, broken_bound, interval_line, robustness_line
 
 POSITIVE = st.floats(1e-30, 1e30, allow_nan=False)
 
@@ -45,6 +45,23 @@ def test_the_interval_line():
     smaller = "exact 0.9943 (box of the data) ≤ "
     for value, shown in ((0.9953, ""), (0.99528, ""), (0.99428, smaller)):
         assert interval_line(replace(known, exact_box={"value": value})) == line.format(shown)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "shown"),
+    [
+        (None, ""),
+        (
+            Pairs(1.22868, 1.34317, 1.13799),
+            " (pairs of outputs: 1.228 to 1.344, which makes radii 1.13 times as large)",
+        ),
+        (Pairs(1.22868, 1.34317, None), " (pairs of outputs: 1.228 to 1.344)"),
+    ],
+)
+def test_the_line_of_radii_says_what_pairs_of_outputs_gain(pairs, shown):
+    found = Certified({"0.1": 0.98, "0.25": 0.951234}, 0.51239)
+    line = "certified accuracy within ‖δ‖₂ ≤ 0.1: 0.98  0.25: 0.9512   median radius 0.5123"
+    assert robustness_line(Robustness(2, 1.0, found, found, None, pairs)) == line + shown
 
 
 def numbers(line):

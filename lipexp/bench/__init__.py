@@ -1,4 +1,4 @@
-"""The verb `bench`: the speed of lipexp, as ratios to other implementations measured in the same run."""
+"""The verb `bench`: the speed of lipexp against other implementations, and its accuracy against other models."""
 
 from __future__ import annotations
 
@@ -9,28 +9,36 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from lipexp.arguments import Parser
-from lipexp.bench import steps, sweep
+from lipexp.bench import accuracy, steps, sweep
 from lipexp.config import ConfigError, no_such, whole
 from lipexp.process import cpu_threads
 
-SECTIONS = {"step": steps.step, "activation": steps.activation, "commands": steps.commands, "sweep": sweep.sweep}
-DEFAULT = ("step", "activation", "commands")  # a sweep takes minutes
+SECTIONS = {
+    "step": steps.step,
+    "activation": steps.activation,
+    "commands": steps.commands,
+    "sweep": sweep.sweep,
+    "accuracy": accuracy.accuracy,
+}
+DEFAULT = ("step", "activation", "commands")  # the others take minutes
 
 EPILOG = """\
 step        a train step (batch, forward, loss, backward, optimiser) against a plain torch MLP with ReLU and Adam
 activation  MaxMin, forward and backward, against ReLU
 commands    lipexp --help against an empty Python, lipexp train against its imports
-sweep       runs of a stack against single ones; takes minutes, so it runs only when it is named
+sweep       runs of a stack against single ones
+accuracy    test scores on real data, against the same network without a bound and scikit-learn's models
 
-A time is CPU time, user and system, unless it says wall. Targets are aims: missing one is no error."""
+The last two take minutes, so they run only when they are named. A time is CPU time, user and system, unless it
+says wall. Targets are aims: missing one is no error."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `lipexp bench`; returns the exit status: 0, 1 a command failed, 2 bad input."""
     parser = Parser("lipexp bench")
-    parser.description = "Speed, as ratios to other implementations measured in the same run."
+    parser.description = "Speed, as ratios to other implementations measured in the same run; and accuracy."
     parser.epilog = EPILOG
-    sections = f"{', '.join(SECTIONS)} (default: all but sweep)"
+    sections = f"{', '.join(SECTIONS)} (default: {', '.join(DEFAULT)})"
     parser.add_argument("sections", metavar="SECTION", nargs="*", help=sections)
     parser.add_argument("--rounds", metavar="N", type=int, default=30, help="how often each case is timed (30)")
     options = parser.parse_intermixed_args(arguments)

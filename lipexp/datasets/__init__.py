@@ -10,7 +10,7 @@ file in conf/dataset/.
 from lipexp.datasets.arrays import Arrays
 from lipexp.datasets.base import Data, Dataset, Finite, Generated
 from lipexp.datasets.bundled import BreastCancer, Diabetes, Digits, DigitsParity, Wine
-from lipexp.datasets.synthetic import AbsoluteValue, Circles, Cones, Spirals, TwoMoons, on_sphere
+from lipexp.datasets.synthetic import AbsoluteValue, Circles, Cones, LogOutliers, Spirals, TwoMoons, on_sphere
 from lipexp.datasets.table import Table
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "DigitsParity",
     "Finite",
     "Generated",
+    "LogOutliers",
     "Spirals",
     "Table",
     "TwoMoons",

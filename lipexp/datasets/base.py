@@ -95,11 +95,7 @@ class Generated(Dataset):
 
     def draw(self, stream: np.random.SeedSequence) -> Data:
         """Each of the three sets comes from a child of its own of the stream."""
-        # Not stream.spawn, which counts its calls: the same stream must draw the same data again.
-        train, test, val = (
-            np.random.default_rng(np.random.SeedSequence(stream.entropy, spawn_key=(*stream.spawn_key, part)))
-            for part in range(3)
-        )
+        train, test, val = (np.random.default_rng(self._part(stream, part)) for part in range(3))
         with np.errstate(over="ignore"):  # what is infinite then is refused in one line
             parts = [
                 np.asarray(array, dtype=np.float32)
@@ -107,6 +103,11 @@ class Generated(Dataset):
                 for array in self.sample(n, rng)
             ]
         return Data(*parts)
+
+    @staticmethod
+    def _part(stream: np.random.SeedSequence, number: int) -> np.random.SeedSequence:
+        """A child of the stream. stream.spawn counts its calls: it would not give the same children again."""
+        return np.random.SeedSequence(stream.entropy, spawn_key=(*stream.spawn_key, number))
 
 
 class Finite(Dataset):

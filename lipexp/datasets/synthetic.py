@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lipexp.config import ConfigError, norm_order, number, whole
-from lipexp.datasets.base import Generated
+from lipexp.datasets.base import Data, Generated
 from lipexp.process import holding_interrupts
 
 
@@ -135,6 +135,55 @@ class AbsoluteValue(Generated):
     def sample(self, n: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         x = rng.uniform(-1, 1, size=(n, 1)).astype(np.float32)
         return x, np.abs(x[:, 0])
+
+
+class LogOutliers(Generated):
+    """y = log x + noise with x uniform on [`low`, `high`], and outliers among the training targets.
+
+    The slope 1 / x is above 0 everywhere and at most 1 / `low`, so that a network that may only rise, with the
+    constant 1 / `low`, can show log x and cannot follow every outlier. Validation and test targets have none.
+
+    Args:
+        noise: standard deviation of the Gaussian noise.
+        outliers: the fraction of training targets that are outliers, rounded to a whole number of them.
+        offset: how far an outlier lies off, above or below at random.
+        low: the smallest x, above 0.
+        high: the largest x.
+    """
+
+    task = "regression"
+    n_inputs = 1
+    per_run = ("noise", "outliers", "offset")
+
+    def __init__(
+        self,
+        noise: float = 0.1,
+        outliers: float = 0.1,
+        offset: float = 3.0,
+        low: float = 0.25,
+        high: float = 4.0,
+        n_train: int = 200,
+        n_val: int = 1000,
+        n_test: int = 2000,
+    ) -> None:
+        super().__init__(n_train, n_val, n_test)
+        self.noise = number("noise", noise, least=0)
+        self.outliers = number("outliers", outliers, least=0, most=1)
+        self.offset = number("offset", offset, least=0)
+        self.low = number("low", low, above=0)
+        self.high = number("high", high, above=low)
+
+    def sample(self, n: int, rng: np.random.Generator) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        x = rng.uniform(self.low, self.high, size=n)
+        return x[:, None], np.log(x) + self.noise * rng.standard_normal(n)
+
+    def draw(self, stream: np.random.SeedSequence) -> Data:
+        data = super().draw(stream)
+        rng = np.random.default_rng(self._part(stream, 3))  # beside those of the three sets
+        rows = rng.choice(self.n_train, round(self.outliers * self.n_train), replace=False)
+        targets = data.train_y.copy()
+        targets[rows] += self.offset * rng.choice([-1, 1], size=len(rows))
+        return data._replace(train_y=targets)
 
 
 class Cones(Generated):
