@@ -239,10 +239,10 @@ class BakedNetwork:
             np.add.at(back.T, active.index, (active.factor * gradient).T)
             gradient = back.dot(weight)
             exponent += weight_exponent + active.exponent
-        if self.linear is not None:
-            gradient, exponent = add((gradient, exponent), integers(self.linear[0].numpy()))
         x, x_exponent = integers(point)
         offset, lowest = add((output, output_exponent), (-gradient.dot(x), exponent + x_exponent))
+        if self.linear is not None:  # which has no part in the offset
+            gradient, exponent = add((gradient, exponent), integers(self.linear[0].numpy()))
         common = min(exponent, lowest)
         return LinearRegion(gradient << (exponent - common), offset << (lowest - common), common)
 

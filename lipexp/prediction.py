@@ -73,9 +73,10 @@ class Predictor:
         """
         alone = feature_constants(self.network, self.certificate, self.pairs)  # (D,) or (C, C, D)
         constants: Any = self.certificate.value if self.pairs is None else self.pairs.constants[:, :, None]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found = np.array(constants / alone)
-        found[np.isnan(found)] = np.inf  # of a class and itself, and of two whose difference is constant
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            found = np.nan_to_num(constants / alone, nan=0.0)
+        # Infinity says that nothing depends on the input, and is no quotient that overflows.
+        found = np.where(alone == 0, np.inf, np.nextafter(found, 0))
         return found[None] if self.pairs is None else found.min(axis=1)
 
     def __call__(self, frame: pd.DataFrame, reach: bool = False) -> pd.DataFrame:
@@ -126,7 +127,9 @@ class Predictor:
                 size = np.abs(points[:, place].astype(np.float64))
                 alone = np.multiply(radius, gains[..., place], out=np.zeros_like(radius), where=radius > 0)
                 change = np.maximum(alone * (1 - ROUNDING) - ROUNDING * size, 0)
-                found[f"reach:{column.name}"] = np.nextafter(change * column.scale * (1 - 2.0**-50), 0)
+                reach = np.nextafter(change * column.scale * (1 - 2.0**-50), 0)
+                unbounded = np.isinf(gains[..., place]) & (radius > 0)
+                found[f"reach:{column.name}"] = np.where(unbounded, np.inf, reach)
             place += len(column.features)
         return found
 

@@ -12,11 +12,16 @@ import pytest
 import torch
 from commands import edit
 from conftest import choice_of
+from networks import by_hand
 
 import lipexp as package
 from lipexp import predict
 from lipexp.config import ConfigError
-from lipexp.datasets.preprocessing import Preprocessing
+from lipexp.constraints import Spectral
+from lipexp.datasets.preprocessing import NUMBER, Column, Preprocessing, Target
+from lipexp.measured.gradients import Maximum
+from lipexp.prediction import Predictor, in_units
+from lipexp.proven import Chain, Problem, prove_quickly
 
 TABLE = choice_of("dataset", "table")
 CITIES = (*TABLE[:-1], "dataset.target=city", "dataset.drop=ill", "loss=multi_margin", "lipschitz=2")
@@ -243,3 +248,20 @@ def test_reach_of_a_regression_is_said_on_the_screen(trained_run, lipexp):
     slope = package.load(folder).predictor.slopes().loc["age", "pressure"]
     assert done == (0, "", f"pressure changes by at most {slope:.4g} per unit of age\n")
     assert list(pd.read_csv("p.csv")) == ["prediction"]
+
+
+def test_what_nothing_depends_on_may_change_without_end():
+    """A quotient that only overflows is no proof of that."""
+    weight = [[1.0, 0.0, 2.0**-140], [2.0, 0.0, 0.0]]
+    network = Spectral(10.0).prove(by_hand((weight, [0.0, 0.0]), ([[2.0**100, 0.0]], [0.5])))
+    box = torch.zeros(3).double(), torch.ones(3).double()
+    certificate = prove_quickly(Problem(network, Chain.of(Spectral(10.0), 2), box, Maximum(0.0, ()), 0))
+    columns = [Column(name, NUMBER, 5.0, 2.0) for name in ("a", "b", "c")]
+    predictor = Predictor(
+        network, certificate, Preprocessing(columns, [Target("y")], "classification", ["n", "y"], "")
+    )
+    found = predictor.of_points(np.ones((1, 3), dtype=np.float32), reach=True)
+    assert found["reach:a"][0] < found["reach:c"][0] < found["reach:b"][0] == np.inf
+    radii = {"split": np.array(["test"]), "radius": found["radius"], "prediction": np.ones(1, dtype=int)}
+    radii |= {f"x{i}": np.ones(1) for i in range(3)}
+    assert set(in_units(predictor, radii)[1]) == {"a", "c"}

@@ -252,7 +252,7 @@ def _soft_gradient(network: BakedNetwork, jacobians: Sequence[Jacobian], x: Tens
     ):
         spread = z.detach().std(dim=(1, 2), keepdim=True) + 1e-300
         gradient = jacobian.soft(z, sharpness / spread, gradient) @ weight
-    return gradient
+    return gradient if network.linear is None else gradient + network.linear
 
 
 def region_steps(network: BakedNetwork, jacobians: Sequence[Jacobian], best: Tensor, box: Box, q: float) -> Tensor:

@@ -22,7 +22,8 @@ def assess(
 ) -> record.Monotone:
     """What is known of the directions of f = h + c s^T x, for one of the networks.
 
-    It is monotone if |dh/dx_k| <= c for the layers h, and the product of their norms bounds every derivative.
+    It is monotone if |dh/dx_k| <= c for the layers h, and the product of their norms bounds every derivative. A
+    stored linear term may be another one than c s^T, so c is the smallest of its slopes in these directions.
 
     Args:
         points: where gradients were looked at.
@@ -31,7 +32,8 @@ def assess(
     """
     assert network.linear is not None
     chosen = signs.nonzero()[:, 0]
-    slope, layers = float(network.linear.abs().max()), product_bound(norm for (norm,) in network.norms)
+    slope = float((network.linear[0, 0, chosen] * signs[chosen]).min())
+    layers = product_bound(norm for (norm,) in network.norms)
     smallest = min(
         float((gradients[run, :, 0, chosen] * signs[chosen].double()).min()) for _, gradients in points.values()
     )

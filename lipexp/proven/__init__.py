@@ -115,7 +115,10 @@ def _attempt(name: str, problem: Problem) -> Proof:
         if name in ON_REQUEST:
             return Proof(None, "is for layers without a linear term beside them")
         beside = row_norm_bound(network.linear[0].numpy(), problem.chain.q)
-        problem = problem._replace(network=replace(network, linear=None))
+        # What is known of f, less the norm of the term, holds for the layers alone, and says how far to search.
+        seen = problem.measured._replace(value=max(0.0, problem.measured.value - beside))
+        best = None if problem.best is None else problem.best - beside
+        problem = problem._replace(network=replace(network, linear=None), measured=seen, best=best)
     try:
         proof = METHODS[name](problem)
         if beside and proof.value is not None:
