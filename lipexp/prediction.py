@@ -33,8 +33,10 @@ class Predictor:
     | column         | what it says                                                                             |
     |----------------|------------------------------------------------------------------------------------------|
     | `prediction`   | the class                                                                                |
-    | `runner_up`    | of several classes: the one that comes second                                            |
-    | `score`        | f, whose sign decides; of several classes: how far the largest output is above the second|
+    | `runner_up`    | of several classes: the one whose constant and output give the radius; without radii,    |
+    |                | the one with the second largest output                                                   |
+    | `score`        | f, whose sign decides; of several classes: how far the largest output is above that of   |
+    |                | the runner-up                                                                            |
     | `radius`       | the certified radius: the prediction holds for every point within it, in the norm p of   |
     |                | the constraint, after preprocessing (a distance of 1 is a standard deviation)            |
     | `reach:age`    | if asked for: how far `age` may change alone, in its own unit                            |
