@@ -128,7 +128,7 @@ def test_the_table_of_scores_fits_into_80_columns_and_says_what_is_missed():
             "breast_cancer", "accuracy", {accuracy.OWN: [0.9561, 0.9649, 0.9474], **OTHERS}, "88.2 at 0.5"
         ),
         accuracy.Compared("wine", "accuracy", {accuracy.OWN: [1.0, 1.0, 1.0], **OTHERS}, "100.0 at 0.5"),
-        accuracy.Compared("digits", "accuracy", {accuracy.OWN: [0.97, 0.95, 0.9599], **OTHERS}, "81.5 at 0.25"),
+        accuracy.Compared("digits", "accuracy", {accuracy.OWN: [0.97, 0.95, 0.957], **OTHERS}, "81.5 at 0.25"),
         accuracy.Compared("diabetes", "r2", {accuracy.OWN: [0.4, 0.5, -0.6], **OTHERS}, "1.70 a unit"),
     ]
     with console.capture() as captured:
@@ -137,11 +137,11 @@ def test_the_table_of_scores_fits_into_80_columns_and_says_what_is_missed():
     assert shown == [
         ["breast_cancer", "wine", "digits", "diabetes"],
         ["3 seeds", "accuracy", "accuracy", "accuracy", "r2"],
-        ["lipexp", "95.6 ± 0.5", "100.0 ± 0.0", "96.0 ± 0.6", "0.100 ± 0.351"],
+        ["lipexp", "95.6 ± 0.5", "100.0 ± 0.0", "95.9 ± 0.6", "0.100 ± 0.351"],
         ["without a bound", *["96.0 ± 0.6"] * 3, "0.960 ± 0.006"],
         ["linear", *["97.0 ± 0.6"] * 3, "0.970 ± 0.006"],
         ["boosted trees", *["93.0 ± 3.0"] * 3, "0.930 ± 0.030"],
-        ["difference", "−1.39 ± 0.95", "+3.00 ± 0.58", "−1.00 ± 0.00", "−0.870 ± 0.350"],
+        ["difference", "−1.39 ± 0.94", "+3.00 ± 0.58", "−1.10 ± 0.10", "−0.870 ± 0.352"],
         ["aim", "≥ −1", "missed", "≥ −1", "met", "≥ −1", "missed", "≥ −0.02", "missed"],
         ["certified", "88.2 at 0.5", "100.0 at 0.5", "81.5 at 0.25", "1.70 a unit"],
     ]
