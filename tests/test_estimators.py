@@ -238,10 +238,8 @@ def test_every_class_is_trained_on_however_few_rows_it_has(y, fraction, n_val):
     train, val = split(np.array(y), "classification", fraction, seed=0)
     assert len(val) == n_val
     assert set(np.array(y)[train]) == set(y)
-    assert (
-        LipschitzClassifier(**FAST, validation_fraction=fraction).fit(np.eye(len(y)), y).score(np.eye(len(y)), y)
-        == 1
-    )
+    model = LipschitzClassifier(**FAST, validation_fraction=fraction, keep="last").fit(np.eye(len(y)), y)
+    assert (model.predict(np.eye(len(y))) == y).sum() >= len(train)  # nothing is known of the others
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])

@@ -63,7 +63,7 @@ def test_what_an_interval_is_printed_from_is_checked(folder, key, value):
 def test_a_certificate_keeps_what_an_earlier_one_found_about_the_same_model(folder):
     def found(digest: str, bound: str, attack: dict[str, int] | None) -> Certification:
         interval = Metrics.read(folder).lipschitz
-        return Certification(digest, False, interval, {bound: Bound(1.0, None, True)}, [], {}, None, attack)
+        return Certification(digest, False, interval, {bound: Bound(1.0, None, True)}, [], {}, None, None, attack)
 
     certify(folder, found("a", "one", {"points": 3}))
     certify(folder, found("a", "two", None))
