@@ -48,9 +48,9 @@ def gradient_line(gradient: GradientNorm) -> str:
 def robustness_line(robustness: Robustness) -> str:
     """`certified accuracy within ‖δ‖₂ ≤ 0.1: 0.998  0.25: 0.9965   median radius 0.5122`, or why there is none.
 
-    It is about the test points. For several outputs it ends with `(pairs of outputs: 0.31 to 1.02, which makes
-    radii 1.14 times as large)`: the range of the constants that margins are divided by, and the median of what a
-    radius gains over that by the bound of the whole network.
+    It is about the test points. For several outputs it ends with `(pairs of outputs: 0.31 to 1.02, radii 14 %
+    larger)`: the range of the constants that margins are divided by, and the median of what radii gain by them
+    over the bound of the whole network.
     """
     found = robustness.test
     if found.certified_accuracy is None:
@@ -61,7 +61,7 @@ def robustness_line(robustness: Robustness) -> str:
     line = f"{within}median radius {'infinite' if median is None else below(median)}"
     if pairs is not None:
         gain = pairs.median_gain
-        larger = "" if gain is None else f", which makes radii {below(gain, digits=3)} times as large"
+        larger = "" if gain is None else f", radii {below(100 * (gain - 1), digits=2)} % larger"
         line += f" (pairs of outputs: {below(pairs.smallest)} to {above(pairs.largest, None)}{larger})"
     return line if robustness.reason is None else f"{line} (none in float32: {robustness.reason})"
 

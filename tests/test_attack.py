@@ -11,6 +11,7 @@ import pytest
 import torch
 from networks import EACH_LIPSCHITZ, NORMS, SEVERAL, TRAINED, by_hand, generator, network, normal, power, values
 
+from lipexp.evaluate import Evaluator
 from lipexp.loop import fit
 from lipexp.measured.attack import Falsifier, attack, project
 from lipexp.measured.gradients import Maximum, norms, scan
@@ -175,3 +176,25 @@ def test_two_moons_keep_their_class_within_the_radius_and_lose_it_at_twice_of_it
     assert not found.flips
     assert found.power[1.5] > 0.85
     assert found.power[2.0] > 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("chain", "margin"),
+    [
+        (("constraint=spectral",), 0.15),
+        (("constraint=linf", "constraint.p=inf"), 0.02),
+        (("constraint=linf", "constraint.p=1"), 0.4),
+    ],
+    ids=["2", "inf", "1"],
+)
+def test_ten_digits_keep_their_class_within_radii_that_are_larger_by_pairs_of_outputs(compose, chain, margin):
+    overrides = ("dataset=digits", f"loss.margin={margin}", "steps=300", "eval_every=0")
+    runs = stack([build(compose(*overrides, *chain))])
+    (found,) = Evaluator(runs).final(fit(runs, lambda checkpoint: None))
+    assert found.scores["test"]["accuracy"] > 0.95
+    assert found.robustness.summary([]).pairs.median_gain > 1
+    x = torch.from_numpy(runs.data[0].test_x).double()
+    attacked = attack(found.network, x, found.robustness.of("test")["radius"], runs.constraint.p, generator())
+    assert attacked.points >= 399
+    assert not attacked.flips

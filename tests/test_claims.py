@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from lipexp.evaluate import Evaluator
 from lipexp.loop import fit
@@ -35,7 +36,7 @@ def test_hinge_classifies_two_moons_alike_at_any_l(evaluations, constraint):
     for lipschitz in EVERY_L:
         runs = [(f"constraint={constraint}", f"lipschitz={lipschitz}", f"seed={seed}") for seed in range(5)]
         trained = evaluations(*runs)
-        assert all(found.test["accuracy"] >= 0.999 for found in trained)
+        assert all(found.scores["test"]["accuracy"] >= 0.999 for found in trained)
         assert all(found.measured.value <= found.certificate.value <= lipschitz for found in trained)
         classes.append([found.gradients["f"] > 0 for found in trained])
     agree = (np.array(classes) == classes[EVERY_L.index(1)]).all(axis=0)  # (seed, point)
@@ -55,3 +56,15 @@ def test_measured_is_at_most_certified_is_at_most_l(evaluations, constraint, act
         for found, lipschitz in zip(evaluations(*runs), values, strict=True):
             assert 0 < found.measured.value <= found.certificate.value <= lipschitz
             assert found.certificate.verdict(found.measured) == "PASS"
+
+
+def test_a_network_that_may_only_rise_follows_fewer_outliers(evaluations):
+    x = torch.linspace(0.25, 4, 1000).double().view(1, -1, 1)
+    errors, falls = [], []
+    for monotone in ("null", "{x0:1}"):
+        runs = [("experiment=monotone", f"model.monotone={monotone}", f"seed={seed}") for seed in range(5)]
+        trained = evaluations(*runs)
+        errors.append([found.scores["test"]["mse"] for found in trained])
+        falls.append([bool((found.network.double(x)[0, :, 0].diff() < 0).any()) for found in trained])
+    assert falls == [[True] * 5, [False] * 5]
+    assert (np.array(errors[1]) < errors[0]).all()

@@ -53,7 +53,7 @@ def test_the_interval_line():
         (None, ""),
         (
             Pairs(1.22868, 1.34317, 1.13799),
-            " (pairs of outputs: 1.228 to 1.344, which makes radii 1.13 times as large)",
+            " (pairs of outputs: 1.228 to 1.344, radii 13 % larger)",
         ),
         (Pairs(1.22868, 1.34317, None), " (pairs of outputs: 1.228 to 1.344)"),
     ],
