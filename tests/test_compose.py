@@ -88,7 +88,13 @@ SWEEPS = {
         *("dataset=two_moons,absolute_value", "act=relu", "model={width:8}", "steps=5"),
     ],
     "glob, range, choice, sort": [
-        *("experiment=glob(d*)", "act=glob(m*)", "seed=range(1,3)", "loss.margin=choice(0.1)", "steps=sort(2,1)"),
+        *(
+            "experiment=glob(deb*)",
+            "act=glob(m*)",
+            "seed=range(1,3)",
+            "loss.margin=choice(0.1)",
+            "steps=sort(2,1)",
+        ),
     ],
     "hydra's own": [
         *("seed=1,2", "hydra.job.name=mine", "hydra.sweep.subdir=${hydra.job.override_dirname}"),

@@ -71,6 +71,7 @@ def checks_that_do_not_pass(name, parameters):
     return [one for one in found if one[1] != "passed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LipschitzClassifier", "LipschitzRegressor"])
 def test_all_of_scikit_learns_checks_pass(name):
     assert checks_that_do_not_pass(name, {"steps": 40}) == []

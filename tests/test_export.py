@@ -80,10 +80,12 @@ def expected(network: BakedNetwork, x):
     return x
 
 
+# torch.export takes seconds; the default suite has one file of it that is read elsewhere.
+SLOW_TORCH = [pytest.param(to, marks=[pytest.mark.slow] * (to == "torch")) for to in FORMATS]
 KINDS = [("classification", 1), ("multiclass", 10), ("regression", 1), ("regression", 2), ("transport", 1)]
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", SLOW_TORCH)
 def test_a_linear_term_is_part_of_the_file(to):
     one = replace(network(4, 12, 1), linear=normal(1, 1, 4).float())
     written, x = format_of(to), normal(20, 4)
@@ -370,7 +372,7 @@ def table_outputs(model: Model, x, fill: bool, text: bool):
     return UNIT[0] + UNIT[1] * f if model.classes == [] else f
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", SLOW_TORCH)
 def test_a_file_takes_the_columns_of_a_table_as_they_are(tmp_path, to):
     """Rows that cannot be used are marked, and do not change the others."""
     written, files, cases = format_of(to), [], []

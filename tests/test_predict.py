@@ -22,6 +22,7 @@ from lipexp.datasets.preprocessing import NUMBER, Column, Preprocessing, Target
 from lipexp.measured.gradients import Maximum
 from lipexp.prediction import Predictor, in_units
 from lipexp.proven import Chain, Problem, prove_quickly
+from lipexp.wording import above
 
 TABLE = choice_of("dataset", "table")
 CITIES = (*TABLE[:-1], "dataset.target=city", "dataset.drop=ill", "loss=multi_margin", "lipschitz=2")
@@ -246,7 +247,7 @@ def test_reach_of_a_regression_is_said_on_the_screen(trained_run, lipexp):
     folder = trained_run(*REGRESSION)
     done = lipexp("predict", str(folder), str(FILE), "--reach", "-o", "p.csv")
     slope = package.load(folder).predictor.slopes().loc["age", "pressure"]
-    assert done == (0, "", f"pressure changes by at most {slope:.4g} per unit of age\n")
+    assert done == (0, "", f"pressure changes by at most {above(slope, None)} per unit of age\n")
     assert list(pd.read_csv("p.csv")) == ["prediction"]
 
 
