@@ -69,6 +69,18 @@ def test_a_class_holds_while_a_column_stays_within_its_reach(task, trained_run):
         assert any((one["prediction"] != found["prediction"]).any() for one in far)
 
 
+@pytest.mark.parametrize("task", [TABLE, CITIES], ids=["two classes", "three classes"])
+def test_the_radii_of_a_run_have_the_reach_of_each_row_and_its_metrics_the_medians(task, trained_run):
+    """The table of a run says of its test rows what `predict` says of the same points."""
+    run = package.load(trained_run(*task, "steps=60"))
+    radii = run.table("radii").query("split == 'test'").reset_index(drop=True)
+    points = radii[[f"x{i}" for i in range(run.baked.n_inputs)]].to_numpy(dtype=np.float32)
+    found = run.predictor.of_points(points, reach=True)
+    for column in ("age", "pressure"):
+        np.testing.assert_allclose(radii[f"reach:{column}"], found[f"reach:{column}"], rtol=1e-12)
+        assert run.metrics.columns[column]["reach"] == radii[f"reach:{column}"].median()
+
+
 def test_a_regression_is_predicted_in_the_unit_of_the_file_and_changes_no_faster_than_is_said(trained_run):
     folder = trained_run(*REGRESSION, "steps=60")
     run = package.load(folder)

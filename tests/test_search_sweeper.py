@@ -23,7 +23,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from sqlalchemy import NullPool
 
 from lipexp.sweep.launch import Sweep, exclusive
-from lipexp.sweep.search.options import SearchOptions
+from lipexp.sweep.search.options import WARNING, SearchOptions
 from lipexp.sweep.search.space import Space
 
 SEARCH = ("train", "-m", "hydra/sweeper=search", *TINY, "hydra.sweep.dir=found")
@@ -85,6 +85,19 @@ def test_a_search_finds_a_bowl_and_the_importance_of_its_axes(search):
     assert values[20:].median() > values[:20].median() / 2
     assert float(done.out.split("importance: loss.margin ")[1].split()[0]) > 0.8
     assert f"round 5 of 5: 40 trials, best val.accuracy {values.max():.6g} (trial {values.idxmax()})" in done.out
+
+
+def test_a_search_on_the_test_set_is_warned_of_wherever_its_result_is_read(lipexp, search):
+    metric = "robustness.test.certified_accuracy.0.1"
+    small = (MARGIN, INLINE, "hydra.sweeper.trials=2", f"hydra.sweeper.metric={metric}", "hydra.sweep.dir=unfair")
+    done = lipexp(*SEARCH, *small)
+    assert done.code == 0
+    assert done.err.startswith(f"lipexp: hydra.sweeper.metric={metric}: chosen on the test set")
+    assert WARNING in " ".join(done.out.split())
+    assert WARNING in Path("unfair/experiment/best.yaml").read_text()
+    done = search(bowl, MARGIN, "hydra.sweeper.trials=2", "hydra.sweep.dir=fair")
+    assert (done.code, done.err, WARNING in done.out) == (0, "", False)
+    assert WARNING not in Path("fair/experiment/best.yaml").read_text()
 
 
 def test_an_interrupted_search_goes_on_with_the_same_trials(search, monkeypatch):
