@@ -62,7 +62,16 @@ class Display:
             return
         self.screen.show(f"  {line}", bold="lipexp train")
         shape = ", ".join(f"{key} {value}" for key, value in config.model.items() if key != "_target_" and value)
-        self.screen.show(f"{names['model']} ({shape}), {config.steps} steps of {config.batch_size} points")
+        self.screen.show(f"{names['model']} ({shape}), {config.steps} steps of {member.batch_size} points")
+        dataset = member.parts["dataset"]
+        if dataset.preprocessing is not None:
+            rows = " + ".join(f"{getattr(dataset, f'n_{split}'):,}" for split in SPLITS)
+            line = (
+                f"{Path(dataset.path).name}: {rows} rows ({', '.join(SPLITS)}), {count(dataset.n_inputs, 'input')}"
+            )
+            if dataset.n_outputs == 1 and dataset.classes:
+                line += f"; {dataset.classes[1]} where f > 0, else {dataset.classes[0]}"
+            self.screen.show(line)
 
     @contextmanager
     def training(self, total: int) -> Iterator[None]:

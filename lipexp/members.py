@@ -57,6 +57,11 @@ class Member:
         dataset: Dataset = self.parts["dataset"]
         return signs(self.parts["model"], dataset.features, dataset.n_inputs)
 
+    @property
+    def batch_size(self) -> int:
+        """Points per step: all training points where there are fewer than were asked for."""
+        return min(self.config.batch_size, self.parts["dataset"].n_train)
+
     def drawn(self, streams: Streams) -> Data:
         """The data of this run."""
         return drawn(self.parts["dataset"], streams.data, self.names["dataset"])
@@ -93,11 +98,10 @@ def build(
             parts[key] = part(getattr(config, group), group, names[group])
     member = Member(config, names, {group: parts[key] for group, key in keys.items()})
     dataset, loss, constraint, act = (member.parts[group] for group in ("dataset", "loss", "constraint", "act"))
-    if config.batch_size > dataset.n_train:
-        raise ConfigError("batch_size", config.batch_size, f"must be at most dataset.n_train={dataset.n_train}")
     if loss.task and loss.task != dataset.task:
-        suitable = ", ".join(losses_for(dataset.task))
-        allowed = f"is for {loss.task}, but dataset={names['dataset']} is {dataset.task} ({suitable})"
+        suitable = " or ".join(f"loss={option}" for option in losses_for(dataset.task))
+        kinds = [TASKS[task].called for task in (loss.task, dataset.task)]
+        allowed = f"is for {kinds[0]}, but dataset={names['dataset']} has {kinds[1]}: take {suitable}"
         raise ConfigError("loss", names["loss"], allowed)
     check_loss(loss, names["loss"], dataset.n_outputs, TASKS[dataset.task].has_classes)
     if dataset.p is not None and dataset.p != constraint.p:
@@ -207,7 +211,7 @@ def run_bytes(member: Member) -> int:
     parameters = sum(n_out * (n_in + 1) for n_out, n_in in member.shapes)
     n_points = sum(getattr(dataset, f"n_{split}") for split in SPLITS)
     points = n_points * (8 * dataset.n_inputs * dataset.n_outputs + 40)
-    return 4 * (8 * member.config.batch_size * features + 12 * parameters) + 8 * points
+    return 4 * (8 * member.batch_size * features + 12 * parameters) + 8 * points
 
 
 def preferred_stack_size(member: Member) -> int:
@@ -217,7 +221,7 @@ def preferred_stack_size(member: Member) -> int:
     four runs, too little of the fixed cost of a step would be shared.
     """
     widest = max(n_out for n_out, _ in member.shapes)
-    return max(4, 2**20 // (4 * member.config.batch_size * widest))
+    return max(4, 2**20 // (4 * member.batch_size * widest))
 
 
 def stack(members: Sequence[Member]) -> Stack:
@@ -238,7 +242,7 @@ def stack(members: Sequence[Member]) -> Stack:
         data=[member.drawn(own) for member, own in zip(members, streams, strict=True)],
         streams=streams,
         steps=config.steps,
-        batch_size=config.batch_size,
+        batch_size=members[0].batch_size,
         eval_every=config.eval_every,
         keep=config.keep,
         patience=config.patience,

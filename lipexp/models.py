@@ -91,7 +91,8 @@ def signs(model: Model, features: Sequence[str], n_inputs: int) -> Tensor | None
     for name, sign in model.monotone.items():
         if name not in places:
             known = list(features) or [f"x{i}" for i in range(n_inputs)]
-            raise ConfigError("model.monotone", name, no_such("feature", name, known[:20]))
+            more = f" and {len(known) - 20} more" if len(known) > 20 else ""
+            raise ConfigError("model.monotone", name, no_such("feature", name, known[:20]) + more)
         if found[places[name]]:
             raise ConfigError("model.monotone", name, "is a feature that has another name there, too")
         found[places[name]] = sign

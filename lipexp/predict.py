@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,13 +30,13 @@ HELP = """\
 RUN is the folder of a finished run. FILE is a table with the columns that it was trained on, as .csv, .tsv or
 .txt (also .gz) or .parquet, or - for standard input; for a run on other data the columns are x0, x1, … as in
 gradients.csv. A target is not needed. Rows keep their order, and an index in a first column without a name is
-copied.
+copied. Messages count rows from 1, without the line of names.
 
 What is written of a classifier: prediction, the class; runner_up, of more than two classes the one that comes
-second; score, f, whose sign decides, or how far the largest output is above the second; radius: the prediction
-holds for every point within it, in the norm of the constraint, after preprocessing; with --reach, reach:age and
-so on. Of a regression: prediction, in the unit of the target; --reach says on the screen how much each column
-can change it.
+second; score, of two classes f, which is positive for the second one in sorted order, and of more the margin
+between the first two; radius: the prediction holds for every point within it, in the norm of the constraint, after
+preprocessing; with --reach, reach:age and so on. Of a regression: prediction, in the unit of the target; --reach
+says on the screen how much each column can change it.
 
 exit status: 0; 2 for bad input, which leaves no output file
 
@@ -82,6 +83,8 @@ def predict(options: argparse.Namespace) -> None:
         ConfigError: bad input; then there is no new file.
     """
     output = Path(options.output)
+    if output.suffix.lower() not in ("", ".csv", ".txt"):
+        raise ConfigError("-o", output, "must end in .csv, which is what is written")
     if options.output != "-" and output.exists() and not options.force:
         raise ConfigError("-o", output, "exists already; --force replaces it")
     if options.trust:
@@ -97,7 +100,12 @@ def predict(options: argparse.Namespace) -> None:
         for target, slopes in predictor.slopes().items():
             for column, slope in slopes.items():
                 screen.show(f"{target} changes by at most {above(slope, None)} per unit of {column}")
-    with cpu_threads(whole("threads", run.config.get("threads", 1), least=1)), screen.progress() as progress:
+    on_terminal = options.output == "-" and sys.stdout.isatty()  # where a bar would stand among the rows
+    quiet = Screen(file=io.StringIO()) if on_terminal else screen
+    with (
+        cpu_threads(whole("threads", run.config.get("threads", 1), least=1)),
+        quiet.progress(output_is_result=True) as progress,
+    ):
         task = progress.add_task("rows", total=None)
 
         def write(stream: IO[str]) -> None:

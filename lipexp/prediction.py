@@ -87,6 +87,10 @@ class Predictor:
         Raises:
             ConfigError: a column is missing, or a value that it cannot take; the first such row is named.
         """
+        if not isinstance(frame, pd.DataFrame):
+            raise ConfigError(
+                "frame", type(frame).__name__, "must be a pandas DataFrame with the columns of the table"
+            )
         return self.of_points(self.preprocessing.apply(frame), reach).set_index(frame.index)
 
     def of_points(self, points: npt.NDArray[np.float32], reach: bool = False) -> pd.DataFrame:

@@ -132,9 +132,16 @@ class Screen(Console):
             task = progress.add_task(self.spelled(text))
             yield lambda news: progress.update(task, description=self.spelled(news))
 
-    def progress(self) -> Progress:
-        """A line for each task on a terminal; its field `live` has what there is to say beside its steps."""
-        return Progress(_Line(self), console=self, transient=True, disable=not self.is_terminal)
+    def progress(self, output_is_result: bool = False) -> Progress:
+        """A line for each task on a terminal; its field `live` has what there is to say beside its steps.
+
+        Args:
+            output_is_result: standard output is not for this terminal: it is not to be shown above the line.
+        """
+        columns, shown = _Line(self), self.is_terminal
+        return Progress(
+            columns, console=self, transient=True, disable=not shown, redirect_stdout=not output_is_result
+        )
 
 
 def _least(columns: Sequence[Column], text: int) -> int:

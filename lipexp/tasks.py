@@ -24,6 +24,7 @@ class Task:
 
     scores: Mapping[str, Score]  # in metrics.json, beside the loss of each part of the data; first the metric
     larger_is_better: bool
+    called: str  # in messages
     targets: str  # what y may be, for messages
     has_classes: bool  # y is 0, 1, ...
     decides: bool  # the outputs predict a class, so that a point has a certified radius
@@ -79,13 +80,31 @@ def class_weights(y: Tensor) -> Tensor:
 
 
 TASKS = {
-    "classification": Task({"accuracy": accuracy}, True, "0 and 1", has_classes=True, decides=True),
+    "classification": Task({"accuracy": accuracy}, True, "two classes", "0 and 1", has_classes=True, decides=True),
     "multiclass": Task(
-        {"accuracy": accuracy_of_largest}, True, "0, 1, ..., C - 1", has_classes=True, decides=True, several=True
+        {"accuracy": accuracy_of_largest},
+        True,
+        "several classes",
+        "0, 1, ..., C - 1",
+        has_classes=True,
+        decides=True,
+        several=True,
     ),
-    "transport": Task({"score": difference_of_means}, True, "0 and 1", has_classes=True, decides=False),
+    "transport": Task(
+        {"score": difference_of_means},
+        True,
+        "distributions to transport",
+        "0 and 1",
+        has_classes=True,
+        decides=False,
+    ),
     "regression": Task(
-        {"mse": mean_squared_error, "r2": r2}, False, "any number", has_classes=False, decides=False
+        {"mse": mean_squared_error, "r2": r2},
+        False,
+        "numbers to fit",
+        "any number",
+        has_classes=False,
+        decides=False,
     ),
 }
 METRICS = {task.metric: task.larger_is_better for task in TASKS.values()}  # -> larger is better

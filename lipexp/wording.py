@@ -67,7 +67,7 @@ def robustness_line(robustness: Robustness) -> str:
 
 
 def columns_line(columns: Mapping[str, Mapping[str, float]], most: int = 6) -> str:
-    """What bounds mean for the columns of a table: `may move alone by (median): age 4.1  weight 12.2`.
+    """What bounds mean for the columns of a table: `one column alone may change by this …: age 4.1  weight 12.2`.
 
     For a regression `cost changes by at most: 0.31 per age  1.2 per weight`, a line for each target.
     """
@@ -78,7 +78,7 @@ def columns_line(columns: Mapping[str, Mapping[str, float]], most: int = 6) -> s
         shown = [(column, row[name]) for column, row in columns.items() if name in row][:most]
         if name == "reach":
             text = "  ".join(f"{column} {below(value)}" for column, value in shown)
-            lines.append(f"without another prediction each may move alone, median: {text}{rest}")
+            lines.append(f"one column alone may change by this before the prediction can (median): {text}{rest}")
         else:
             text = "  ".join(f"{above(value, None)} per {column}" for column, value in shown)
             lines.append(f"{name} changes by at most: {text}{rest}")

@@ -363,8 +363,7 @@ def test_a_file_that_is_no_npz_is_one_line_and_leaves_no_run(lipexp, saved, tmp_
             "dataset.n_train=1: n_train + n_val + n_test",
         ),
         (("dataset.path=my.npz", "dataset.n_val=0"), "dataset.n_val=0: must be a whole number, at least 1"),
-        (("dataset.path=my.npz", "batch_size=8", "dataset.task=multiclass"), "loss=hinge: is for classification"),
-        (("dataset.path=my.npz",), "batch_size=256: must be at most dataset.n_train=12"),
+        (("dataset.path=my.npz", "batch_size=8", "dataset.task=multiclass"), "loss=hinge: is for two classes"),
     ],
 )
 def test_settings_that_do_not_fit_the_arrays_are_refused_in_one_line(lipexp, saved, overrides, message):

@@ -321,7 +321,10 @@ def test_fitting_leaves_no_files_and_the_global_random_numbers(tmp_path, monkeyp
         ({"act": "grupsort"}, "act=grupsort: no such option; did you mean groupsort?"),
         ({"act": 3}, "act=3: must be the name of an option"),
         ({"act": "relu", "constraint": {"option": "linf", "q": 1}}, "does not take these arguments"),
-        ({"loss": "mse"}, "loss=mse: is for regression, but dataset=X is classification (bce, hinge)"),
+        (
+            {"loss": "mse"},
+            "loss=mse: is for numbers to fit, but dataset=X has two classes: take loss=bce or loss=hinge",
+        ),
         ({"width": 7}, "model.width=7: must be a multiple of act's group size, 2"),
         ({"steps": -1}, "steps=-1: must be a whole number, at least 0"),
         ({"batch_size": 0}, "batch_size=0: must be a whole number, at least 1"),

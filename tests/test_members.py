@@ -17,7 +17,7 @@ from lipexp.config import ConfigError
 from lipexp.constraints import LInf, Spectral
 from lipexp.datasets import AbsoluteValue, Circles, Cones, DigitsParity, Spirals, TwoMoons
 from lipexp.evaluate import Evaluator
-from lipexp.loop import fit
+from lipexp.loop import Trainer, fit
 from lipexp.losses import BCE, CrossEntropy, Hinge, Huber, Kantorovich, MultiMargin
 from lipexp.members import build, signature, stack
 from lipexp.models import MLP
@@ -208,3 +208,9 @@ def test_what_may_differ_within_a_stack_becomes_a_tensor(member):
 def test_what_may_not_differ_makes_another_signature(member, override):
     with pytest.raises(ValueError, match="signature"):
         stack([member(), member(override)])
+
+
+def test_a_step_takes_all_training_points_where_there_are_fewer_than_a_batch(member):
+    one = member("dataset.n_train=20", "batch_size=256")
+    assert (one.batch_size, stack([one]).batch_size) == (20, 20)
+    assert Trainer(stack([one])).step().isfinite().all()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from commands import edit
+from commands import SCRIPT, edit
 from conftest import choice_of
 from networks import by_hand
 
@@ -67,6 +70,19 @@ def test_a_class_holds_while_a_column_stays_within_its_reach(task, trained_run):
         # It is worth something: some prediction changes at five times its reach.
         far = [run.predict(NEW.assign(**{column: NEW[column] + sign * 5 * reach})) for sign in (-1, 1)]
         assert any((one["prediction"] != found["prediction"]).any() for one in far)
+
+
+def test_standard_output_gets_the_rows_though_a_bar_is_shown_on_the_terminal(trained_run, tmp_path):
+    """As in `lipexp predict RUN FILE > new.csv`, where standard error is the terminal."""
+    controller, terminal = pty.openpty()
+    with (tmp_path / "new.csv").open("w") as file:
+        command = [SCRIPT, "predict", str(trained_run(*TABLE, "steps=60")), str(FILE)]
+        subprocess.run(command, stdout=file, stderr=terminal, stdin=terminal, check=True)
+    os.close(terminal)
+    os.close(controller)
+    found = pd.read_csv(tmp_path / "new.csv")
+    assert list(found) == ["prediction", "score", "radius"]
+    assert len(found) == 600
 
 
 @pytest.mark.parametrize("task", [TABLE, CITIES], ids=["two classes", "three classes"])
@@ -176,7 +192,11 @@ def test_tables_come_from_standard_input_and_other_kinds_of_files(path, folder, 
 
 
 BAD = {
-    "category": ("city", "Paris", "row 6, column 'city': 'Paris' is none of the 3 categories that are known"),
+    "category": (
+        "city",
+        "Paris",
+        "row 6, column 'city': 'Paris' is none of the categories that are known (Bergen, Oslo, Tromso)",
+    ),
     "number": ("age", "old", "row 6, column 'age': 'old' is no finite number"),
     "boolean": ("smoker", "perhaps", "row 6, column 'smoker': 'perhaps' is neither true nor false"),
     "missing": ("pressure", None, "row 6, column 'pressure': there is no value"),

@@ -143,7 +143,7 @@ def test_settings_are_written_as_on_the_command_line(name, value, expected):
         ([], {"seed": []}, "seed=[]: there is nothing to sweep over"),
         ([], {"seed": {1: 2}}, "seed={1: 2}: must be a number, true or false, text, or several of them"),
         (["seed=1"], {"seed": [1, 2]}, "seed=choice(1,2): seed is swept, and given twice"),
-        (["dataset=absolute_value", "loss=hinge"], {}, "loss=hinge: is for classification"),
+        (["dataset=absolute_value", "loss=hinge"], {}, "loss=hinge: is for two classes"),
         ([], {"resume": True}, "resume=true: continues a sweep, which needs -m"),
     ],
     ids=str,

@@ -24,12 +24,13 @@ SECTIONS = {
 DEFAULT = ("step", "activation", "commands")  # the others take minutes
 
 EPILOG = """\
-step        a train step (batch, forward, loss, backward, optimiser) against a plain torch MLP with ReLU and Adam
-activation  MaxMin, forward and backward, against ReLU
-commands    lipexp --help against an empty Python, lipexp train against its imports
-sweep       runs of a stack against single ones
-accuracy    test scores on real data, against the same network without a bound and scikit-learn's models
-predict     2 million rows of a table, against pandas alone reading and writing them
+sections:
+  step        a train step (batch, forward, loss, backward, optimiser) against a plain torch MLP with ReLU and Adam
+  activation  MaxMin, forward and backward, against ReLU
+  commands    lipexp --help against an empty Python, lipexp train against its imports
+  sweep       runs of a stack against single ones
+  accuracy    test scores on real data, against the same network without a bound and scikit-learn's models
+  predict     2 million rows of a table, against pandas alone reading and writing them
 
 The last three take minutes, so they run only when they are named. A time is CPU time, user and system, unless it
 says wall. Targets are aims: missing one is no error."""

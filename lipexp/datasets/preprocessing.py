@@ -98,7 +98,7 @@ class Column:
 
     def _complaint(self, value: Any) -> str:
         if self.kind == CATEGORY:
-            return f"{shortened(value)} is none of the {len(self.categories)} categories that are known"
+            return f"{shortened(value)} is none of the categories that are known ({listed(self.categories, 5)})"
         return f"{shortened(value)} is " + (
             "no finite number" if self.kind == NUMBER else "neither true nor false"
         )

@@ -105,6 +105,7 @@ class Table(Dataset):
             raise ConfigError("target", None, "must be set")
         categories = _names("categorical", categorical, source.names)
         inputs = self._inputs(source.names, targets, columns, drop)
+        self._dropped = _names("drop", drop, source.names)
         (frame,) = source.frames([*inputs, *targets], [name for name in categories if name in inputs])
         if frame.empty:
             self._refuse("has no rows")
@@ -188,6 +189,8 @@ class Table(Dataset):
             needed = "two" if task == "classification" else f"2 to {MOST_CLASSES:,}"
             seen = listed([shortened(one) for one in classes], 5)
             allowed = f"has {_counted(len(classes), 'value')} ({seen}); {task} needs {needed}"
+            if task == "classification" and len(classes) > 2:
+                allowed += " (dataset.task=multiclass takes more)"
             raise ConfigError("target", columns[0].name, allowed)
         counts = columns[0].value_counts()
         if counts.iloc[-1] < 3:
@@ -271,7 +274,7 @@ class Table(Dataset):
         from pandas.api import types
 
         name, values = column.name, column.dropna()
-        leave_out = f"leave it out with dataset.drop=[{name}]"
+        leave_out = f"leave it out with dataset.drop=[{','.join([*self._dropped, str(name)])}]"
         distinct = list(values.unique())
         if all(isinstance(value, bool) for value in distinct):
             return BOOLEAN
