@@ -17,7 +17,7 @@ from rich.table import Table
 
 from lipexp.process import holding_interrupts
 from lipexp.screen import Screen
-from lipexp.tasks import METRICS, SPLITS
+from lipexp.tasks import METRICS, SPLITS, TASKS
 from lipexp.wording import (
     below,
     columns_line,
@@ -71,6 +71,10 @@ class Display:
             )
             if dataset.n_outputs == 1 and dataset.classes:
                 line += f"; {dataset.classes[1]} where f > 0, else {dataset.classes[0]}"
+            if not TASKS[dataset.task].has_classes:
+                line += "; targets and losses in standard deviations"
+            if dataset.n_filled:
+                line += f"; {count(dataset.n_filled, 'missing value')} filled in"
             self.screen.show(line)
 
     @contextmanager

@@ -86,11 +86,11 @@ def columns_line(columns: Mapping[str, Mapping[str, float]], most: int = 6) -> s
 
 
 def monotone_line(monotone: Monotone) -> str:
-    """`monotone: f rises with age: proven; slopes there of at least 0.002, measured`, and what an attack found."""
+    """`monotone: f rises with age: proven; the flattest slope seen is 0.002`, and what an attack found."""
     words = {1: "rises", -1: "falls"}
     features = ", ".join(f"{words[sign]} with {name}" for name, sign in monotone.features.items())
     line = f"monotone: f {features}: {'proven' if monotone.proven else 'NOT proven'}"
-    line += f"; slopes there of at least {below(monotone.smallest)}, measured"
+    line += f"; the flattest slope seen is {below(monotone.smallest)}"
     return line if monotone.violations is None else f"{line}; {count(monotone.violations, 'violation')} found"
 
 

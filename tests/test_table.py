@@ -349,6 +349,22 @@ def test_a_row_that_is_no_point_is_named_with_its_column(patients, column, value
     assert str(refused.value).startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("target", "loss", "said"),
+    [
+        ("ill", "hinge", "6 inputs; yes where f > 0, else no; 120 missing values filled in"),
+        ("stage", "multi_margin", "6 inputs; 120 missing values filled in"),
+        ("cost", "mse", "6 inputs; targets and losses in standard deviations; 120 missing values filled in"),
+    ],
+)
+def test_training_says_what_it_made_of_the_file(patients, lipexp, target, loss, said):
+    patients.to_csv("patients.csv", index=False)
+    command = ("dataset=table", "dataset.path=patients.csv", f"dataset.target={target}", "dataset.missing=impute")
+    done = lipexp("train", *command, f"dataset.columns=[{','.join(INPUTS)}]", f"loss={loss}", "steps=2")
+    assert done.code == 0
+    assert f"patients.csv: 180 + 60 + 60 rows (train, val, test), {said}" in " ".join(done.out.split())
+
+
 def test_preprocessing_is_read_back_from_the_run_as_it_was(patients, lipexp):
     dataset = table(patients, ["cost"])
     command = ("dataset=table", "dataset.path=patients.csv", "dataset.target=cost", "dataset.missing=impute")

@@ -115,6 +115,7 @@ class Table(Dataset):
             y if classes else None, len(frame), n_train, n_val, n_test, split_seed
         )
         self.n_train, self.n_val, self.n_test = map(len, (self.train, self.val, self.test))
+        self.n_filled = int(frame[inputs].isna().to_numpy().sum())
         found = [self._column(frame[name], name in categories) for name in inputs]
         n_inputs = sum(len(column.features) for column in found)
         if n_inputs > MOST_INPUTS:

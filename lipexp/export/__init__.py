@@ -25,7 +25,7 @@ from lipexp.certify import finished
 from lipexp.config import ConfigError, one_line, whole
 from lipexp.constraints import Constraint
 from lipexp.datasets import Dataset
-from lipexp.datasets.preprocessing import NUMBER
+from lipexp.datasets.preprocessing import NUMBER, listed
 from lipexp.export import programs
 from lipexp.export.model import Model, Outputs, decision
 from lipexp.loading import LoadedRun, load_run
@@ -187,7 +187,7 @@ def _description(dataset: Dataset, model: Model, proven: Certification | Metrics
 
 def _signature(model: Model, to: Format) -> str:
     """What goes in and what comes out."""
-    names = ", ".join(model.columns[:NAMED]) + (", ..." if len(model.columns) > NAMED else "")
+    names = listed(model.columns, NAMED)
     alone = model.has_categories and to.suffix == ".onnx"
     inputs = f"inputs {names}, each (N, 1)" if alone else f"input x (N, {len(model.columns)}) of {names}"
     prediction = " and prediction (N,)" if model.task.decides else ""
