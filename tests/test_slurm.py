@@ -95,7 +95,7 @@ def test_the_stacks_are_one_array_and_end_as_with_the_local_executor(sweep):
     assert re.fullmatch(r"SLURM job \d+: 4 stacks submitted", second)
     shown = sorted(line for line in lines if line.startswith("stack "))
     assert [line[:20] for line in shown] == [f"stack {n} of 4, 8 runs" for n in (1, 2, 3, 4)]
-    assert all(": 100 steps  test accuracy best" in line for line in shown)
+    assert all(": 100 steps  val accuracy best" in line for line in shown)
     assert lines[-3:-1] == ["32 ok", "s/sweep.csv"]
     assert [number.partition("_")[2] for number in submitted()] == ["0", "1", "2", "3"]
     assert sweep(*jobs, "hydra.sweep.dir=local").code == 0
