@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import textwrap
+from collections.abc import Callable, Sequence
 from typing import NoReturn
+
+from lipexp.config import ConfigError
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -24,6 +29,25 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, formatter_class=_Help, allow_abbrev=False)
+
+    def add_trust(self) -> None:
+        """The option --trust of verbs that read run folders."""
+        self.add_argument(
+            "--trust", action="store_true", help="allow classes from outside lipexp: runs their code"
+        )
+
+    def answer(self, arguments: Sequence[str], action: Callable[[argparse.Namespace], int]) -> int:
+        """The exit status of `action` on what is parsed; 2 for bad input, which one line on stderr explains."""
+        try:
+            options = self.parse_intermixed_args(arguments)
+            if getattr(options, "trust", False):
+                sys.path.append(os.getcwd())  # a user's own class lies where they work, as with `python -m`
+            return action(options)
+        except SystemExit as stop:  # argparse has said what it had to say
+            return stop.code if isinstance(stop.code, int) else 0
+        except ConfigError as error:
+            print(f"lipexp: {error}", file=sys.stderr)
+            return 2
 
     def error(self, message: str) -> NoReturn:
         """One line, without the usage."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -194,19 +193,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--radii", metavar="R,R,…", help="distances for certified accuracy (default: the run's own)"
     )
-    parser.add_argument("--trust", action="store_true", help="allow classes from outside lipexp: runs their code")
-    try:
-        options = parser.parse_intermixed_args(arguments)
-        check(options)
-        folders = finished(options.runs)
-    except SystemExit as stop:  # argparse has said what it had to say
-        return stop.code if isinstance(stop.code, int) else 0
-    except ConfigError as error:
-        print(f"lipexp: {error}", file=sys.stderr)
-        return 2
-    if options.trust:
-        sys.path.append(os.getcwd())  # a user's own class lies where they work, as with `python -m`
-    screen = Screen()
+    parser.add_trust()
+    return parser.answer(arguments, certify_all)
+
+
+def certify_all(options: argparse.Namespace) -> int:
+    """Certify the runs that are asked for, and go on where one cannot be read; returns the exit status."""
+    check(options)
+    folders, screen = finished(options.runs), Screen()
     statuses = []
     for place, folder in enumerate(folders, start=1):
         which = f"run {place} of {len(folders)}, " if len(folders) > 1 else ""

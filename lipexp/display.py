@@ -17,7 +17,7 @@ from rich.table import Table
 
 from lipexp.process import holding_interrupts
 from lipexp.screen import Screen
-from lipexp.tasks import METRICS, SPLITS, TASKS
+from lipexp.tasks import METRICS, SPLITS
 from lipexp.wording import (
     below,
     columns_line,
@@ -45,14 +45,14 @@ class Display:
         self.screen = screen or Screen()
         self.brief = brief
         self.step = 0
-        self._steps = 0
+        self._steps, self._keep = 0, "last"
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
     def header(self, member: Member) -> None:
         """What is trained, on what, under which bound."""
         config, names = member.config, member.names
-        self._steps = config.steps
+        self._steps, self._keep = config.steps, config.keep
         lipschitz = member.parts["constraint"].lipschitz
         bound = "no bound" if lipschitz is None else f"L = {lipschitz:g}"
         line = f"{names['dataset']}  {names['act']}  {names['constraint']} ({bound})  {names['loss']}"
@@ -63,19 +63,8 @@ class Display:
         self.screen.show(f"  {line}", bold="lipexp train")
         shape = ", ".join(f"{key} {value}" for key, value in config.model.items() if key != "_target_" and value)
         self.screen.show(f"{names['model']} ({shape}), {config.steps} steps of {member.batch_size} points")
-        dataset = member.parts["dataset"]
-        if dataset.preprocessing is not None:
-            rows = " + ".join(f"{getattr(dataset, f'n_{split}'):,}" for split in SPLITS)
-            line = (
-                f"{Path(dataset.path).name}: {rows} rows ({', '.join(SPLITS)}), {count(dataset.n_inputs, 'input')}"
-            )
-            if dataset.n_outputs == 1 and dataset.classes:
-                line += f"; {dataset.classes[1]} where f > 0, else {dataset.classes[0]}"
-            if not TASKS[dataset.task].has_classes:
-                line += "; targets and losses in standard deviations"
-            if dataset.n_filled:
-                line += f"; {count(dataset.n_filled, 'missing value')} filled in"
-            self.screen.show(line)
+        if about := member.parts["dataset"].about:
+            self.screen.show(about)
 
     @contextmanager
     def training(self, total: int) -> Iterator[None]:
@@ -116,7 +105,8 @@ class Display:
         """The result of one run."""
         if not self.brief:
             if metrics.step < self._steps:
-                self.screen.show(f"kept: the network after {metrics.step} steps, the best on validation")
+                reason = "the best on validation" if self._keep == "best" else "where training stopped early"
+                self.screen.show(f"kept: the network after {metrics.step} steps, {reason}")
             self.screen.show(result_table(metrics))
             self.screen.show(gradient_line(metrics.gradient_norm))
             if metrics.robustness is not None:

@@ -62,7 +62,7 @@ class Evaluator:
         self.parts = {split: slice(end - sizes[split], end) for split, end in ends.items()}
         self.x = _stacked([data.x for data in stack.data])  # (K, N, D)
         self.y = _stacked([data.y for data in stack.data])  # (K, N), or (K, N, C) for several targets
-        self._last: tuple[Checkpoint, bool, Scan] | None = None
+        self._last: tuple[BakedNetwork, bool, Scan] | None = None
 
     def history(self, checkpoint: Checkpoint) -> list[dict[str, float | None]]:
         """One line of history.csv per run; runs that have failed, or stopped before, get an empty one."""
@@ -90,11 +90,11 @@ class Evaluator:
         return rows
 
     def value(self, row: Mapping[str, float | None]) -> Value | None:
-        """How good the run of a line of history.csv is on validation: by its metric, among equals by its loss."""
+        """How good the run of a line of history.csv is on validation."""
         metric, loss = row.get(f"val_{self.stack.task.metric}"), row.get("val_loss")
         if metric is None or loss is None:
             return None
-        return (metric if self.stack.task.larger_is_better else -metric, -loss)
+        return self.stack.task.value(metric, loss)
 
     def final(self, checkpoint: Checkpoint) -> list[Evaluation | None]:
         """The evaluation of each run, None for failed ones."""
@@ -117,9 +117,10 @@ class Evaluator:
         The last checkpoint is reported twice, and scanned once where it is also the one that is kept.
         """
         final = final or checkpoint.step == self.stack.steps
-        if self._last is None or self._last[0].network is not checkpoint.network or (final and not self._last[1]):
+        network = checkpoint.network
+        if self._last is None or self._last[0] is not network or (final and not self._last[1]):
             hidden_p = self.stack.constraint.hidden_p if final else None
-            self._last = (checkpoint, final, scan(checkpoint.network, self.x, hidden_p))
+            self._last = (network, final, scan(network, self.x, hidden_p))
         return self._last[2]
 
     def _scores(self, f: Tensor) -> list[dict[str, dict[str, float]]]:

@@ -62,19 +62,18 @@ def trained(member: Member) -> BakedNetwork:
     Raises:
         ValueError: its numbers have not stayed finite.
     """
-    run, config = stack([member]), member.config
+    run = stack([member])
     x, y = (torch.from_numpy(part).double()[None] for part in run.data[0].part("val"))
-    score, sign = run.task.scores[run.task.metric], 1 if run.task.larger_is_better else -1
+    score = run.task.scores[run.task.metric]
 
     def evaluate(checkpoint: Checkpoint) -> list[Value | None]:
         if checkpoint.failures or not len(x[0]):
             return [None]
         f = squeezed(checkpoint.network.double(x))
-        return [(sign * float(score(f, y)), -float(run.loss(f, y).mean()))]
+        return [run.task.value(float(score(f, y)), float(run.loss(f, y).mean()))]
 
-    on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    with cpu_threads(config.threads):
-        last = fit(run, evaluate, device="cuda" if on_gpu else "cpu")
+    with cpu_threads(member.config.threads):
+        last = fit(run, evaluate, device=member.device)
     for failure in last.failures.values():
         raise ValueError(f"training failed: {failure.reason} at step {failure.step}")
     return last.network

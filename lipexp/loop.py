@@ -87,7 +87,7 @@ class Checkpoint:
     kept: Sequence[int] = ()  # in the end: the step that the network of each run is from, unless it is `step`
 
 
-Value = tuple[float, ...]  # how good a network is on validation: larger is better, the first number counts most
+Value = tuple[float, ...]  # how good a network is on validation, larger is better: see `Task.value`
 
 
 class Selection:
@@ -116,9 +116,7 @@ class Selection:
                 self.best[run] = value
             self.waited[run] = 0 if better else self.waited[run] + 1
             if better or not self.best_only:
-                self.steps[run] = step
-            if better and self.best_only:
-                self.kept[run] = self.parameters[run]
+                self.kept[run], self.steps[run] = self.parameters[run], step
             if self.patience and self.waited[run] >= self.patience:
                 self.stopped.add(run)
         if self.stopped:
@@ -230,7 +228,7 @@ def fit(
             losses.clear()
             current = checkpoint(step)
             selection.look(step, evaluate(current))
-            if len(failures) + len(selection.stopped - failures.keys()) == len(stack.streams):
+            if len(failures.keys() | selection.stopped) == len(stack.streams):
                 break
         if step % TICK == 0:
             tick(step)

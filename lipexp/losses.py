@@ -112,7 +112,31 @@ def _over_targets(values: Tensor) -> Tensor:
     return values.mean(dim=-1) if values.ndim == 3 else values
 
 
-class BCE(Loss):
+class Scaled(Loss):
+    """Base of the losses that are divided by what L asks for.
+
+    Args:
+        lipschitz: L.
+    """
+
+    per_run: tuple[str, ...] = ("lipschitz",)
+
+    def __init__(self, lipschitz: float = 1.0) -> None:
+        super().__init__()
+        self.lipschitz = lipschitz_constant("lipschitz", lipschitz)
+
+
+class Tempered(Scaled):
+    """Base of the losses of logits T f with a temperature T, which are divided by T as well."""
+
+    per_run = ("temperature", "lipschitz")
+
+    def __init__(self, temperature: float = 1.0, lipschitz: float = 1.0) -> None:
+        super().__init__(lipschitz)
+        self.temperature = number("temperature", temperature, above=0)
+
+
+class BCE(Tempered):
     """Binary cross-entropy of logits with a temperature: BCE(T f, y) / (T L) with y in {0, 1}.
 
     It falls for ever as margins grow, so under a gradient bound it trades errors for margins. A large T makes it
@@ -122,12 +146,6 @@ class BCE(Loss):
     """
 
     task = "classification"
-    per_run = ("temperature", "lipschitz")
-
-    def __init__(self, temperature: float = 1.0, lipschitz: float = 1.0) -> None:
-        super().__init__()
-        self.temperature = number("temperature", temperature, above=0)
-        self.lipschitz = lipschitz_constant("lipschitz", lipschitz)
 
     def forward(self, f: Tensor, y: Tensor) -> Tensor:
         temperature = column(self.temperature, f)
@@ -135,7 +153,7 @@ class BCE(Loss):
         return entropy / temperature / column(self.lipschitz, f)
 
 
-class Hinge(Loss):
+class Hinge(Scaled):
     """max(0, m - s f) / L with s = 2 y - 1 and m = margin * L, y in {0, 1}.
 
     It stops at its margin, so a bounded network can spend its slope on the decision line. `margin` is a distance
@@ -151,15 +169,14 @@ class Hinge(Loss):
     per_run = ("margin", "lipschitz")
 
     def __init__(self, margin: float = 0.5, lipschitz: float = 1.0) -> None:
-        super().__init__()
+        super().__init__(lipschitz)
         self.margin = number("margin", margin, least=0)
-        self.lipschitz = lipschitz_constant("lipschitz", lipschitz)
 
     def forward(self, f: Tensor, y: Tensor) -> Tensor:
         return torch.relu(column(self.margin, f) - (2 * y - 1) * f / column(self.lipschitz, f))
 
 
-class Kantorovich(Loss):
+class Kantorovich(Scaled):
     """-(mean of f where y = 1 - mean of f where y = 0) / L: the dual of the Wasserstein-1 distance of the classes.
 
     Over all L-Lipschitz f the largest difference of means is L times that distance (Kantorovich and Rubinstein).
@@ -170,17 +187,12 @@ class Kantorovich(Loss):
     """
 
     task = "transport"
-    per_run = ("lipschitz",)
-
-    def __init__(self, lipschitz: float = 1.0) -> None:
-        super().__init__()
-        self.lipschitz = lipschitz_constant("lipschitz", lipschitz)
 
     def forward(self, f: Tensor, y: Tensor) -> Tensor:
         return -class_weights(y) * f * (y.shape[1] / column(self.lipschitz, f))
 
 
-class CrossEntropy(Loss):
+class CrossEntropy(Tempered):
     """Cross-entropy of logits with a temperature: CE(T f, y) / (T L), CE(z, y) = log(sum_j exp(z_j)) - z_y.
 
     It is for several classes what `BCE` is for two: at T -> infinity it is max_j (f_j - f_y) / L, which is zero as
@@ -190,12 +202,6 @@ class CrossEntropy(Loss):
     """
 
     task = "multiclass"
-    per_run = ("temperature", "lipschitz")
-
-    def __init__(self, temperature: float = 1.0, lipschitz: float = 1.0) -> None:
-        super().__init__()
-        self.temperature = number("temperature", temperature, above=0)
-        self.lipschitz = lipschitz_constant("lipschitz", lipschitz)
 
     def forward(self, f: Tensor, y: Tensor) -> Tensor:
         logits = (column(self.temperature, f) * f).movedim(-1, 1)  # torch wants the classes on axis 1
@@ -203,7 +209,7 @@ class CrossEntropy(Loss):
         return entropy / column(self.temperature, y) / column(self.lipschitz, y)
 
 
-class MultiMargin(Loss):
+class MultiMargin(Scaled):
     """The sum over the classes j other than y of max(0, margin - (f_y - f_j) / (2 L)).
 
     A network with the constant L has f_y - f_j with the constant 2 L at most, whichever norm its outputs live in.
@@ -226,9 +232,8 @@ class MultiMargin(Loss):
     per_run = ("margin", "lipschitz")
 
     def __init__(self, margin: float = 0.25, lipschitz: float = 1.0) -> None:
-        super().__init__()
+        super().__init__(lipschitz)
         self.margin = number("margin", margin, least=0)
-        self.lipschitz = lipschitz_constant("lipschitz", lipschitz)
 
     def forward(self, f: Tensor, y: Tensor) -> Tensor:
         own = y.long().unsqueeze(-1)  # (K, B, 1)
@@ -236,7 +241,7 @@ class MultiMargin(Loss):
         return torch.relu(column(self.margin, f) - gaps).scatter(-1, own, 0.0).sum(dim=-1)
 
 
-class MSE(Loss):
+class MSE(Scaled):
     """(f - y)^2 / (L max(1, L)), the mean over the targets; the metric `mse` is not divided.
 
     Its derivative by a parameter is of the size |f - y| L / (L max(1, L)). For targets of a size of about 1,
@@ -244,11 +249,6 @@ class MSE(Loss):
     """
 
     task = "regression"
-    per_run = ("lipschitz",)
-
-    def __init__(self, lipschitz: float = 1.0) -> None:
-        super().__init__()
-        self.lipschitz = lipschitz_constant("lipschitz", lipschitz)
 
     def forward(self, f: Tensor, y: Tensor) -> Tensor:
         lipschitz = torch.as_tensor(column(self.lipschitz, f), dtype=f.dtype, device=f.device)
@@ -256,21 +256,16 @@ class MSE(Loss):
         return _over_targets(((f - y) / (lipschitz.sqrt() * lipschitz.clamp_min(1).sqrt())).square())
 
 
-class MAE(Loss):
+class MAE(Scaled):
     """|f - y| / L, the mean over the targets. Its derivative by f is 1 / L in size, however large the error is."""
 
     task = "regression"
-    per_run = ("lipschitz",)
-
-    def __init__(self, lipschitz: float = 1.0) -> None:
-        super().__init__()
-        self.lipschitz = lipschitz_constant("lipschitz", lipschitz)
 
     def forward(self, f: Tensor, y: Tensor) -> Tensor:
         return _over_targets((f - y).abs() / column(self.lipschitz, f))
 
 
-class Huber(Loss):
+class Huber(Scaled):
     """H(f - y) / (L min(delta, max(1, L))), the mean over the targets, with H(e) = e^2 / 2 up to |e| = delta.
 
     Beyond, H(e) = delta (|e| - delta / 2) goes on in a straight line, so a few targets that are far off do not
@@ -288,9 +283,8 @@ class Huber(Loss):
     per_run = ("delta", "lipschitz")
 
     def __init__(self, delta: float = 1.0, lipschitz: float = 1.0) -> None:
-        super().__init__()
+        super().__init__(lipschitz)
         self.delta = number("delta", delta, above=0)
-        self.lipschitz = lipschitz_constant("lipschitz", lipschitz)
 
     def forward(self, f: Tensor, y: Tensor) -> Tensor:
         delta, lipschitz = (

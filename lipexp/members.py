@@ -58,6 +58,12 @@ class Member:
         return signs(self.parts["model"], dataset.features, dataset.n_inputs)
 
     @property
+    def device(self) -> str:
+        """The one to train on, cpu or cuda: auto takes a GPU if there is one."""
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        return automatic if self.config.device == "auto" else self.config.device
+
+    @property
     def batch_size(self) -> int:
         """Points per step: all training points where there are fewer than were asked for."""
         return min(self.config.batch_size, self.parts["dataset"].n_train)

@@ -64,20 +64,12 @@ def main(arguments: Sequence[str]) -> int:
         help="mark: a row that cannot be predicted has the reason in a column `error` (default: refuse)",
     )
     parser.add_argument("--force", action="store_true", help="replace an output file that exists")
-    parser.add_argument("--trust", action="store_true", help="allow classes from outside lipexp: runs their code")
-    try:
-        options = parser.parse_intermixed_args(arguments)
-        predict(options)
-    except SystemExit as stop:  # argparse has said what it had to say
-        return stop.code if isinstance(stop.code, int) else 0
-    except ConfigError as error:
-        print(f"lipexp: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_trust()
+    return parser.answer(arguments, predict)
 
 
-def predict(options: argparse.Namespace) -> None:
-    """Write what the run says of the rows.
+def predict(options: argparse.Namespace) -> int:
+    """Write what the run says of the rows; returns the exit status, 0.
 
     Raises:
         ConfigError: bad input; then there is no new file.
@@ -87,8 +79,6 @@ def predict(options: argparse.Namespace) -> None:
         raise ConfigError("-o", output, "must end in .csv, which is what is written")
     if options.output != "-" and output.exists() and not options.force:
         raise ConfigError("-o", output, "exists already; --force replaces it")
-    if options.trust:
-        sys.path.append(".")  # a user's own class lies where they work, as with `python -m`
     run = load_run(options.run, trust=options.trust)
     predictor, source = run.predictor, Source("FILE", options.file)
     pieces = predictions(predictor, source, options)
@@ -121,11 +111,12 @@ def predict(options: argparse.Namespace) -> None:
 
         if options.output == "-":
             write(sys.stdout)
-            return
+            return 0
         try:
             write_file(output, lambda path: _write_text(path, write))
         except OSError as error:
             raise ConfigError("-o", output, f"cannot be written: {error.strerror or error}") from None
+    return 0
 
 
 def _write_text(path: Path, write: Any) -> None:

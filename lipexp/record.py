@@ -208,8 +208,15 @@ def certify(folder: RunFolder, found: Certification) -> bool:
             known, new = old.lipschitz.certified, found.lipschitz.certified
             best = old if known is not None and (new is None or known < new) else found
             attack = found.attack or (old.attack if best is old or known == new else None)
+            directions = found.monotone  # they are assessed anew, and keep what an attack on them found
+            if directions is not None and directions.violations is None and old.monotone is not None:
+                directions = dataclasses.replace(directions, violations=old.monotone.violations)
             found = dataclasses.replace(
-                best, bounds=old.bounds | found.bounds, broken_layers=found.broken_layers, attack=attack
+                best,
+                bounds=old.bounds | found.bounds,
+                broken_layers=found.broken_layers,
+                monotone=directions,
+                attack=attack,
             )
         dataclasses.replace(metrics, certify=found).write(folder)
         return best is not old

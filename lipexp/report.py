@@ -38,8 +38,9 @@ BEST_HIGH = (
     "r2",
     "radius",
 )  # parts of keys end in them
-UPPER = (".certified", ".product", ".exact", ".exact_box.value", "robustness.lipschitz", ".pairs.largest")
-# Upper bounds end in one of these, and lower bounds in one of those.
+# What the keys of upper bounds, and of lower bounds, end in.
+PAIRS = ("robustness.pairs.smallest", "robustness.pairs.largest")
+UPPER = (".certified", ".product", ".exact", ".exact_box.value", "robustness.lipschitz", *PAIRS)
 LOWER = (".measured", "gradient_norm.max", ".median_radius")
 CHOICES = ["dataset", "act", "constraint", "loss"]  # the groups that are columns of every table
 UNFINISHED = ["missing", "running"]  # statuses of runs that have neither a result nor a failure
@@ -70,16 +71,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--by", metavar="KEYS", help="fold runs that differ only in seed: mean ± sample deviation")
     parser.add_argument("--sort", metavar="KEY", help="sort by this instead of the metric")
     parser.add_argument("--csv", metavar="FILE", help="also write all columns, unrounded; -: print only these")
-    try:
-        report(parser.parse_intermixed_args(arguments))
-    except ConfigError as error:
-        print(f"lipexp: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser.answer(arguments, report)
 
 
-def report(options: argparse.Namespace) -> None:
-    """Read, fold, sort, write and show; ConfigError for a folder, key or file that cannot be used."""
+def report(options: argparse.Namespace) -> int:
+    """Read, fold, sort, write and show; ConfigError for a folder, key or file that cannot be used. Returns 0."""
     runs, chosen = read(options.folders or ["outputs"])
     # Neither the class behind an option nor what repeats a setting of the run is worth a column by itself.
     repeated = [key for key in chosen if repeats(key, runs)]
@@ -109,6 +105,7 @@ def report(options: argparse.Namespace) -> None:
         head = ", ".join([f"{count(len(runs), 'run')} under {root}", *counts])
         for part in (head, *shown(rows, columns, by, root)):
             print("\n".join(map(str, Screen().lines(part))))
+    return 0
 
 
 def read(folders: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:

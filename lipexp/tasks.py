@@ -35,6 +35,15 @@ class Task:
         """The name of what is compared and optimised."""
         return next(iter(self.scores))
 
+    def value(self, score: float, loss: float) -> tuple[float, float]:
+        """How good a network is, larger is better: by its metric, among equals by its loss."""
+        return (score if self.larger_is_better else -score), -loss
+
+
+def decision(f: Tensor) -> Tensor:
+    """(N,) the number of the class that outputs f (N, C) decide for: the largest; a single one by its sign."""
+    return f.argmax(dim=1) if f.shape[1] > 1 else (f[:, 0] > 0).long()
+
 
 def squeezed(f: Tensor) -> Tensor:
     """Outputs (K, N, C) as losses and scores take them: (K, N) where C is 1."""

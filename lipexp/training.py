@@ -63,8 +63,7 @@ def train_many(
     """
     started = time.perf_counter()
     config = members[0].config
-    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
-    device = "cpu" if device == "auto" else device
+    device = members[0].device
     history: list[list[Mapping[str, float | None]]] = [[] for _ in members]
     evaluating = 0.0
 

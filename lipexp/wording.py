@@ -23,8 +23,8 @@ def shown_path(path: Path) -> str:
 
 
 def dataset_name(option: str, path: str | None) -> str:
-    """What a dataset is called: the option, or the name of the file that it only reads."""
-    return Path(path).name if option in ("table", "npz") and path else option
+    """What a dataset is called: the option, or the name of the file that it reads."""
+    return Path(path).name if path else option
 
 
 def count(number: int, what: str, plural: str = "s") -> str:
@@ -62,7 +62,7 @@ def robustness_line(robustness: Robustness) -> str:
     if pairs is not None:
         gain = pairs.median_gain
         larger = "" if gain is None else f", radii {below(100 * (gain - 1), digits=2)} % larger"
-        line += f" (pairs of outputs: {below(pairs.smallest)} to {above(pairs.largest, None)}{larger})"
+        line += f" (pairs of outputs: {above(pairs.smallest, None)} to {above(pairs.largest, None)}{larger})"
     return line if robustness.reason is None else f"{line} (none in float32: {robustness.reason})"
 
 

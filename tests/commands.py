@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -117,3 +118,42 @@ def assert_same_sweep(one: Path, other: Path) -> None:
                 a, b = ([float(number) for number in NUMBER.findall(row[key])] for row in pair)
                 assert a == pytest.approx(b, rel=1e-4, abs=1e-7), key
                 assert len({NUMBER.sub("#", row[key]) for row in pair}) == 1, key
+
+
+# Exported files --------------------------------------------------------------------------------------------------
+
+# Runs where lipexp cannot be imported; writes what comes out of each file for several inputs by their names.
+READER = """
+import pickle, sys, warnings
+
+sys.modules["lipexp"] = None
+warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit itself
+
+def opened(path):
+    if path.endswith(".onnx"):
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        return lambda inputs: dict(zip(names, session.run(None, inputs), strict=True))
+    import torch
+
+    program = torch.jit.load(path) if path.endswith(".ts") else torch.export.load(path).module()
+
+    def outputs(inputs):
+        found = program(torch.from_numpy(inputs["x"]))
+        found = found if isinstance(found, tuple) else (found,)
+        return {name: part.numpy() for name, part in zip(("f", "prediction"), found)}
+
+    return outputs
+
+found = [list(map(opened(path), inputs)) for path, inputs in pickle.load(sys.stdin.buffer)]
+pickle.dump(found, sys.stdout.buffer)
+"""
+
+
+def elsewhere(files):
+    """What comes out of each file, for each of its inputs by their names, in a process without lipexp."""
+    sent = pickle.dumps([(str(path), inputs) for path, inputs in files])
+    script = [sys.executable, "-c", READER]
+    return pickle.loads(subprocess.run(script, input=sent, capture_output=True, check=True).stdout)

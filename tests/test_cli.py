@@ -57,6 +57,29 @@ def test_metrics_say_what_the_tables_say(trained_run):
     assert found["model_sha256"] == hashlib.sha256((trained_run() / "model.pt").read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("keep=best",), "the best on validation"),
+        (("patience=1",), "where training stopped early"),
+    ],
+    ids=["keep", "patience"],
+)
+def test_the_network_that_is_kept_is_that_of_its_line_of_the_history(lipexp, overrides, reason):
+    # A learning rate at which later steps spoil what the first have learnt.
+    done = lipexp("train", *DEBUG, "steps=60", "eval_every=2", "optim.lr=0.3", *overrides, "hydra.run.dir=run")
+    assert (done.code, done.err) == (0, "")
+    found, history = metrics(Path("run")), pd.read_csv("run/history.csv").set_index("step")
+    step = found["step"]
+    assert 0 < step < 60
+    assert f"kept: the network after {step} steps, {reason}" in done.out
+    assert found["val"]["accuracy"] == history["val_accuracy"][step]
+    if "best" in reason:
+        assert found["val"]["accuracy"] == history["val_accuracy"].max()
+    else:
+        assert history.index[-1] == step
+
+
 def test_layers_csv_holds_the_norms_of_model_pt_within_their_bound(trained_run):
     folder = trained_run("constraint=linf", "lipschitz=8")
     layers, state = pd.read_csv(folder / "layers.csv"), torch.load(folder / "model.pt", weights_only=True)

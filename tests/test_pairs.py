@@ -15,7 +15,9 @@ from lipexp.measured.gradients import Maximum, norms, scan
 from lipexp.norms import dual
 from lipexp.proven import Certificate, Chain, Problem, Proof, prove, semidefinite
 from lipexp.proven.pairs import feature_constants, pair_constants
+from lipexp.proven.radii import assess
 from lipexp.proven.semidefinite import lipsdp
+from lipexp.wording import robustness_line
 
 TANH = as_activation(torch.nn.Tanh())
 TANH.norms = ALL_NORMS
@@ -58,7 +60,7 @@ def test_matrix_inequalities_bound_all_pairs_at_once(name, constraint):
     for i, j in all_pairs(net):
         alone = certified(between(net, i, j), constraint, "eclipse")[1].value
         assert closed.constants[i, j] == pytest.approx(min(alone, closed.joint), rel=1e-8)
-        least = lipsdp(between(net, i, j))
+        least = lipsdp(between(net, i, j))[0]
         assert float(norms(slopes[:, i] - slopes[:, j], 2).max()) <= least * (1 + 1e-12)
         assert best.constants[i, j] == pytest.approx(least, rel=2e-3)
         assert best.constants[i, j] * (1 - 2e-3) <= pair_constants(net, together).constants[i, j] <= alone * 1.001
@@ -125,6 +127,26 @@ def test_rows_that_are_equal_make_a_constant_difference():
         constants = pair_constants(net, found).constants
         assert constants[0, 1] <= 1e-14
         assert constants[0, 2] > 0
+
+
+def test_what_pairs_gain_over_the_bound_of_the_whole_network_is_told():
+    """The rows (1, 0), (1, 1) and (1, -1) have the norm sqrt(3), and differ by 1, 1 and 2."""
+    net = by_hand(([[1.0, 0.0], [1.0, 1.0], [1.0, -1.0]], [0.5, 0.0, 0.0]))
+    net, whole = certified(net, Unconstrained(), "product")
+    x = torch.tensor([[0.0, 0.0], [0.0, 9.0], [0.0, -9.0], [0.0, 0.5]]).double()  # the last one is undecided
+    points = {split: (x, torch.tensor([0, 1, 2, 0])) for split in ("val", "test")}
+    found = assess(net, points, whole)
+    assert found.pairs.smallest == pytest.approx(1, rel=1e-12)
+    assert found.pairs.largest == pytest.approx(2, rel=1e-12)
+    assert found.pairs.median_gain == pytest.approx(math.sqrt(6), rel=1e-9)
+    own = found.of("test")
+    names = "split index x0 x1 y prediction runner_up correct f radius radius_float32"
+    assert " ".join(own) == names
+    np.testing.assert_allclose(own["radius"], [0.5, 8.5, 8.5, 0], rtol=1e-9, atol=1e-15)
+    assert (own["correct"] == [1, 1, 1, own["prediction"][3] == 0]).all()
+    line = robustness_line(found.summary([0.1]))
+    assert line.startswith("certified accuracy within ‖δ‖₂ ≤ 0.1: 0.75   median radius ")
+    assert line.endswith(" (pairs of outputs: 1 to 2, radii 140 % larger)")
 
 
 # Single features -------------------------------------------------------------------------------------------------

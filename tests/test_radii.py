@@ -285,25 +285,6 @@ def test_classes_that_tie_have_no_radius_and_constant_margins_an_infinite_one():
         assert (radii.runner_up == rival).all()
 
 
-def test_what_pairs_gain_over_the_bound_of_the_whole_network_is_told():
-    """The rows (1, 0), (1, 1) and (1, -1) have the norm sqrt(3), and differ by 1, 1 and 2."""
-    net = with_norms(by_hand(([[1.0, 0.0], [1.0, 1.0], [1.0, -1.0]], [0.5, 0.0, 0.0])), math.sqrt(3))
-    x = torch.tensor([[0.0, 0.0], [0.0, 9.0], [0.0, -9.0], [0.0, 0.5]]).double()  # the last one is undecided
-    points = {split: (x, torch.tensor([0, 1, 2, 0])) for split in ("val", "test")}
-    found = assess(net, points, certificate(math.sqrt(3)))
-    assert found.pairs.smallest == pytest.approx(1, rel=1e-12)
-    assert found.pairs.largest == pytest.approx(2, rel=1e-12)
-    assert found.pairs.median_gain == pytest.approx(math.sqrt(6), rel=1e-9)
-    own = found.of("test")
-    names = "split index x0 x1 y prediction runner_up correct f radius radius_float32"
-    assert " ".join(own) == names
-    np.testing.assert_allclose(own["radius"], [0.5, 8.5, 8.5, 0], rtol=1e-9, atol=1e-15)
-    assert (own["correct"] == [1, 1, 1, own["prediction"][3] == 0]).all()
-    line = robustness_line(found.summary([0.1]))
-    assert line.startswith("certified accuracy within ‖δ‖₂ ≤ 0.1: 0.75   median radius ")
-    assert line.endswith(" (pairs of outputs: 1 to 2, radii 140 % larger)")
-
-
 def test_a_constant_function_has_infinite_radii_unless_it_is_zero():
     for constant, radius in ((0.5, math.inf), (0.0, 0.0)):
         net = with_norms(by_hand(([[0.0, 0.0]], [0.0]), ([[0.0]], [constant])), 0.0, 0.0)

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from lipexp.record import Bound, Certification, Metrics, Outcome, certify, numeric_keys, settings
+from lipexp.record import Bound, Certification, Metrics, Monotone, Outcome, certify, numeric_keys, settings
 from lipexp.runs import RunFolder
 
 
@@ -71,6 +71,18 @@ def test_a_certificate_keeps_what_an_earlier_one_found_about_the_same_model(fold
     assert (list(both.bounds), both.attack) == (["one", "two"], {"points": 3})
     certify(folder, found("b", "two", None))
     assert Metrics.read(folder).certify == found("b", "two", None)
+
+
+def test_what_an_attack_on_a_monotone_network_found_stays_until_the_model_changes(folder):
+    def found(digest: str, violations: int | None) -> Certification:
+        directions = Monotone({"x0": 1}, 0.5, 0.5, 0.1, True, violations)
+        return Certification(digest, False, Metrics.read(folder).lipschitz, {}, [], {}, None, directions)
+
+    certify(folder, found("a", 0))
+    certify(folder, found("a", None))
+    assert Metrics.read(folder).certify.monotone.violations == 0
+    certify(folder, found("b", None))
+    assert Metrics.read(folder).certify.monotone.violations is None
 
 
 def test_an_outcome_is_what_the_files_tell(folder, tmp_path):

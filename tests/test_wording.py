@@ -53,9 +53,9 @@ def test_the_interval_line():
         (None, ""),
         (
             Pairs(1.22868, 1.34317, 1.13799),
-            " (pairs of outputs: 1.228 to 1.344, radii 13 % larger)",
+            " (pairs of outputs: 1.229 to 1.344, radii 13 % larger)",
         ),
-        (Pairs(1.22868, 1.34317, None), " (pairs of outputs: 1.228 to 1.344)"),
+        (Pairs(1.22868, 1.34317, None), " (pairs of outputs: 1.229 to 1.344)"),
     ],
 )
 def test_the_line_of_radii_says_what_pairs_of_outputs_gain(pairs, shown):

@@ -11,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lipexp.config import ConfigError, one_of, whole
-from lipexp.datasets.base import Array, Data, Finite
+from lipexp.datasets.base import MOST_CLASSES, Array, Data, Finite
 
 TOGETHER = ("x", "y")
 APART = ("x_train", "y_train", "x_val", "y_val", "x_test", "y_test")
-MOST_CLASSES = 1000
 BROKEN = (ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)  # what NumPy raises at a bad file
 
 

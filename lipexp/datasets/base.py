@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lipexp.datasets.preprocessing import Preprocessing
 
 Array = npt.NDArray[np.float32]
+MOST_CLASSES = 100  # of a user's file: each pair of classes has a constant of its own
 
 
 class Data(NamedTuple):
@@ -63,6 +64,7 @@ class Dataset(ABC):
     | `classes`      | a name for each class, if they have any                                               |
     | `per_run`      | the arguments that may differ between the runs of a stack                             |
     | `preprocessing`| what has turned a user's rows into the points, which is kept in the run's folder       |
+    | `about`        | a line for the screen of a run: what was made of a user's file                        |
     """
 
     task = ""
@@ -76,6 +78,7 @@ class Dataset(ABC):
     classes: Sequence[str] = ()
     per_run: tuple[str, ...] = ()
     preprocessing: Preprocessing | None = None
+    about = ""
 
     @abstractmethod
     def draw(self, stream: np.random.SeedSequence) -> Data: ...

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lipexp.config import ConfigError, no_such, number, one_line, one_of, whole
-from lipexp.datasets.base import Data, Dataset
+from lipexp.datasets.base import MOST_CLASSES, Data, Dataset
 from lipexp.datasets.files import Source, sha256
 from lipexp.datasets.preprocessing import (
     BOOLEAN,
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST_INPUTS = 1000
-MOST_CLASSES = 100  # each pair of classes has a constant of its own
 MOST_BYTES = 2**31  # of the file
 MOST_NUMBERS = 50_000_000  # rows x inputs, of which training and evaluation hold 115 bytes each
 DATE = re.compile(r"(\d{4}[-/]\d{1,2}[-/]\d{1,2}|\d{1,2}[-/]\d{1,2}[-/]\d{2,4}|\d{1,2}\.\d{1,2}\.\d{4})([ T].*)?")
@@ -115,7 +114,6 @@ class Table(Dataset):
             y if classes else None, len(frame), n_train, n_val, n_test, split_seed
         )
         self.n_train, self.n_val, self.n_test = map(len, (self.train, self.val, self.test))
-        self.n_filled = int(frame[inputs].isna().to_numpy().sum())
         found = [self._column(frame[name], name in categories) for name in inputs]
         n_inputs = sum(len(column.features) for column in found)
         if n_inputs > MOST_INPUTS:
@@ -143,10 +141,23 @@ class Table(Dataset):
             self._refuse(error.allowed)
         parts = (self.train, self.val, self.test)
         self._data = Data(*(array[rows] for rows in parts for array in (x, y.astype(np.float32))))
+        self.about = self._about(int(frame[inputs].isna().to_numpy().sum()))
 
     def draw(self, stream: np.random.SeedSequence) -> Data:
         """The same rows for every stream."""
         return self._data
+
+    def _about(self, n_filled: int) -> str:
+        """What was made of the file."""
+        rows = f"{self.n_train:,} + {self.n_val:,} + {self.n_test:,} rows (train, val, test)"
+        parts = [f"{Path(self.path).name}: {rows}, {_counted(self.n_inputs, 'input')}"]
+        if self.task == "classification":
+            parts.append(f"{self.classes[1]} where f > 0, else {self.classes[0]}")
+        if self.task == "regression":
+            parts.append("targets and losses in standard deviations")
+        if n_filled:
+            parts.append(f"{_counted(n_filled, 'missing value')} filled in")
+        return "; ".join(parts)
 
     def _refuse(self, text: str) -> NoReturn:
         raise ConfigError("path", self.path, text)

@@ -7,10 +7,10 @@ them with the one that the run recorded.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ from lipexp.constraints import Constraint
 from lipexp.datasets import Dataset
 from lipexp.datasets.preprocessing import NUMBER, listed
 from lipexp.export import programs
-from lipexp.export.model import Model, Outputs, decision
+from lipexp.export.model import Model, Outputs
 from lipexp.loading import LoadedRun, load_run
 from lipexp.loop import Streams, generator
 from lipexp.measured.gradients import Maximum
@@ -37,7 +37,7 @@ from lipexp.proven import Chain, Problem, prove_quickly
 from lipexp.record import Certification, Interval, Metrics
 from lipexp.runs import RunFolder, write_file
 from lipexp.screen import Screen
-from lipexp.tasks import TASKS
+from lipexp.tasks import TASKS, decision
 from lipexp.wording import above, interval_line, shown_path
 
 FORMATS = ("torch", "torchscript", "onnx")
@@ -229,7 +229,7 @@ def difference(read: Read, model: Model, x: Tensor) -> float:
     share = float((error / (largest if model.unit is not None else largest.max())).where(error != 0, 0.0).max())
     if not share <= TOLERANCE:
         raise Unequal(f"its outputs differ from the run's by {share:.2g} of the largest output")
-    if found.prediction is not None and not torch.equal(found.prediction, decision(found.f, model.task)):
+    if found.prediction is not None and not torch.equal(found.prediction, decision(found.f)):
         raise Unequal("its predictions are not those of its outputs")
     return share
 
@@ -267,22 +267,8 @@ def main(arguments: Sequence[str]) -> int:
         "-o", "--output", metavar="FILE", type=Path, help="default: model.pt2, model.ts or model.onnx in RUN"
     )
     parser.add_argument("--force", action="store_true", help="replace a file of the same format that is there")
-    parser.add_argument("--trust", action="store_true", help="allow classes from outside lipexp: runs their code")
-    try:
-        options = parser.parse_intermixed_args(arguments)
-        to = format_of(options.to)
-        folders = finished([options.run])
-        if len(folders) > 1:
-            raise ConfigError("RUN", options.run, f"holds {len(folders)} runs; export takes one")
-        path = destination(options.output or folders[0].path / f"model{to.suffix}", to, options.force)
-    except SystemExit as stop:  # argparse has said what it had to say
-        return stop.code if isinstance(stop.code, int) else 0
-    except ConfigError as error:
-        print(f"lipexp: {error}", file=sys.stderr)
-        return 2
-    if options.trust:
-        sys.path.append(os.getcwd())  # a user's own class lies where they work, as with `python -m`
-    return _export(folders[0], to, path, options.trust)
+    parser.add_trust()
+    return parser.answer(arguments, _export)
 
 
 def destination(path: Path, to: Format, force: bool) -> Path:
@@ -298,11 +284,16 @@ def destination(path: Path, to: Format, force: bool) -> Path:
     return path
 
 
-def _export(folder: RunFolder, to: Format, path: Path, trust: bool) -> int:
-    screen = Screen()
+def _export(options: argparse.Namespace) -> int:
+    to = format_of(options.to)
+    folders = finished([options.run])
+    if len(folders) > 1:
+        raise ConfigError("RUN", options.run, f"holds {len(folders)} runs; export takes one")
+    folder, screen = folders[0], Screen()
+    path = destination(options.output or folder.path / f"model{to.suffix}", to, options.force)
     try:
         with screen.waiting(str(folder)):
-            run = load_run(folder.path, trust=trust)
+            run = load_run(folder.path, trust=options.trust)
             with cpu_threads(whole("threads", run.config.get("threads", 1), least=1)):
                 lines = export(run, to, path)
         screen.show(*lines)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lipexp.datasets.preprocessing import CATEGORY, Preprocessing
 from lipexp.networks import BakedNetwork
-from lipexp.tasks import Task
+from lipexp.tasks import Task, decision
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -118,7 +118,7 @@ class Model:
         if self.unit is not None:
             mean, scale = self.unit
             f = mean + scale * f
-        return Outputs(f, decision(f, self.task) if self.task.decides else None)
+        return Outputs(f, decision(f) if self.task.decides else None)
 
     def frame(self, x: Tensor) -> pd.DataFrame:
         """x as the rows of the table that it stands for."""
@@ -141,8 +141,3 @@ class Model:
             parts.append(own.argmax(dim=1) if column.kind == CATEGORY else column.mean + column.scale * own[:, 0])
             start += own.shape[1]
         return torch.stack(parts, dim=1).float()
-
-
-def decision(f: Tensor, task: Task) -> Tensor:
-    """(N,) the number of the class that the outputs f (N, C) of a classifier decide for."""
-    return f.argmax(dim=1) if task.several else (f[:, 0] > 0).long()

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipexp.export.model import Model, Outputs, decision
+from lipexp.export.model import Model, Outputs
 from lipexp.networks import Network
+from lipexp.tasks import decision
 
 DESCRIPTION = "lipexp.json"  # a file in the archive
 
@@ -33,7 +34,7 @@ class Module(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if self.encoding is None:
             f = self.network(x)
-            return (f, decision(f, self.task)) if self.task.decides else f
+            return (f, decision(f)) if self.task.decides else f
         own = self.encoding
         x = x.where(~x.isnan(), own.fill)
         encodable = ((x - own.middle).abs() <= own.half).all(dim=1)
@@ -44,7 +45,7 @@ class Module(nn.Module):
             mean, scale = self.unit
             f = (mean + scale * f.double()).float()
         f = f.where(encodable[:, None], torch.nan)
-        return (f, decision(f, self.task).where(encodable, -1)) if self.task.decides else f
+        return (f, decision(f).where(encodable, -1)) if self.task.decides else f
 
 
 class Read:

@@ -138,7 +138,7 @@ def by_lipsdp(problem: Problem) -> Proof:
     if reason is not None:
         return Proof(None, reason)
     enough = measured * (1 + problem.gap)
-    value, multipliers = semidefinite.lipsdp_and_multipliers(problem.network, enough, problem.seconds)
+    value, multipliers = semidefinite.lipsdp(problem.network, enough, problem.seconds)
     return _semidefinite(value)._replace(multipliers=multipliers)
 
 

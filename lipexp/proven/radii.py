@@ -33,6 +33,7 @@ from lipexp.networks import Affine, BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF, dual, norm_name, row_norm_bound
 from lipexp.proven import Certificate
 from lipexp.proven.pairs import pair_constants
+from lipexp.tasks import decision
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -131,9 +132,8 @@ def certified_radii(network: BakedNetwork, x: Tensor, constants: float | FloatAr
 
 
 def predicted(f: FloatArray) -> npt.NDArray[np.int64]:
-    """The class (N,) that outputs f (N, C) decide for: whether the only one is positive, or the largest."""
-    found = f[:, 0] > 0 if f.shape[1] == 1 else f.argmax(axis=1)
-    return found.astype(np.int64)
+    """The class (N,) that outputs f (N, C) decide for."""
+    return decision(torch.from_numpy(f)).numpy()
 
 
 def margins(f: FloatArray, error: FloatArray) -> tuple[FloatArray, FloatArray]:

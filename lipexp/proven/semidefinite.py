@@ -74,23 +74,18 @@ def eclipse(network: BakedNetwork) -> float | None:
     return 0.0 if reduced is None else reduced.closed_bound()
 
 
-def lipsdp(network: BakedNetwork, enough: float = 0.0, seconds: float = math.inf) -> float | None:
-    """A proven bound by nearly the best multipliers, for the slopes of the activation; None: no proof is found.
+def lipsdp(
+    network: BakedNetwork, enough: float = 0.0, seconds: float = math.inf
+) -> tuple[float | None, Array | None]:
+    """A proven bound by nearly the best multipliers, for the slopes of the activation, and these multipliers.
 
-    It is never above that of `eclipse`, whose multipliers are the first that are tried.
+    It is never above that of `eclipse`, whose multipliers are the first that are tried. None: no proof is found.
 
     Args:
         network: K = 1, float32; `why_not_applicable` must be None.
         enough: the search for multipliers stops at a bound this small.
         seconds: the search stops after this time.
     """
-    return lipsdp_and_multipliers(network, enough, seconds)[0]
-
-
-def lipsdp_and_multipliers(
-    network: BakedNetwork, enough: float, seconds: float
-) -> tuple[float | None, Array | None]:
-    """The bound of `lipsdp`, and the multipliers that it found, for `bounds_of_pairs`."""
     slopes = network.act.slopes
     assert slopes is not None
     reduced = Reduced.of(network)
@@ -115,7 +110,7 @@ def bounds_of_pairs(network: BakedNetwork, multipliers: Array | None = None, sec
 
     Args:
         network: K = 1, float32; `why_not_applicable` must be None.
-        multipliers: that `lipsdp_and_multipliers` found; None: those of ECLipsE-Fast.
+        multipliers: that `lipsdp` found; None: those of ECLipsE-Fast.
         seconds: that the search for the best multipliers of every single pair may take; 0: it is left out.
     """
     reduced, (first, second) = Reduced.of(network), np.triu_indices(network.n_outputs, 1)
