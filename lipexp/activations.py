@@ -8,6 +8,7 @@ To add one: a class derived from `Activation` with a `forward`, and one file in 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -49,10 +50,16 @@ class Activation(nn.Module):
     | `breakpoints(width)` | where that linear map changes                            | `exact`; `bnb` where it  |
     |                      |                                                          | sorts or has two slopes  |
     | `check_width(width)` | which numbers of features suit it                        | one clear line otherwise |
+    | `n_parameters(width)`| it has so many parameters of its own in a layer, which   | they are trained, each   |
+    |                      | lie in `self.theta` (K, n)                               | layer has its own        |
+    | `initial(width)`     | what they start from, (n,)                               |                          |
+    | `within(theta, s)`   | any numbers (K, n) as parameters with which all that is  |                          |
+    |                      | declared holds, differentiably; those that are lengths   |                          |
+    |                      | of features are multiplied by s (K or 1, 1)              |                          |
 
     Of `forward` is asked: it treats every run and point alone, works in float32 and float64, leaves its input as
-    it is, and has neither parameters nor buffers. Certified radii rely on how it rounds: with an `active_map`, on
-    `forward(0) = 0` and no more than one rounding error in each feature; without one, on 43 correct bits in
+    it is, and has no parameters or buffers of torch. Certified radii rely on how it rounds: with an `active_map`,
+    on `forward(0) = 0` and no more than one rounding error in each feature; without one, on 43 correct bits in
     float64, see `radii.evaluate`. A class that declares nothing trains with constraint=none, and is measured in
     float64. An ONNX file holds no code: `lipexp export` writes into it what is declared, either `groups`, or the
     three `slopes`, `active_map` and `breakpoints` where all features have the same slopes below and above 0. What
@@ -61,6 +68,7 @@ class Activation(nn.Module):
     """
 
     norms: Collection[float] = frozenset()
+    theta: Tensor  # (K, n) its own parameters, if it has any
 
     @property
     def slopes(self) -> tuple[float, float] | None:
@@ -73,7 +81,7 @@ class Activation(nn.Module):
             own |= vars(ancestor).keys()
             if "forward" in vars(ancestor):
                 break
-        for name in ("norms", "slopes", "groups", "active_map", "breakpoints"):
+        for name in ("norms", "slopes", "groups", "active_map", "breakpoints", "n_parameters"):
             if name not in own:
                 setattr(cls, name, vars(Activation)[name])
 
@@ -97,6 +105,30 @@ class Activation(nn.Module):
 
     def check_width(self, width: int) -> None:
         """Raise ConfigError if a layer of `width` features does not suit."""
+
+    def n_parameters(self, width: int) -> int:
+        """The number of its own parameters for a layer of `width` features."""
+        return 0
+
+    def initial(self, width: int) -> Tensor:
+        """(n,) the parameters before training."""
+        return torch.zeros(self.n_parameters(width))
+
+    def within(self, theta: Tensor, scale: Tensor) -> Tensor:
+        """(K, n) parameters with which the declarations hold, for any numbers `theta` (K, n).
+
+        Args:
+            scale: (K, 1) or (1, 1), the unit of lengths of features in this layer.
+        """
+        return theta
+
+    def at(self, theta: Tensor) -> Activation:
+        """This activation with the parameters `theta` (K, n) of one layer."""
+        if not theta.shape[1]:
+            return self
+        one = copy.copy(self)
+        one.theta = theta
+        return one
 
     @property
     def label(self) -> str:
@@ -163,7 +195,8 @@ def as_activation(thing: Any) -> Activation:
         act.norms = norms  # with numbers for words such as "inf"
     if act.state_dict():
         names = ", ".join(act.state_dict())
-        raise ConfigError("act", act.label, f"has parameters or buffers ({names}), which are not supported so far")
+        wanted = f"has parameters or buffers of torch ({names}); its own are declared by n_parameters"
+        raise ConfigError("act", act.label, wanted)
     if act.slopes is not None:
         try:
             low, high = (float(slope) for slope in act.slopes)

@@ -101,7 +101,7 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
     network = constraint.prove(run.baked)
     search = Streams.of(whole("seed", run.config.get("seed"), least=0)).search
     x = torch.from_numpy(data.x).double().unsqueeze(0)  # (1, N, D)
-    chain = Chain.of(constraint, len(network.layers))
+    chain = Chain.of(constraint, network.layers)
     report("measuring")
     scanned = scan(network, x)
     points = sources(network, x, scanned, chain.q, [generator(search)], EFFORT, chain.hidden_p)

@@ -137,7 +137,7 @@ class LipschitzEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn h
         self.p_ = float(constraint.p)
         moved = torch.from_numpy(x - self.center_)
         box = moved.amin(dim=0), moved.amax(dim=0)
-        chain = Chain.of(constraint, len(network.layers))
+        chain = Chain.of(constraint, network.layers)
         problem = Problem(self.network_, chain, box, Maximum(0.0, ()), member.config.max_regions)
         certificate = prove(problem, method)
         self.lipschitz_ = np.inf if certificate.value is None else certificate.value

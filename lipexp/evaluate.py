@@ -135,7 +135,7 @@ class Evaluator:
         return found
 
     def _problem(self, network: BakedNetwork, run: int, measured: Maximum = NOTHING) -> Problem:
-        chain = Chain.of(self.stack.constraint, len(network.layers), run)
+        chain = Chain.of(self.stack.constraint, network.layers, run)
         box = self.x[run].amin(dim=0), self.x[run].amax(dim=0)
         return Problem(network, chain, box, measured, self.stack.max_regions)
 
@@ -241,7 +241,7 @@ def _layer_rows(
                 "in": layer.weight.shape[2],
                 "norm": name,
                 "operator_norm": norm,
-                "bound": chain.layer_bound,
+                "bound": 1.0 if layer.is_residual else chain.layer_bound,
                 "singular_min": float(singular[-1]),
                 "singular_median": float(singular.median()),
                 "singular_max": float(singular[0]),
@@ -254,8 +254,8 @@ def _layer_rows(
 
 
 def defined(network: BakedNetwork, h: float) -> Sequence[float]:
-    """The norms q in which gradients are measured: of several outputs only 2 where h is 2, their norm."""
-    return NORMS if network.n_outputs == 1 or np.isinf(h) else (2.0,)
+    """The norms q in which gradients are measured: of several outputs only the dual of h, unless that is inf."""
+    return NORMS if network.n_outputs == 1 or np.isinf(h) else (dual(h),)
 
 
 def by_output(name: str, values: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:

@@ -15,11 +15,12 @@ import torch
 from omegaconf import OmegaConf
 from sklearn.model_selection import train_test_split
 
+from lipexp.blocks import Affine
 from lipexp.config import ConfigError, conf_dir, number, one_of, plain
 from lipexp.datasets import Data, Dataset
 from lipexp.loop import Checkpoint, Value, fit
 from lipexp.members import Member, stack
-from lipexp.networks import Affine, BakedNetwork
+from lipexp.networks import BakedNetwork
 from lipexp.process import cpu_threads
 from lipexp.tasks import TASKS, squeezed
 
@@ -81,7 +82,7 @@ def trained(member: Member) -> BakedNetwork:
 
 def in_given_units(network: BakedNetwork, x_scale: Array | None, y_scale: Array | None) -> BakedNetwork:
     """The network x -> y_scale f(x / x_scale), its weights rounded to float32; None: scales of 1."""
-    layers = list(network.layers)
+    layers = list(network.affine)
     if x_scale is not None:
         weight, bias = layers[0]
         layers[0] = Affine((weight.double() / torch.from_numpy(x_scale)).float(), bias)

@@ -64,7 +64,7 @@ class LoadedRun:
         value, reason = self._certified()
         problem = Problem(
             network,
-            Chain.of(constraint, len(network.layers)),
+            Chain.of(constraint, network.layers),
             tuple(torch.tensor(self.metrics.search.box, dtype=torch.float64).T),
             Maximum(self.metrics.lipschitz.measured, ()),
             whole("max_regions", self.config.get("max_regions", 0), least=0),

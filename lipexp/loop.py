@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from lipexp.activations import Activation
+from lipexp.blocks import inputs_and_output
 from lipexp.constraints import Constraint
 from lipexp.datasets import Data
 from lipexp.losses import Loss
-from lipexp.models import Model, unflatten
-from lipexp.networks import Affine, BakedNetwork, inputs_and_output
+from lipexp.models import Free, Layout, Model, flattened, unflatten
+from lipexp.networks import BakedNetwork
 from lipexp.optim import Optimiser
 from lipexp.tasks import Task, squeezed
 
@@ -53,7 +54,7 @@ class Stack:
     """K runs of one signature: one object per room, and what each run has of its own."""
 
     model: Model
-    shapes: Sequence[tuple[int, int]]  # (out, in) of each weight matrix
+    layout: Layout  # of the parameters of a run
     act: Activation
     constraint: Constraint
     loss: Loss
@@ -152,13 +153,13 @@ class Trainer:
         # several times as fast as a gather from each run.
         self._starts = self.x.shape[1] * torch.arange(len(stack.data)).view(-1, 1)  # (K, 1)
 
-        starts = [stack.model.initial(stack.shapes, generator(s.weights)) for s in stack.streams]
+        starts = [stack.layout.start(stack.model, stack.act, generator(s.weights)) for s in stack.streams]
         parameters = torch.stack(starts)
         self.parameters = parameters.to(device, dtype)  # (K, P)
         # The layers are views of them that are leaves of the autograd graph.
         self.layers = [
-            Affine(*(part.detach().requires_grad_() for part in layer))
-            for layer in unflatten(self.parameters, stack.shapes)
+            Free(*(part.detach().requires_grad_() for part in layer))
+            for layer in unflatten(self.parameters, stack.layout)
         ]
         stack.constraint.start(self.layers)
         linear = stack.constraint.linear()
@@ -171,10 +172,14 @@ class Trainer:
         stack = self.stack
         index = (next(self._batches) + self._starts).to(self.x.device, non_blocking=True)  # (K, B)
         x, y = (part.flatten(0, 1).index_select(0, index.flatten()) for part in (self.x, self.y))
-        weights = stack.constraint.apply(self.layers)
-        f = inputs_and_output(weights, self.act, x.unflatten(0, index.shape), self.linear)[1]
+        blocks, acts = stack.constraint.apply(self.layers), stack.constraint.acts(self.layers, self.act)
+        x = x.unflatten(0, index.shape).requires_grad_(stack.constraint.needs_gradients)
+        f = inputs_and_output(blocks, acts, x, self.linear)[1]
         loss = self.loss(squeezed(f), y.unflatten(0, index.shape)).mean(dim=1)  # (K,)
-        leaves = [part for layer in self.layers for part in layer]
+        penalty = stack.constraint.penalty(blocks, acts, x, f)
+        if penalty is not None:
+            loss = loss + penalty
+        leaves = [*flattened(self.layers)]
         # Parameters that a user's class cuts off from the loss get a zero gradient, instead of an error.
         gradients = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
         gradient = torch.cat([part.flatten(1) for part in gradients], dim=1)  # (K, P)
@@ -210,7 +215,7 @@ def fit(
             failures.setdefault(run, Failure("the parameters are no longer finite", step))
         lost = torch.zeros(len(parameters), 1, dtype=torch.bool, device=parameters.device)
         lost[list(failures)] = True
-        network = stack.constraint.bake(unflatten(parameters.masked_fill(lost, 0), stack.shapes), stack.act)
+        network = stack.constraint.bake(unflatten(parameters.masked_fill(lost, 0), stack.layout), stack.act)
         for run in range(len(parameters)):
             if not network.is_finite(run):
                 failures.setdefault(run, Failure("the network does not fit into float32", step))

@@ -30,7 +30,7 @@ from lipexp.constraints import Constraint
 from lipexp.datasets import Data, Dataset
 from lipexp.loop import Stack, Streams
 from lipexp.losses import as_loss, check_loss, losses_for
-from lipexp.models import Model, signs
+from lipexp.models import Layout, Model, signs
 from lipexp.optim import Optimiser
 from lipexp.tasks import SPLITS, TASKS
 
@@ -47,9 +47,14 @@ class Member:
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """(out, in) of each weight matrix."""
+        """(out, in) of each weight matrix of the model."""
         dataset: Dataset = self.parts["dataset"]
         return self.parts["model"].shapes(dataset.n_inputs, dataset.n_outputs)
+
+    @property
+    def layout(self) -> Layout:
+        """Of the parameters of the run."""
+        return self.parts["constraint"].layout(self.shapes, self.parts["act"])
 
     @property
     def signs(self) -> Tensor | None:
@@ -121,6 +126,8 @@ def build(
         )
         raise ConfigError("model", names["model"], allowed)
     constraint.check(act, names["act"])
+    if constraint.needs_classes and not TASKS[dataset.task].decides:
+        raise ConfigError("constraint", names["constraint"], f"is for classes, not for dataset={names['dataset']}")
     if member.signs is not None:
         if constraint.lipschitz is None:
             raise ConfigError("model.monotone", plain(config.model)["monotone"], "needs a constraint")
@@ -213,8 +220,8 @@ def run_bytes(member: Member) -> int:
     The factors were fitted to the peak of sweeps of 32 to 128 runs.
     """
     dataset = member.parts["dataset"]
-    features = sum(n_out for n_out, _ in member.shapes)
-    parameters = sum(n_out * (n_in + 1) for n_out, n_in in member.shapes)
+    features = sum(n_out for n_out, _ in member.layout.shapes)
+    parameters = sum(member.layout.sizes)
     n_points = sum(getattr(dataset, f"n_{split}") for split in SPLITS)
     points = n_points * (8 * dataset.n_inputs * dataset.n_outputs + 40)
     return 4 * (8 * member.batch_size * features + 12 * parameters) + 8 * points
@@ -243,7 +250,7 @@ def stack(members: Sequence[Member]) -> Stack:
     streams = [Streams.of(int(member.config.seed)) for member in members]
     return Stack(
         **{group: _stacked(group, members) for group in ("model", "act", "constraint", "loss", "optim")},
-        shapes=members[0].shapes,
+        layout=members[0].layout,
         task=TASKS[members[0].parts["dataset"].task],
         data=[member.drawn(own) for member, own in zip(members, streams, strict=True)],
         streams=streams,

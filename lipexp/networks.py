@@ -1,4 +1,4 @@
-"""Networks: the blocks that they are made of, and the baked network that everything after training works on.
+"""The baked network, which everything after training works on.
 
 Shapes: K runs, B or N points, D inputs, C outputs, H width. Points are (K, B, D), outputs (K, B, C), weights
 (K, out, in), biases (K, 1, out).
@@ -6,7 +6,7 @@ Shapes: K runs, B or N points, D inputs, C outputs, H width. Points are (K, B, D
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,66 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lipexp.activations import Activation, ActiveMap
+from lipexp.blocks import Affine, Block, Residual, act_width, inputs_and_output, is_activated
 from lipexp.exact import Exact, ExactArray, add, break_ties, integers
 
-
-class Affine(NamedTuple):
-    """The affine layers x -> x W^T + b of K networks."""
-
-    weight: Tensor  # (K, out, in)
-    bias: Tensor  # (K, 1, out)
-
-    @property
-    def is_residual(self) -> bool:
-        """Whether the layer applies the activation inside, so that none stands beside it."""
-        return False
-
-    def __call__(self, x: Tensor, act: nn.Module) -> Tensor:
-        """(K, B, in) -> (K, B, out)."""
-        if self.weight.shape[1] <= self.weight.shape[2]:
-            return _Affine.apply(x, self.weight, self.bias)
-        return torch.baddbmm(self.bias, x, self.weight.mT)
-
-
-class _Affine(torch.autograd.Function):
-    """x W^T + b, for no more outputs than inputs.
-
-    Backwards autograd computes x^T g and transposes it. g^T x is the gradient of W as W lies in memory, and for a
-    single output ten times faster.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.baddbmm(bias, x, weight.mT)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        (gradient,) = gradients  # (K, B, out)
-        x, weight = ctx.saved_tensors
-        wanted_x, wanted_weight, wanted_bias = ctx.needs_input_grad
-        return (
-            (gradient * weight if weight.shape[1] == 1 else torch.bmm(gradient, weight)) if wanted_x else None,
-            torch.bmm(gradient.mT, x) if wanted_weight else None,
-            gradient.sum(dim=1, keepdim=True) if wanted_bias else None,
-        )
-
-
-def inputs_and_output(
-    layers: Sequence[Affine], act: nn.Module, x: Tensor, linear: Tensor | None = None
-) -> tuple[list[Tensor], Tensor]:
-    """The input of every layer at points x (K, B, D), x itself first, and the outputs (K, B, C).
-
-    Args:
-        linear: (K, C, D) A: A x is added to the outputs.
-    """
-    points, inputs = x, []
-    for i, layer in enumerate(layers):
-        if i > 0 and not (layer.is_residual or layers[i - 1].is_residual):
-            x = act(x)
-        inputs.append(x)
-        x = layer(x, act)
-    return inputs, x if linear is None else torch.baddbmm(x, points, linear.mT)
+Choice = Callable[[Activation, ExactArray], ActiveMap | None]
 
 
 class LinearRegion(NamedTuple):
@@ -92,20 +36,22 @@ class BakedNetwork:
     """K networks of one shape with their final, stored numbers: what is measured, proven, drawn, saved and loaded.
 
     f = layer_n o act o ... o act o layer_1 with plain float32 weights on the CPU, plus A x where there is a linear
-    term A beside the layers, which makes a network monotone. Callers ask for outputs,
-    gradients (by autograd through `inputs_and_output`), the linear region around a point and the proven norms.
-    Proofs, and ascents to steep points, also look at the numbers in `layers`, where the network `is_plain`.
-
-    Another kind of layer, such as x -> x - W diag(t) act(W^T x + b), is a named tuple of tensors (K, ...) that can
-    be called as `Affine` can and whose `is_residual` is True. All that measures, evaluates and draws takes it so.
+    term A beside the layers, which makes a network monotone. A residual layer has the activation inside, and none
+    beside it. Callers ask for outputs, gradients (by autograd through `inputs_and_output`), the linear region
+    around a point and the proven norms. Proofs, and ascents to steep points, also look at the numbers in `layers`,
+    where the network `is_plain`.
     """
 
-    layers: Sequence[Affine]
+    layers: Sequence[Block]
     act: Activation  # on the CPU
-    norms: Sequence[
-        Sequence[float]
-    ] = ()  # norms[i][k]: proven for layer i of run k, as the constraint chains them
+    # norms[i][k]: proven for layer i of run k, as the constraint chains them
+    norms: Sequence[Sequence[float]] = ()
     linear: Tensor | None = None  # (K, C, D) A, in float32
+    # (K, H) of all hidden features, in float32, with which the constraint proves the network as a whole; and the
+    # constants of the K runs that it has proven so
+    multipliers: Tensor | None = None
+    whole: Sequence[float] = ()
+    thetas: Sequence[Tensor] = ()  # (K, n) of each layer, in float32: the parameters of the activation, if any
 
     def __repr__(self) -> str:
         sizes = " -> ".join(map(str, [self.n_inputs, *self.hidden_widths, self.n_outputs]))
@@ -131,30 +77,51 @@ class BakedNetwork:
         """Network k alone, as K = 1."""
         layers = [type(layer)(*(part[k : k + 1] for part in layer)) for layer in self.layers]
         linear = None if self.linear is None else self.linear[k : k + 1]
-        return replace(self, layers=layers, norms=[[per_run[k]] for per_run in self.norms], linear=linear)
+        norms, thetas = [[per_run[k]] for per_run in self.norms], [theta[k : k + 1] for theta in self.thetas]
+        multipliers = None if self.multipliers is None else self.multipliers[k : k + 1]
+        return replace(
+            self,
+            layers=layers,
+            norms=norms,
+            linear=linear,
+            thetas=thetas,
+            multipliers=multipliers,
+            whole=self.whole[k : k + 1],
+        )
+
+    @cached_property
+    def acts(self) -> Sequence[Activation]:
+        """The activation of each layer, with its own parameters: behind the layer, or inside a residual one."""
+        return [self.act.at(theta) for theta in self.thetas] or [self.act] * len(self.layers)
 
     @property
     def is_plain(self) -> bool:
         """Whether all layers are affine."""
         return not any(layer.is_residual for layer in self.layers)
 
+    @property
+    def affine(self) -> Sequence[Affine]:
+        """The layers of a plain network."""
+        return [layer for layer in self.layers if isinstance(layer, Affine)]
+
     @cached_property
     def double(self) -> BakedNetwork:
         """The same numbers in float64."""
         layers = [type(layer)(*(part.double() for part in layer)) for layer in self.layers]
-        return replace(self, layers=layers, linear=None if self.linear is None else self.linear.double())
+        linear = None if self.linear is None else self.linear.double()
+        return replace(self, layers=layers, linear=linear, thetas=[theta.double() for theta in self.thetas])
 
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs (K, B, C) at points (K, B, D) of the same number type."""
-        return inputs_and_output(self.layers, self.act, x, self.linear)[1]
+        return inputs_and_output(self.layers, self.acts, x, self.linear)[1]
 
     def inputs_and_output(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """The input of every layer at points x (K, B, D), x itself first, and the outputs (K, B, C)."""
-        return inputs_and_output(self.layers, self.act, x, self.linear)
+        return inputs_and_output(self.layers, self.acts, x, self.linear)
 
     def is_finite(self, k: int) -> bool:
         """Whether all numbers of network k are finite."""
-        parts = [part for layer in self.layers for part in layer]
+        parts = [*(part for layer in self.layers for part in layer), *self.thetas]
         parts += [] if self.linear is None else [self.linear]
         return all(bool(torch.isfinite(part[k]).all()) for part in parts)
 
@@ -163,14 +130,20 @@ class BakedNetwork:
     def state_dict(self, k: int = 0) -> dict[str, Tensor]:
         """The plain state dict of network k: `layers.<i>.weight` (out, in) and `layers.<i>.bias` (out,).
 
-        A linear term is `linear` (C, D).
+        A residual layer has `layers.<i>.t` (M,) as well, a linear term is `linear` (C, D), parameters of the
+        activation are `acts.<i>` (n,), and those of a proof `multipliers` (H,).
         """
         state = {}
-        for i, (weight, bias) in enumerate(self.layers):
-            state[f"layers.{i}.weight"] = weight[k].clone()
-            state[f"layers.{i}.bias"] = bias[k, 0].clone()
-        if self.linear is not None:
-            state["linear"] = self.linear[k].clone()
+        for i, layer in enumerate(self.layers):
+            state[f"layers.{i}.weight"] = layer.weight[k].clone()
+            for name, part in list(layer._asdict().items())[1:]:
+                state[f"layers.{i}.{name}"] = part[k, 0].clone()
+        for i, theta in enumerate(self.thetas):
+            if theta.numel():
+                state[f"acts.{i}"] = theta[k].clone()
+        for name, of_all in (("linear", self.linear), ("multipliers", self.multipliers)):
+            if of_all is not None:
+                state[name] = of_all[k].clone()
         return state
 
     @classmethod
@@ -180,48 +153,61 @@ class BakedNetwork:
         Raises:
             ValueError: it is no state dict of such a network: what is missing, or does not fit.
         """
-        layers: list[Affine] = []
-        names = set(state) - {"linear"}
-        while names:
+        left = dict(state)
+
+        def take(name: str, *shape: int | None) -> Tensor:
+            """An entry, as a float32 tensor of this shape; None: any size from 1."""
+            part = left.pop(name, None)
+            if part is None:
+                raise ValueError(f"{name} is missing")
+            if not isinstance(part, Tensor) or part.dtype != torch.float32:
+                kind = str(getattr(part, "dtype", type(part).__name__)).removeprefix("torch.")
+                raise ValueError(f"{name} is {kind}, not float32")
+            fits = part.dim() == len(shape) and part.numel() > 0
+            if not fits or any(n is not None and n != m for n, m in zip(shape, part.shape, strict=True)):
+                wanted = f", not {tuple(shape)}" if None not in shape else ""
+                raise ValueError(f"{name} has shape {tuple(part.shape)}{wanted}")
+            return part.detach()
+
+        layers: list[Block] = []
+        while not layers or any(name.startswith(f"layers.{len(layers)}.") for name in left):
             i = len(layers)
-            parts: list[Tensor] = []
-            for name, dims in ((f"layers.{i}.weight", 2), (f"layers.{i}.bias", 1)):
-                part = state.get(name)
-                if part is None:
-                    raise ValueError(f"{name} is missing" if not i or parts else f"unexpected entry {min(names)}")
-                if not isinstance(part, Tensor) or part.dtype != torch.float32:
-                    kind = str(getattr(part, "dtype", type(part).__name__)).removeprefix("torch.")
-                    raise ValueError(f"{name} is {kind}, not float32")
-                if part.dim() != dims or part.numel() == 0:
-                    raise ValueError(f"{name} has shape {tuple(part.shape)}")
-                parts.append(part.detach())
-                names.remove(name)
-            layer = Affine(parts[0][None], parts[1][None, None])
-            if layer.bias.shape[2] != layer.weight.shape[1]:
-                raise ValueError(f"layers.{i} has {layer.weight.shape[1]} rows and {layer.bias.shape[2]} biases")
-            if layers and layer.weight.shape[2] != layers[-1].weight.shape[1]:
-                given = layers[-1].weight.shape[1]
-                raise ValueError(
-                    f"layers.{i} takes {layer.weight.shape[2]} features, layers.{i - 1} gives {given}"
-                )
-            if layers:
-                act.check_width(layers[-1].weight.shape[1])
-            layers.append(layer)
-        if not layers:
-            raise ValueError("there are no layers in it")
-        linear = state.get("linear")
-        if linear is None:
-            return cls(layers, act)
-        shape = (layers[-1].weight.shape[1], layers[0].weight.shape[2])
-        if not isinstance(linear, Tensor) or linear.dtype != torch.float32 or linear.shape != shape:
-            raise ValueError(f"linear is no float32 tensor of shape {shape}")
-        return cls(layers, act, linear=linear.detach()[None])
+            weight = take(f"layers.{i}.weight", None, None)
+            n_out, n_in = weight.shape
+            is_residual = f"layers.{i}.t" in left
+            bias = take(f"layers.{i}.bias", n_in if is_residual else n_out)[None, None]
+            if layers and (given := layers[-1].weight.shape[1]) != (n_out if is_residual else n_in):
+                raise ValueError(f"layers.{i} takes {n_in} features, layers.{i - 1} gives {given}")
+            if is_residual:
+                layers.append(Residual(weight[None], bias, take(f"layers.{i}.t", n_in)[None, None]))
+            else:
+                layers.append(Affine(weight[None], bias))
+        if layers[0].is_residual or layers[-1].is_residual:
+            raise ValueError("its first or last layer is a residual one")
+        thetas = []
+        for i in range(len(layers)):
+            width = act_width(layers, i)
+            if width:
+                act.check_width(width)
+            n = act.n_parameters(width)
+            thetas.append(take(f"acts.{i}", n)[None] if n else torch.empty(1, 0))
+        n_inputs, widths = layers[0].weight.shape[2], [layer.weight.shape[1] for layer in layers]
+        linear = take("linear", widths[-1], n_inputs)[None] if "linear" in left else None
+        multipliers = take("multipliers", sum(widths[:-1]))[None] if "multipliers" in left else None
+        if left:
+            raise ValueError(f"unexpected entry {min(left)}")
+        thetas = thetas if any(theta.numel() for theta in thetas) else []
+        return cls(layers, act, linear=linear, multipliers=multipliers, thetas=thetas)
 
     # The linear region around a point ----------------------------------------------------------------------------
 
     @cached_property
-    def _exact_layers(self) -> list[tuple[Exact, Exact]]:
-        return [(integers(weight[0].numpy()), integers(bias[0, 0].numpy())) for weight, bias in self.layers]
+    def _exact_layers(self) -> list[list[Exact]]:
+        """The parts of each layer as integers: weight (out, in), then bias, and t, as columns (n, 1)."""
+        return [
+            [integers(part[0].numpy().T if j else part[0].numpy()) for j, part in enumerate(layer)]
+            for layer in self.layers
+        ]
 
     def linear_region(self, point: npt.NDArray[np.float64]) -> LinearRegion | None:
         """The affine map of the linear region around `point` (D,), for K = 1 and a piecewise linear activation.
@@ -229,70 +215,114 @@ class BakedNetwork:
         Returns:
             None where `point` lies on the border of a region.
         """
-        found = self._active_maps(point) or self._active_maps_with_ties(point)
+        x, x_exponent = integers(point)
+        near = _near(x, x_exponent)
+        found = self._forward((x[:, None], x_exponent), _active_map) or self._forward(near, _untied)
         if found is None:
             return None
-        maps, (output, output_exponent) = found
-        (gradient, exponent), _ = self._exact_layers[-1]
-        for ((weight, weight_exponent), _), active in zip(self._exact_layers[-2::-1], reversed(maps), strict=True):
-            back = np.full(gradient.shape, 0, dtype=object)
-            np.add.at(back.T, active.index, (active.factor * gradient).T)
-            gradient = back.dot(weight)
-            exponent += weight_exponent + active.exponent
-        x, x_exponent = integers(point)
-        offset, lowest = add((output, output_exponent), (-gradient.dot(x), exponent + x_exponent))
+        maps, (outputs, output_exponent) = found
+        gradient, exponent = self._gradient(maps)
+        offset, lowest = add((outputs[:, 0], output_exponent), (-gradient.dot(x), exponent + x_exponent))
         if self.linear is not None:  # which has no part in the offset
             gradient, exponent = add((gradient, exponent), integers(self.linear[0].numpy()))
         common = min(exponent, lowest)
         return LinearRegion(gradient << (exponent - common), offset << (lowest - common), common)
 
-    def _active_maps(self, point: npt.NDArray[np.float64]) -> tuple[list[ActiveMap], Exact] | None:
-        """The active map of each hidden layer at `point`, and the outputs there; None at a breakpoint."""
-        x = integers(point)
-        maps: list[ActiveMap] = []
-        for i, ((weight, exponent), bias) in enumerate(self._exact_layers):
-            z, z_exponent = add((weight.dot(x[0]), exponent + x[1]), bias)
-            if i == len(self.layers) - 1:
-                return maps, (z, z_exponent)
-            active = self.act.active_map(z)
-            if active is None:
-                return None
-            maps.append(active)
-            x = active.factor * z[active.index], z_exponent + active.exponent
-        return None
+    def _forward(self, x: Exact, choose: Choice) -> tuple[list[ActiveMap], Exact] | None:
+        """The active map of each activation that is passed, and the outputs; None at a breakpoint.
 
-    def _active_maps_with_ties(self, point: npt.NDArray[np.float64]) -> tuple[list[ActiveMap], Exact] | None:
-        """As `_active_maps`, for points where some features are equal, or zero, in a whole neighbourhood.
-
-        Such ties are no breakpoints: any order gives the same gradient. Training produces them, and no point
-        avoids them. They show in the affine maps of the features near the point, whose rows are value and
-        gradient.
+        Args:
+            x: the point in its first column, (D, M); others are carried along by the linear maps.
+            choose: the active map for features (H, M).
         """
-        x, exponent = integers(point)
-        lowest = min(exponent, 0)
-        rows = np.diag([1 << -lowest] * len(x)).astype(object)
-        rows = np.concatenate([x[:, None] << (exponent - lowest), rows], axis=1)  # (in, 1 + D)
         maps: list[ActiveMap] = []
-        exponent = lowest
-        for i, ((weight, weight_exponent), (bias, bias_exponent)) in enumerate(self._exact_layers):
-            offset = np.full((len(bias), rows.shape[1]), 0, dtype=object)
-            offset[:, 0] = bias
-            rows, exponent = add((weight.dot(rows), weight_exponent + exponent), (offset, bias_exponent))
-            if i == len(self.layers) - 1:
-                return maps, (rows[:, 0], exponent)
-            breakpoints = self.act.breakpoints(len(rows))
-            if breakpoints is None:
-                return None
-            with_zero = np.concatenate([rows, 0 * rows[:1]])  # a zero row at index -1
-            first, second = breakpoints[with_zero[breakpoints[:, 0], 0] == with_zero[breakpoints[:, 1], 0]].T
-            if (with_zero[first] != with_zero[second]).any():
-                return None
-            active = self.act.active_map(break_ties(rows[:, 0]))
+
+        def activated(act: Activation, z: Exact) -> Exact | None:
+            active = choose(act, z[0])
             if active is None:
                 return None
             maps.append(active)
-            rows, exponent = active.factor[:, None] * rows[active.index], exponent + active.exponent
+            return active.factor[:, None] * z[0][active.index], z[1] + active.exponent
+
+        for i, (layer, act, parts) in enumerate(zip(self.layers, self.acts, self._exact_layers, strict=True)):
+            weight, bias = parts[:2]
+            z = _plus(_times((weight[0].T, weight[1]) if layer.is_residual else weight, x), bias)
+            if not (layer.is_residual or is_activated(self.layers, i)):
+                x = z
+                continue
+            inside = activated(act, z)
+            if inside is None:
+                return None
+            if layer.is_residual:
+                t = parts[2]
+                back, exponent = _times(weight, (t[0] * inside[0], t[1] + inside[1]))
+                inside = add(x, (-back, exponent))
+            x = inside
+        return maps, x
+
+    def _gradient(self, maps: Sequence[ActiveMap]) -> Exact:
+        """The Jacobian (C, D) of the layers, with these active maps."""
+        left = list(maps)
+        gradient, exponent = np.diag([1] * self.n_outputs).astype(object), 0
+
+        def pulled_back(rows: ExactArray) -> tuple[ExactArray, int]:
+            active = left.pop()
+            back = np.full(rows.shape, 0, dtype=object)
+            np.add.at(back.T, active.index, (active.factor * rows).T)
+            return back, active.exponent
+
+        for i in reversed(range(len(self.layers))):
+            (weight, weight_exponent), *others = self._exact_layers[i]
+            if self.layers[i].is_residual:
+                t, t_exponent = others[1]
+                back, more = pulled_back(gradient.dot(weight) * t.T)
+                lowest = exponent + 2 * weight_exponent + t_exponent + more
+                gradient, exponent = add((gradient, exponent), (-back.dot(weight.T), lowest))
+                continue
+            if is_activated(self.layers, i):
+                gradient, more = pulled_back(gradient)
+                exponent += more
+            gradient, exponent = gradient.dot(weight), exponent + weight_exponent
+        return gradient, exponent
+
+
+def _active_map(act: Activation, z: ExactArray) -> ActiveMap | None:
+    return act.active_map(z[:, 0])
+
+
+def _untied(act: Activation, z: ExactArray) -> ActiveMap | None:
+    """As `_active_map`, for points where some features are equal, or zero, in a whole neighbourhood.
+
+    Such ties are no breakpoints: any order gives the same gradient. Training produces them, and no point avoids
+    them. They show in the affine maps of the features near the point: the rows of z (H, 1 + D) are value and
+    gradient.
+    """
+    breakpoints = act.breakpoints(len(z))
+    if breakpoints is None:
         return None
+    with_zero = np.concatenate([z, 0 * z[:1]])  # a zero row at index -1
+    first, second = breakpoints[with_zero[breakpoints[:, 0], 0] == with_zero[breakpoints[:, 1], 0]].T
+    if (with_zero[first] != with_zero[second]).any():
+        return None
+    return act.active_map(break_ties(z[:, 0]))
+
+
+def _near(x: ExactArray, exponent: int) -> Exact:
+    """The point x and the axes as columns, (D, 1 + D): what `BakedNetwork._forward` makes of them is affine."""
+    lowest = min(exponent, 0)
+    axes = np.diag([1 << -lowest] * len(x)).astype(object)
+    return np.concatenate([x[:, None] << (exponent - lowest), axes], axis=1), lowest
+
+
+def _times(matrix: Exact, x: Exact) -> Exact:
+    return matrix[0].dot(x[0]), matrix[1] + x[1]
+
+
+def _plus(x: Exact, bias: Exact) -> Exact:
+    """x (H, M) with bias (H, 1) added to its first column."""
+    padded = np.zeros_like(x[0])
+    padded[:, :1] = bias[0]
+    return add(x, (padded, bias[1]))
 
 
 class Network(nn.Module):
@@ -310,11 +340,15 @@ class Network(nn.Module):
 
     def __init__(self, baked: BakedNetwork) -> None:
         super().__init__()
-        shapes = [layer.weight.shape[1:] for layer in baked.layers]
         self.linear: Tensor | None
         self.register_buffer("linear", None if baked.linear is None else baked.linear[0].clone())
-        self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_out, n_in in shapes)
-        self.act = baked.act
+        self.layers = nn.ModuleList(
+            _ResidualLayer(*layer.weight.shape[1:]) if layer.is_residual else nn.Linear(*layer.weight.shape[:0:-1])
+            for layer in baked.layers
+        )
+        thetas = {str(i): nn.Parameter(theta[0]) for i, theta in enumerate(baked.thetas) if theta.numel()}
+        self.acts = nn.ParameterDict(thetas)
+        self.act, self._activated = baked.act, [is_activated(baked.layers, i) for i in range(len(baked.layers))]
         self.load_state_dict(baked.state_dict())
         self.eval().requires_grad_(False)
 
@@ -339,14 +373,28 @@ class Network(nn.Module):
         return pd.DataFrame(f, index=x.index, columns=names)
 
     def __repr__(self) -> str:
-        sizes = [self.layers[0].in_features, *(layer.out_features for layer in self.layers)]
+        shapes: list[Any] = [layer.weight.shape for layer in self.layers]
+        sizes = [shapes[0][1], *(n_out for n_out, _ in shapes)]
         dtype = str(self.layers[0].weight.dtype).removeprefix("torch.")
         return f"Network({' -> '.join(map(str, sizes))}, {self.act.label}, {dtype})"
 
     def forward(self, x: Tensor) -> Tensor:
         points = x
         for i, layer in enumerate(self.layers):
-            if i > 0:
-                x = self.act(x.unsqueeze(0)).squeeze(0)  # an activation sees (K, B, H)
-            x = layer(x)
+            act = self.act.at(self.acts[str(i)].unsqueeze(0)) if str(i) in self.acts else self.act
+            x = layer(x, act) if isinstance(layer, _ResidualLayer) else layer(x)
+            if self._activated[i]:
+                x = act(x.unsqueeze(0)).squeeze(0)  # an activation sees (K, B, H)
         return x if self.linear is None else x + points @ self.linear.T
+
+
+class _ResidualLayer(nn.Module):
+    """`Residual` as a module, for one network."""
+
+    def __init__(self, n_out: int, n_in: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.t = (nn.Parameter(torch.empty(*n)) for n in ((n_out, n_in), (n_in,), (n_in,)))
+
+    def forward(self, x: Tensor, act: nn.Module) -> Tensor:
+        z = x @ self.weight + self.bias
+        return x - (self.t * act(z.unsqueeze(0)).squeeze(0)) @ self.weight.T

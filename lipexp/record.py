@@ -18,7 +18,7 @@ from lipexp.runs import RunFolder, flat
 from lipexp.tasks import SPLITS, TASKS
 
 METRICS, FAILURE = "metrics.json", "failed.json"
-SCHEMA = 3  # of metrics.json; raised when its content changes
+SCHEMA = 4  # of metrics.json; raised when its content changes
 
 Norm = Annotated[int | str, (1, 2, "inf")]
 Verdict = Annotated[str, ("PASS", "FAIL", "OPEN")]
@@ -60,6 +60,7 @@ class Interval:
     method: str  # behind `certified`, an identifier; "none" where nothing is certified
     reason: str | None  # why nothing is certified
     product: float | None  # the product of the layers' norms
+    whole: float | None  # what the constraint proves of the network as a whole; None where it bounds each layer
     exact: float | None  # the constant itself, where all linear regions are known
     exact_box: Annotated[dict[str, Any], Box] | None
     regions: int | None

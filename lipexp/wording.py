@@ -101,7 +101,7 @@ def interval_line(lipschitz: Interval) -> str:
     is a maximum over the box of the data. Of two exact constants the first is that of the box, the second holds
     everywhere. Where a number is larger than the next one, as after a FAIL, all are shown with all their digits.
     """
-    exact, certified, product, target = lipschitz.exact, lipschitz.certified, lipschitz.product, lipschitz.target
+    exact, certified, target = lipschitz.exact, lipschitz.certified, lipschitz.target
     measured = lipschitz.measured
     links: list[Link] = [("measured ", measured, below(measured), "")]
 
@@ -113,8 +113,10 @@ def interval_line(lipschitz: Interval) -> str:
         if box is not None and above(box["value"], None) != above(exact, None):
             add("exact ", box["value"], " (box of the data)")
         add("exact ", exact)
-        if product is not None:
-            add("product ", product)
+        if lipschitz.whole is not None:
+            add("multipliers ", lipschitz.whole)
+        elif lipschitz.product is not None:
+            add("product ", lipschitz.product)
     elif certified is not None:
         add("certified ", certified, "" if lipschitz.method == "product" else f" ({lipschitz.method})")
     if target is not None:

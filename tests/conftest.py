@@ -84,6 +84,23 @@ def part(choice: Choice) -> Any:
     return members.part(node, group, option)
 
 
+@functools.cache
+def suits(act: Choice, constraint: Choice) -> bool:
+    """Whether an activation can be trained under a constraint."""
+    try:
+        part(constraint).check(part(act), act[0])
+    except config.ConfigError:
+        return False
+    return True
+
+
+def act_for(constraint: Choice, place: int = 0) -> Choice:
+    """An activation for a constraint: the default one if it suits, or one of those that do."""
+    found = [act for act in choices_in("act") if suits(act, constraint)]
+    default = ("act=groupsort",)
+    return default if default in found and not place else found[place % len(found)]
+
+
 def defaults_of(kind: Callable[..., Any]) -> dict[str, Any]:
     """The arguments of a class that have a default in code."""
     return {p.name: p.default for p in inspect.signature(kind).parameters.values() if p.default is not p.empty}

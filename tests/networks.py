@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import constraint_cases, options
+from conftest import act_for, constraint_cases
 
 from lipexp.activations import ALL_NORMS, Abs, Activation, ActiveMap, GroupSort, LeakyReLU, ReLU
+from lipexp.blocks import Affine
 from lipexp.datasets import Generated
 from lipexp.losses import Loss, column
-from lipexp.networks import Affine, BakedNetwork
+from lipexp.models import Free
+from lipexp.networks import BakedNetwork
 
 NORMS = (1.0, 2.0, math.inf)
 RELU = ReLU()
@@ -54,6 +56,12 @@ def network(
 def by_hand(*layers: tuple[list[list[float]], list[float]], act: Activation = RELU) -> BakedNetwork:
     """One network from the nested lists of its weights and biases."""
     return BakedNetwork([Affine(torch.tensor([w]), torch.tensor([[b]])) for w, b in layers], act)
+
+
+def free(network: BakedNetwork) -> list[Free]:
+    """The layers of a network as free parameters."""
+    none = torch.empty(network.n_runs, 0)
+    return [Free(weight, bias, none, none) for weight, bias in network.layers]
 
 
 def scaled(network: BakedNetwork, *factors: float, bias: bool = False) -> BakedNetwork:
@@ -128,9 +136,9 @@ def pairs(*rooms: Iterable[Any]) -> list[tuple[Any, ...]]:
     return [tuple(room[i % len(room)] for room in options) for i in range(max(map(len, options)))]
 
 
-# The overrides of small trained networks with every constraint and every activation, and the runs of each stack.
-CASES = pairs(constraint_cases(bounded=False).values(), options("act"))
-TRAINED = [(*case, f"act={act}", "model.depth=2") for case, act in CASES]
+# The overrides of small trained networks with every constraint, and the runs of each stack.
+CASES = constraint_cases(bounded=False).values()
+TRAINED = [(*case, *act_for(case, place), "model.depth=2") for place, case in enumerate(CASES)]
 # The same with several classes: 3 in the plane, and 10 in five dimensions.
 SEVERAL = [(*case, *of_classes(*((3, 2), (10, 5))[i % 2])) for i, case in enumerate(TRAINED)]
 EACH_LIPSCHITZ = ("lipschitz=0.01", "lipschitz=1", "lipschitz=3", "lipschitz=100")

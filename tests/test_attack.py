@@ -101,7 +101,10 @@ def test_a_linear_map_changes_its_class_just_beyond_its_distance_and_never_withi
 def test_radii_of_several_classes_are_refuted_if_and_only_if_they_are_wrong(overrides, trained, monkeypatch):
     monkeypatch.setattr("lipexp.measured.attack.BEYOND", ())
     result = trained(*overrides, runs=EACH_LIPSCHITZ)
-    net, chain = result.checkpoint.network.run(1), Chain.of(result.stack.constraint, 3, 1)
+    net, chain = (
+        result.checkpoint.network.run(1),
+        Chain.of(result.stack.constraint, result.checkpoint.network.layers, 1),
+    )
     x = torch.from_numpy(result.stack.data[1].test_x).double()[:20]
     pairs = pair_constants(net, prove_quickly(Problem(net, chain, (x[0], x[0]), Maximum(0.0, ()), 0)))
     radius = certified_radii(net, x, pairs.constants).radius

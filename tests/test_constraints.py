@@ -10,16 +10,17 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import part
+from conftest import act_for, part
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from networks import EACH_LIPSCHITZ, network, normal
+from networks import EACH_LIPSCHITZ, free, network, normal
 
 from lipexp.activations import GroupSort, as_activation
+from lipexp.blocks import Affine, inputs_and_output
 from lipexp.config import ConfigError
 from lipexp.constraints import Constraint, LInf, RowNorm, Spectral, SpectralNorm, Unconstrained
-from lipexp.networks import Affine, inputs_and_output
+from lipexp.models import Free
 
 NORMS = [RowNorm(1), RowNorm(2), RowNorm(math.inf), SpectralNorm()]
 BAKED = 2e-6  # training and baking differ by the shrink of 2^-20 and the rounding to float32, 2^-24: 1.02e-6
@@ -30,9 +31,9 @@ def column(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def parameters(*sizes: int, runs: int = 1) -> list[Affine]:
+def parameters(*sizes: int, runs: int = 1) -> list[Free]:
     """Random free parameters of layers with these numbers of features."""
-    return network(*sizes, runs=runs).double.layers
+    return free(network(*sizes, runs=runs).double)
 
 
 # The chain ------------------------------------------------------------------------------------------------------
@@ -66,9 +67,10 @@ def test_without_a_bound_training_works_with_the_parameters_that_are_stored():
     constraint.start(layers)
     baked = constraint.bake(layers, GroupSort())
     applied = constraint.apply(layers)
-    for free, trained, stored, (norm,) in zip(layers, applied, baked.layers, baked.norms, strict=True):
-        assert trained is free
-        assert torch.equal(stored.weight, free.weight.float())
+    for layer, trained, stored, (norm,) in zip(layers, applied, baked.layers, baked.norms, strict=True):
+        assert trained.weight is layer.weight
+        assert trained.bias is layer.bias
+        assert torch.equal(stored.weight, layer.weight.float())
         assert norm >= float(stored.weight[0].double().abs().sum(dim=1).max())
 
 
@@ -94,7 +96,7 @@ def test_an_activation_has_to_be_1_lipschitz_in_the_norm_of_the_hidden_space(bou
 def test_stored_weights_obey_the_bound_exactly_after_training_which_goes_the_same_way_for_every_bound(
     bounded_case, depth, trained, exact
 ):
-    result = trained(*bounded_case, "act=groupsort", f"model.depth={depth}", runs=EACH_LIPSCHITZ)
+    result = trained(*bounded_case, *act_for(bounded_case), f"model.depth={depth}", runs=EACH_LIPSCHITZ)
     constraint, network = result.stack.constraint, result.checkpoint.network
     first, last = (checkpoint.network.layers for checkpoint in result.seen)
     lipschitz = [constraint.target(run) for run in range(len(EACH_LIPSCHITZ))]

@@ -7,6 +7,8 @@ import torch
 from conftest import part
 from networks import generator
 
+from lipexp.activations import GroupSort
+from lipexp.constraints import Unconstrained
 from lipexp.models import MLP, unflatten
 
 RUNS = 3
@@ -17,7 +19,8 @@ def test_every_initial_singular_value_is_one_and_layers_are_views_of_the_paramet
     shapes = model.shapes(2, 1)
     parameters = torch.stack([model.initial(shapes, generator(run)) for run in range(RUNS)])
     assert torch.equal(torch.get_rng_state(), before)  # the global generator is left alone
-    layers, alone = unflatten(parameters, shapes), unflatten(parameters[1:2].clone(), shapes)
+    layout = Unconstrained().layout(shapes, GroupSort())
+    layers, alone = unflatten(parameters, layout), unflatten(parameters[1:2].clone(), layout)
     assert [tuple(layer.weight.shape) for layer in layers] == [(RUNS, *shape) for shape in shapes]
     assert [tuple(layer.bias.shape) for layer in layers] == [(RUNS, 1, n_out) for n_out, _ in shapes]
     for layer, own in zip(layers, alone, strict=True):
@@ -25,7 +28,7 @@ def test_every_initial_singular_value_is_one_and_layers_are_views_of_the_paramet
             # float32 weights of size at most 1, in rows of 8.
             np.testing.assert_allclose(np.linalg.svd(weight.double().numpy(), compute_uv=False), 1, atol=1e-6)
         assert 0 < layer.bias.abs().max() <= layer.weight.shape[2] ** -0.5
-        for values, own_values in zip(layer, own, strict=True):
+        for values, own_values in zip(layer[:2], own[:2], strict=True):
             assert torch.equal(values[1], own_values[0])
             values.fill_(0)
     assert not parameters.any()  # so every parameter belongs to a layer
@@ -34,6 +37,8 @@ def test_every_initial_singular_value_is_one_and_layers_are_views_of_the_paramet
 def test_an_mlp_has_its_depth_and_width():
     assert MLP(width=5, depth=1).shapes(2, 1) == [(5, 2), (1, 5)]
     assert MLP(width=5, depth=3).shapes(2, 4) == [(5, 2), (5, 5), (5, 5), (4, 5)]
+    assert MLP(depth=0).shapes(2, 3) == [(3, 2)]
+    assert MLP(width=5, depth=3, widths=[7, 4]).shapes(2, 1) == [(7, 2), (4, 7), (1, 4)]
 
 
 def test_another_seed_starts_elsewhere(make, model_option):

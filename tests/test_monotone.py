@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import choice_of
-from networks import ACTS, NORMS, dot, local_map, network, normal, power, region_gradients
+from networks import ACTS, NORMS, dot, free, local_map, network, normal, power, region_gradients
 
 from lipexp import loop, members
 from lipexp.config import ConfigError
@@ -29,14 +29,14 @@ def directed(kind, directions, *, name="maxmin", lipschitz=2.0, hidden=(6, 6), s
     """The constraint with these signs, and a baked network of random weights under it."""
     constraint = CONSTRAINTS[kind](lipschitz)
     constraint.signs = torch.tensor(directions, dtype=torch.float32)
-    free = network(len(directions), *hidden, 1, act=ACTS[name], seed=seed, bias=1.0)
-    layers = [layer._replace(weight=4 * layer.weight) for layer in free.layers]
-    return constraint, constraint.bake(layers, free.act)
+    start = network(len(directions), *hidden, 1, act=ACTS[name], seed=seed, bias=1.0)
+    layers = [layer._replace(weight=4 * layer.weight) for layer in free(start)]
+    return constraint, constraint.bake(layers, start.act)
 
 
 def proof(constraint, net, method=None, measured=0.0):
     ones = torch.ones(net.n_inputs, dtype=torch.float64)
-    chain = Chain.of(constraint, len(net.layers))
+    chain = Chain.of(constraint, net.layers)
     return prove(Problem(net, chain, (-ones, ones), Maximum(measured, ()), 10**5), method)
 
 

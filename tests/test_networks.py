@@ -12,9 +12,10 @@ import torch
 from networks import PIECEWISE, Unlisted, by_hand, degenerate, dot, generator, local_map, network, normal
 
 from lipexp.activations import GroupSort, ReLU, as_activation
+from lipexp.blocks import Affine, inputs_and_output
 from lipexp.measured import overall, sources, steepest
 from lipexp.measured.gradients import scan
-from lipexp.networks import Affine, BakedNetwork, Network, inputs_and_output
+from lipexp.networks import BakedNetwork, Network
 from lipexp.proven import Chain, Problem, prove
 from lipexp.proven.radii import assess
 
@@ -107,9 +108,12 @@ def test_an_activation_in_a_network_sees_runs_points_and_features():
         ({"layers.3.weight": torch.ones(1, 1)}, "unexpected entry layers.3.weight"),
         ({"layers.0.bias": [1.0]}, "layers.0.bias is list, not float32"),
         ({"layers.0.weight": torch.ones(4)}, r"layers.0.weight has shape \(4,\)"),
-        ({"layers.0.bias": torch.ones(3)}, "layers.0 has 4 rows and 3 biases"),
+        ({"layers.0.bias": torch.ones(3)}, r"layers.0.bias has shape \(3,\), not \(4,\)"),
+        ({"layers.1.t": torch.ones(4)}, r"layers.1.bias has shape \(1,\), not \(4,\)"),
+        ({"multipliers": torch.ones(5)}, r"multipliers has shape \(5,\), not \(4,\)"),
+        ({"linear": torch.ones(2, 1)}, r"linear has shape \(2, 1\), not \(1, 2\)"),
+        ({"acts.0": torch.ones(4)}, "unexpected entry acts.0"),
         ({"layers.1.weight": torch.ones(1, 3)}, "layers.1 takes 3 features, layers.0 gives 4"),
-        ({f"layers.{i}.{part}": None for i in (0, 1) for part in ("weight", "bias")}, "there are no layers in it"),
     ],
 )
 def test_what_is_no_state_dict_of_a_network_is_named(changes, message):

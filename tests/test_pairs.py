@@ -27,7 +27,7 @@ CHAINS = {"2 -> 2": Unconstrained(), **{f"{p:g} -> inf": LInf(p, 1.0) for p in N
 def certified(net, constraint, method=None, measured=0.0):
     """The network with its proven norms, and its certificate."""
     net, ones = constraint.prove(net), torch.ones(net.n_inputs).double()
-    chain = Chain.of(constraint, len(net.layers))
+    chain = Chain.of(constraint, net.layers)
     return net, prove(Problem(net, chain, (-ones, ones), Maximum(measured, ()), 10**5), method)
 
 

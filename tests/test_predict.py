@@ -288,7 +288,8 @@ def test_what_nothing_depends_on_may_change_without_end():
     weight = [[1.0, 0.0, 2.0**-140], [2.0, 0.0, 0.0]]
     network = Spectral(10.0).prove(by_hand((weight, [0.0, 0.0]), ([[2.0**100, 0.0]], [0.5])))
     box = torch.zeros(3).double(), torch.ones(3).double()
-    certificate = prove_quickly(Problem(network, Chain.of(Spectral(10.0), 2), box, Maximum(0.0, ()), 0))
+    chain = Chain.of(Spectral(10.0), network.layers)
+    certificate = prove_quickly(Problem(network, chain, box, Maximum(0.0, ()), 0))
     columns = [Column(name, NUMBER, 5.0, 2.0) for name in ("a", "b", "c")]
     predictor = Predictor(
         network, certificate, Preprocessing(columns, [Target("y")], "classification", ["n", "y"], "")

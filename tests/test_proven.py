@@ -37,7 +37,7 @@ def problem_of(net, chain, measured=0.0, max_regions=0, seconds=60.0):
 
 
 def of_network(net, constraint, **limits):
-    return problem_of(constraint.prove(net), Chain.of(constraint, len(net.layers)), **limits)
+    return problem_of(constraint.prove(net), Chain.of(constraint, net.layers), **limits)
 
 
 @pytest.fixture

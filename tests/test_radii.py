@@ -168,7 +168,7 @@ def test_networks_of_several_classes_keep_their_promises(overrides, trained):
         net = result.checkpoint.network.run(run)
         x = torch.from_numpy(result.stack.data[run].test_x).double()[:16]
         check_float64(net, x)
-        chain = Chain.of(result.stack.constraint, len(net.layers), run)
+        chain = Chain.of(result.stack.constraint, net.layers, run)
         pairs = pair_constants(net, prove_quickly(Problem(net, chain, (x[0], x[0]), Maximum(0.0, ()), 0)))
         radii = certified_radii(net, x, pairs.constants)
         assert not (radii.runner_up == radii.prediction).any()

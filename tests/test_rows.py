@@ -8,8 +8,8 @@ import torch
 from networks import ACTS, NORMS, Bent, Descending, Tripled, by_hand, network, normal, pattern_power, root
 
 from lipexp.activations import Abs, GroupSort, ReLU, as_activation
+from lipexp.blocks import Affine
 from lipexp.measured.gradients import norms, scan
-from lipexp.networks import Affine
 from lipexp.norms import row_norm_bound
 from lipexp.proven.rows import bound, why_not_applicable
 

@@ -12,8 +12,8 @@ import torch
 from networks import Bent, Tripled, dot, network, normal, pairs, pattern_power, root, scaled
 
 from lipexp.activations import Abs, GroupSort, LeakyReLU, ReLU, as_activation
+from lipexp.blocks import Affine
 from lipexp.measured.gradients import norms, scan
-from lipexp.networks import Affine
 from lipexp.proven import semidefinite
 from lipexp.proven.regions import constants
 from lipexp.proven.semidefinite import (

@@ -147,7 +147,9 @@ def export(run: LoadedRun, to: Format, path: Path) -> list[str]:
         compare_weights(read, run.baked, constraint, interval)
 
     write_file(path, save)
-    bound = interval.reason if interval.product is None else f"product {above(interval.product, interval.target)}"
+    quick = interval.product if interval.whole is None else interval.whole
+    name = "product" if interval.whole is None else "multipliers"
+    bound = interval.reason if quick is None else f"{name} {above(quick, interval.target)}"
     behind = "" if model.preprocessing is None else " (of the network, behind the preprocessing)"
     return [
         f"{shown_path(path)}  {to.name}, {len(content):,} bytes",
@@ -245,12 +247,11 @@ def compare_weights(read: Read, network: BakedNetwork, constraint: Constraint, i
         raise Unequal("its weights are not those of model.pt")
     again = constraint.prove(BakedNetwork.from_state_dict(found, network.act))
     nowhere = torch.zeros(network.n_inputs, dtype=torch.float64)  # the product of norms holds everywhere
-    chain = Chain.of(constraint, len(network.layers))
+    chain = Chain.of(constraint, network.layers)
     bound = prove_quickly(Problem(again, chain, (nowhere, nowhere), Maximum(0.0, ()), max_regions=0)).value
-    if (bound is None) != (interval.product is None) or not math.isclose(
-        bound or 0.0, interval.product or 0.0, rel_tol=SAME_PROOF
-    ):
-        raise Unequal(f"its proven bound is {bound}, that of the run {interval.product}")
+    of_run = interval.product if interval.whole is None else interval.whole
+    if (bound is None) != (of_run is None) or not math.isclose(bound or 0.0, of_run or 0.0, rel_tol=SAME_PROOF):
+        raise Unequal(f"its proven bound is {bound}, that of the run {of_run}")
 
 
 # The verb --------------------------------------------------------------------------------------------------------

@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from lipexp.blocks import Block
 from lipexp.constraints import Constraint
 from lipexp.laws.subject import Broken, Law, Subject
 from lipexp.loop import generator
 from lipexp.members import Member, stack
-from lipexp.models import unflatten
-from lipexp.networks import Affine
+from lipexp.models import Free, unflatten
 from lipexp.norms import norm_name
 
 RUNS = 3
@@ -21,18 +21,19 @@ RUNS = 3
 def parameters(subject: Subject, members: list[Member], dtype: torch.dtype = torch.float64) -> Tensor:
     """(K, P) free parameters some way off their start, so that constraints have something to do."""
     runs = stack(members)
-    start = torch.stack([runs.model.initial(runs.shapes, generator(s.weights)) for s in runs.streams]).to(dtype)
+    starts = [runs.layout.start(runs.model, runs.act, generator(s.weights)) for s in runs.streams]
+    start = torch.stack(starts).to(dtype)
     return start + subject.normal(*start.shape, scale=0.3).to(dtype)
 
 
-def leaves(flat: Tensor, member: Member) -> list[Affine]:
+def leaves(flat: Tensor, member: Member) -> list[Free]:
     """The layers in `flat`, as leaves of the autograd graph."""
-    layers = unflatten(flat, member.shapes)
-    return [Affine(*(part.detach().clone().requires_grad_() for part in layer)) for layer in layers]
+    layers = unflatten(flat, member.layout)
+    return [Free(*(part.detach().clone().requires_grad_() for part in layer)) for layer in layers]
 
 
-def converged(constraint: Constraint, layers: list[Affine]) -> list[Affine]:
-    """The weights for fixed parameters once `apply`, which may carry a state from step to step, has settled."""
+def converged(constraint: Constraint, layers: list[Free]) -> list[Block]:
+    """The layers for fixed parameters once `apply`, which may carry a state from step to step, has settled."""
     constraint.start(layers)
     for _ in range(500):
         weights = constraint.apply(layers)
@@ -85,7 +86,7 @@ def training_works_with_what_is_baked(subject: Subject) -> str | None:
     weights = converged(runs.constraint, layers)
     network = runs.constraint.bake(layers, runs.act).double
     for i, (trained, baked) in enumerate(zip(weights, network.layers, strict=True)):
-        for name, one, other in zip(Affine._fields, trained, baked, strict=True):
+        for name, one, other in zip(trained._fields, trained, baked, strict=True):
             off = float((one - other).detach().abs().max() / other.abs().max().clamp_min(1e-30))
             if off > 2e-5:
                 raise Broken(f"{name} of layer {i} differs by {off:.3g} of its largest entry")
@@ -98,11 +99,11 @@ def has_true_finite_gradients(subject: Subject) -> str | None:
     constraint = stack([member]).constraint
     layers = leaves(parameters(subject, [member]), member)
     converged(constraint, layers)
-    direction = [Affine(*(subject.normal(*part.shape) for part in layer)) for layer in layers]
+    direction = [Free(*(subject.normal(*part.shape) for part in layer)) for layer in layers]
 
     def value(step: float) -> Tensor:
         moved = [
-            Affine(*(part + step * change for part, change in zip(layer, by, strict=True)))
+            Free(*(part + step * change for part, change in zip(layer, by, strict=True)))
             for layer, by in zip(layers, direction, strict=True)
         ]
         return torch.stack([part.sin().sum() for layer in constraint.apply(moved) for part in layer]).sum()

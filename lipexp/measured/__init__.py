@@ -9,9 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lipexp.blocks import Affine
 from lipexp.measured.ascent import ascend
 from lipexp.measured.gradients import Maximum, Points, Scan, grid, largest, operator_norms, scan
-from lipexp.networks import Affine, BakedNetwork
+from lipexp.networks import BakedNetwork
 
 
 def sources(
@@ -45,7 +46,8 @@ def sources(
 def directions(gradients: Tensor, q: float, h: float) -> Tensor:
     """(K, 1, C) the combination u of the outputs whose gradient is as long as the steepest Jacobian of each run.
 
-    At the steepest point that is the steepest row, u = e_c, or for h = 2 the leading left singular vector.
+    At the steepest point that is the steepest row, u = e_c, for h = 2 the leading left singular vector, and for
+    h = 1 the signs of the longest column.
 
     Args:
         gradients: (K, N, C, D) at the data.
@@ -56,6 +58,9 @@ def directions(gradients: Tensor, q: float, h: float) -> Tensor:
     if math.isinf(h):
         rows = torch.linalg.vector_norm(jacobians, ord=q, dim=2).argmax(dim=1)
         return torch.nn.functional.one_hot(rows, jacobians.shape[1]).to(gradients).unsqueeze(1)
+    if h == 1:
+        columns = jacobians.abs().sum(dim=1).argmax(dim=1)
+        return jacobians[torch.arange(len(jacobians)), :, columns].sgn().unsqueeze(1)
     return torch.linalg.svd(jacobians, full_matrices=False).U[:, :, :1].mT
 
 

@@ -242,13 +242,13 @@ def soft_ascent(
 def _soft_gradient(network: BakedNetwork, jacobians: Sequence[Jacobian], x: Tensor, sharpness: float) -> Tensor:
     """The gradient of f at x (K, S, D) with each activation's Jacobian softened."""
     pre_activations = []
-    for weight, bias in network.layers[:-1]:
+    for (weight, bias), act in zip(network.affine[:-1], network.acts[:-1], strict=True):
         z = torch.baddbmm(bias, x, weight.mT)
         pre_activations.append(z)
-        x = network.act(z)
-    gradient = network.layers[-1].weight.expand(-1, x.shape[1], -1)
+        x = act(z)
+    gradient = network.affine[-1].weight.expand(-1, x.shape[1], -1)
     for (weight, _), jacobian, z in zip(
-        network.layers[-2::-1], jacobians[::-1], pre_activations[::-1], strict=True
+        network.affine[-2::-1], jacobians[::-1], pre_activations[::-1], strict=True
     ):
         spread = z.detach().std(dim=(1, 2), keepdim=True) + 1e-300
         gradient = jacobian.soft(z, sharpness / spread, gradient) @ weight
@@ -277,12 +277,12 @@ def _across_breakpoints(network: BakedNetwork, jacobians: Sequence[Jacobian], x:
     """(S, M, D) the points just behind the M nearest breakpoints of x (S, D), as far as its map is linear."""
     values, normals = [], []
     point, jacobian = x, torch.eye(x.shape[1], dtype=x.dtype).expand(len(x), -1, -1)
-    for (weight, bias), of_act in zip(network.layers[:-1], jacobians, strict=True):
+    for (weight, bias), of_act, act in zip(network.affine[:-1], jacobians, network.acts[:-1], strict=True):
         z, jacobian = point @ weight[0].mT + bias[0], weight[0] @ jacobian
         value, normal, jacobian = of_act.linear(z, jacobian)
         values.append(value)
         normals.append(normal)
-        point = network.act(z.unsqueeze(0))[0]
+        point = act(z.unsqueeze(0))[0]
     value, normal = torch.cat(values, dim=1), torch.cat(normals, dim=1)
     length = torch.linalg.vector_norm(normal, dim=2).clamp_min(1e-300)
     nearest = (value.abs() / length).topk(min(NEIGHBOURS, value.shape[1]), largest=False).indices

@@ -83,14 +83,17 @@ def _scan_part(network: BakedNetwork, x: Tensor, hidden_p: float | None) -> Scan
 def operator_norms(jacobians: Tensor, q: float, h: float = math.inf) -> Tensor:
     """The norms (...) of Jacobians (..., C, D) from the p-norm to the h-norm, where q is the dual of p.
 
-    For C = 1 and for h = inf, the largest q-norm of a row; for p = h = 2, the largest singular value, as the root
-    of the largest eigenvalue of J J^T or J^T J, whichever is smaller. NaN where a Jacobian is not finite.
+    For C = 1 and for h = inf, the largest q-norm of a row; for p = h = 1, the largest 1-norm of a column; for
+    p = h = 2, the largest singular value, as the root of the largest eigenvalue of J J^T or J^T J, whichever is
+    smaller. NaN where a Jacobian is not finite.
 
     Raises:
         ArithmeticError: for several outputs no such formula is known in these norms.
     """
     if jacobians.shape[-2] == 1 or math.isinf(h):
         return norms(jacobians, q).amax(dim=-1)
+    if h == 1 and math.isinf(q):
+        return norms(jacobians.mT, 1).amax(dim=-1)
     if not q == h == 2:
         raise ArithmeticError(f"no operator norm from the {dual(q):g}-norm to the {h:g}-norm is known")
     wide = jacobians.shape[-2] <= jacobians.shape[-1]
@@ -160,6 +163,8 @@ def _norm_below(region: LinearRegion, q: float, h: float) -> float:
     """The operator norm of the Jacobian of a region, rounded down."""
     if len(region.gradient) == 1 or math.isinf(h):
         return max(norm_below(row, region.exponent, q) for row in region.gradient)
+    if h == 1:
+        return max(norm_below(column, region.exponent, 1) for column in region.gradient.T)
     return spectral_norm_below(region.gradient, region.exponent)
 
 

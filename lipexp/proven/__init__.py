@@ -14,7 +14,7 @@ from lipexp import record
 from lipexp.config import ConfigError
 from lipexp.measured.gradients import Maximum
 from lipexp.norms import norm_name, round_up, row_norm_bound
-from lipexp.proven.methods import METHODS, ON_REQUEST, OVERFLOW, Chain, Problem, Proof
+from lipexp.proven.methods import METHODS, ON_REQUEST, OVERFLOW, QUICK, Chain, Problem, Proof
 
 __all__ = ["METHODS", "Certificate", "Chain", "Problem", "Proof", "prove", "prove_quickly"]
 
@@ -64,6 +64,7 @@ class Certificate:
             method=self.method,
             reason=self.reason,
             product=None if product is None else product.value,
+            whole=self.proofs["multipliers"].value if "multipliers" in self.proofs else None,
             exact=None if constants is None else constants.everywhere.value,
             exact_box=None if constants is None else constants.in_box(),
             regions=None if constants is None else constants.regions,
@@ -84,7 +85,9 @@ def prove(problem: Problem, method: str | None = None) -> Certificate:
     """
     proofs: dict[str, Proof] = {}
     several = method is None or method in ON_REQUEST
-    for name in METHODS if several else dict.fromkeys(["product", str(method)]):
+    for name in METHODS if several else dict.fromkeys([*QUICK, *([method] if method else [])]):
+        if name == "multipliers" and not problem.network.whole:
+            continue
         if name != method and (name in ON_REQUEST or (name == "exact" and method in ON_REQUEST)):
             continue
         if problem.report is not None:
@@ -108,7 +111,7 @@ def prove(problem: Problem, method: str | None = None) -> Certificate:
 def _attempt(name: str, problem: Problem) -> Proof:
     """What a method proves: nothing where its bound is not finite, or where its arithmetic fails."""
     network = problem.network
-    if name != "product" and not network.is_plain:
+    if name not in QUICK and not network.is_plain:
         return Proof(None, "is for affine layers")
     beside = 0.0
     if network.linear is not None and name != "exact":  # whose linear maps have that term

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
+from lipexp.blocks import Block
 from lipexp.constraints import Constraint
+from lipexp.inequality import Array
 from lipexp.measured.gradients import Maximum
 from lipexp.networks import BakedNetwork
 from lipexp.norms import product_bound
@@ -29,7 +31,7 @@ class Proof(NamedTuple):
     constants: Constants | None = None  # where all linear regions are known
     best: Maximum | None = None  # the steepest point that the method came across
     gave_up: bool = False  # the method applies to this network, but reached its limit
-    multipliers: semidefinite.Array | None = None  # that LipSDP found
+    multipliers: Array | None = None  # that LipSDP found
 
     def within(self, bound: float | None) -> Proof:
         """With constants of at most `bound`, which is proven too: their own rounding may put them above it."""
@@ -51,16 +53,16 @@ class Chain:
     layer_norms: tuple[str, ...]  # what the norm of each layer is called
 
     @classmethod
-    def of(cls, constraint: Constraint, n_layers: int, run: int = 0) -> Chain:
+    def of(cls, constraint: Constraint, layers: Sequence[Block], run: int = 0) -> Chain:
         """The chain of one run of a stack."""
-        bound = constraint.bound(n_layers)
+        bound = constraint.layer_bound(layers)
         return cls(
             constraint.p,
             constraint.q,
             constraint.hidden_p,
             constraint.target(run),
             None if bound is None else float(bound[run if len(bound) > 1 else 0]),
-            tuple(norm.name for norm in constraint.norms(n_layers)),
+            constraint.names(layers),
         )
 
 
@@ -83,6 +85,14 @@ def by_product(problem: Problem) -> Proof:
     if problem.chain.hidden_p not in problem.network.act.norms:
         return Proof(None, f"the activation declares no bound in the {problem.chain.hidden_p:g}-norm")
     return Proof(product_bound([norm for (norm,) in problem.network.norms]))
+
+
+def by_multipliers(problem: Problem) -> Proof:
+    """What the constraint has proven of the network as a whole, everywhere, by multipliers that it has found."""
+    whole = problem.network.whole
+    if not whole:
+        return Proof(None, "the network has no multipliers of its own")
+    return Proof(whole[0])
 
 
 def by_regions(problem: Problem) -> Proof:
@@ -166,6 +176,7 @@ def by_branching(problem: Problem) -> Proof:
 
 METHODS: dict[str, Callable[[Problem], Proof]] = {
     "product": by_product,
+    "multipliers": by_multipliers,
     "rows": by_rows,
     "exact": by_regions,
     "eclipse": by_eclipse,
@@ -173,3 +184,4 @@ METHODS: dict[str, Callable[[Problem], Proof]] = {
     "bnb": by_branching,
 }
 ON_REQUEST = {"bnb"}  # takes long
+QUICK = ("product", "multipliers")  # what baking has proven

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from lipexp import record
 from lipexp.activations import ALL_NORMS, Activation
+from lipexp.blocks import Affine
 from lipexp.datasets import Data
-from lipexp.networks import Affine, BakedNetwork
+from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF, dual, norm_name, row_norm_bound
 from lipexp.proven import Certificate
 from lipexp.proven.pairs import pair_constants
@@ -217,14 +218,14 @@ def _inputs(network: BakedNetwork, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]
     assert spread is not None
     norm, factor = spread
     h, error = x, x.new_zeros(len(x))
-    for i, layer in enumerate(_layers(network)):
+    for i, (layer, act) in enumerate(zip(_layers(network), network.double.acts, strict=True)):
         if network.linear is not None and i == len(network.layers) - 1:
             h = torch.cat([h, x], dim=1)
         yield h, error
         errors = _layer_errors(FLOAT64, layer, h.abs() + error.unsqueeze(1), error, norm)
         h = torch.addmm(layer.bias[0, 0].double(), h, layer.weight[0].double().T)
         if i < len(network.layers) - 1:
-            z, h = h, network.act(h.unsqueeze(0))[0]
+            z, h = h, act(h.unsqueeze(0))[0]
             error = _longest(errors, norm) * factor * (1 + 2 * UNIT_ROUNDOFF)
             if not network.act.is_piecewise_linear:
                 own = 2.0**LOST_BITS * UNIT_ROUNDOFF * torch.cat([z, h], dim=1).abs().amax(dim=1).clamp_min(1)
@@ -239,8 +240,8 @@ def _layers(network: BakedNetwork) -> Sequence[Affine]:
     In whatever order that is computed, it is one sum of products.
     """
     if network.linear is None:
-        return network.layers
-    *hidden, (weight, bias) = network.layers
+        return network.affine
+    *hidden, (weight, bias) = network.affine
     return [*hidden, Affine(torch.cat([weight, network.linear], dim=2), bias)]
 
 

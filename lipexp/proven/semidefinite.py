@@ -1,21 +1,11 @@
 """Upper bounds on the Lipschitz constant in the 2-norm from a matrix inequality: ECLipsE-Fast and LipSDP.
 
-Take two inputs and let x_0 be their difference, x_k that of the features behind layer k and its activation. If
-every activation acts feature by feature with slopes in [alpha, beta], then z_k = W_k x_{k-1} gives
-(x_k - alpha z_k)_i (x_k - beta z_k)_i <= 0. So for any multipliers T_k >= 0, a diagonal matrix a layer, and all x,
-
-    L^2 |x_0|^2 - |W_n x_{n-1}|^2  >=  x^T M x,
-    x^T M x  =  L^2 |x_0|^2 - |W_n x_{n-1}|^2 + 2 sum_k (x_k - alpha z_k)^T T_k (x_k - beta z_k),
-
-and L is a Lipschitz constant whenever M is positive semidefinite. It holds everywhere, for any biases, and for
-more than one output in their 2-norm. Any multipliers T will do, wherever they come from:
+What `lipexp.inequality` proves needs multipliers T, and any will do, wherever they come from:
 
 - ECLipsE-Fast takes T_k = I / sigma, with sigma the largest eigenvalue of W_k S_{k-1}^-1 W_k^T, S_0 = I and
   S_k = 2 T_k - T_k W_k S_{k-1}^-1 W_k^T T_k, in units of L^2: a closed form, for slopes in [0, 1];
 - LipSDP takes nearly the best T, found by `interior`. Only diagonal T_k are used; the multipliers that couple
   features ("LipSDP-Network") prove too much (Pauli et al. 2021).
-
-The proof that M is positive semidefinite is a Cholesky factorisation that allows for its own rounding errors.
 
 Shapes: weights (out, in) of each layer; multipliers (H,) of all hidden features together.
 
@@ -37,12 +27,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lipexp.inequality import Array, Slopes, inequality_matrix, proves
 from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF, is_semidefinite, round_up
 from lipexp.proven.interior import Inequality, maximise
-
-Array = npt.NDArray[np.float64]
-Slopes = tuple[float, float]
 
 LARGEST = 4096  # rows of a matrix that is factorised: some 1 GB, with all its copies
 FALLS = 60  # attempts to find a feasible start
@@ -299,56 +287,3 @@ def _solved(factor: npt.NDArray[Any], right: Array) -> Array:
     """factor^-1 right, by substitution, which is accurate whatever the condition of a Cholesky factor."""
     solution = torch.linalg.solve_triangular(torch.from_numpy(factor), torch.from_numpy(right), upper=False)
     return np.asarray(solution)
-
-
-# The proof -------------------------------------------------------------------------------------------------------
-
-
-def proves(lipschitz: float, weights: Sequence[Array], slopes: Slopes, multipliers: Array) -> bool:
-    """Whether M is proven positive semidefinite, for L and T as these very numbers; see `is_semidefinite`.
-
-    Each entry of M is a sum of at most m + 2 terms, m the width of the largest layer, each a product of at most
-    four factors of which some are rounded. In float64 it is off by at most gamma_{m+8} B, with B the sum of the
-    terms' absolute values and gamma_k = k u / (1 - k u), and by what underflows, at most (m + 8) 2^-1070 as no
-    weight exceeds 4. `is_semidefinite` allows for twice the error that it is given, which covers the denominator
-    and the rounding of B.
-
-    Args:
-        weights: float64, entries at most 4.
-        multipliers: (H,) T.
-
-    Reference: Higham 2002, "Accuracy and Stability of Numerical Algorithms", section 3.1.
-    """
-    if not (math.isfinite(lipschitz) and np.isfinite(multipliers).all() and np.all(multipliers >= 0)):
-        return False
-    matrix, terms = inequality_matrix(weights, slopes, multipliers, math.nextafter(lipschitz * lipschitz, 0))
-    m = max(len(weight) for weight in weights)
-    return is_semidefinite(matrix, (m + 8) * (UNIT_ROUNDOFF * terms + 2.0**-1070))
-
-
-def inequality_matrix(
-    weights: Sequence[Array], slopes: Slopes, multipliers: Array, square: float
-) -> tuple[Array, Array]:
-    """M (N, N) for L^2 = `square`, and the sums of the absolute values of the terms of its entries."""
-    alpha, beta = slopes
-    *hidden, out = weights
-    sizes = [weights[0].shape[1], *(len(weight) for weight in hidden)]
-    ends = np.cumsum(sizes)
-    blocks = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-    matrix = np.diag(np.concatenate([np.full(sizes[0], square), 2 * multipliers]))
-    terms = matrix.copy()
-    for k, weight in enumerate(hidden, start=1):
-        before, rows = blocks[k - 1], blocks[k]
-        t = multipliers[rows.start - sizes[0] : rows.stop - sizes[0], None]
-        matrix[rows, before] = -((alpha + beta) * t) * weight
-        matrix[before, rows] = matrix[rows, before].T
-        terms[rows, before], terms[before, rows] = (
-            np.abs(matrix[r, c]) for r, c in ((rows, before), (before, rows))
-        )
-        if alpha:
-            t = 2 * alpha * beta * t
-            matrix[before, before] += weight.T @ (t * weight)
-            terms[before, before] += np.abs(weight).T @ (t * np.abs(weight))
-    matrix[blocks[-1], blocks[-1]] -= out.T @ out
-    terms[blocks[-1], blocks[-1]] += np.abs(out).T @ np.abs(out)
-    return matrix, terms

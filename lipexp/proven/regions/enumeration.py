@@ -96,7 +96,7 @@ def constants(
         seconds: after which it is given up. Most networks take a few, but where many breakpoints meet in one point
             nearly all sides have to be decided in integers.
         report: is told the number of regions after each layer.
-        h: the norm of several outputs: inf, or 2 where q is 2.
+        h: the norm of several outputs: inf, 2 where q is 2, or 1 where q is inf.
 
     Raises:
         TooManyRegions: there are more than `max_regions`, or so many that they take too much memory or time.
@@ -126,7 +126,7 @@ class Enumeration:
         report: Callable[[str], None] | None = None,
     ) -> None:
         self.seconds, self._end = seconds, time.monotonic() + seconds
-        self.act = network.act
+        self.acts = network.acts
         self.dims = network.n_inputs
         self.weights = [layer.weight[0].numpy() for layer in network.layers]
         self.biases = [layer.bias[0, 0].numpy() for layer in network.layers]
@@ -161,7 +161,7 @@ class Enumeration:
         most = min(max_regions, MOST_NUMBERS // (3 * len(self.weights[layer])))
         name = "max_regions" if most == max_regions else f"of {len(self.weights[layer])} features, a gigabyte"
         self.maps = maps = self.maps.affine(self.weights[layer], self.biases[layer])
-        pairs = self._pairs()
+        pairs = self._pairs(layer)
         cells = Polygons(self.cells.start, self.cells.corner, self.cells.edge, np.arange(len(self.cells)))
         where, which = self._cutting(cells, maps, layer, pairs)
         value, error = self._lines(maps, where, pairs[which])
@@ -179,8 +179,8 @@ class Enumeration:
         if layer < len(self.weights) - 2:
             self.maps = maps.activated(parts.parent, active)
 
-    def _pairs(self) -> Integers:
-        pairs = self.act.breakpoints(self.maps.value.shape[2])
+    def _pairs(self, layer: int) -> Integers:
+        pairs = self.acts[layer].breakpoints(self.maps.value.shape[2])
         assert pairs is not None
         return pairs
 
@@ -246,12 +246,12 @@ class Enumeration:
             # A difference of exactly zero, which no rounding explains, is a tie as well.
             for row in np.flatnonzero((np.abs(_differences(z, pairs)) <= unsure).any(axis=1)):
                 z[row] = self._untied(parts, int(block[row]), layer)
-            active = self.act.active_map(z)
+            active = self.acts[layer].active_map(z)
             assert active is not None
             index[block], factor[block] = active.index, active.factor
             exponents.add(active.exponent)
         if len(exponents) > 1:
-            raise ArithmeticError(f"{self.act.label}.active_map has another exponent from point to point")
+            raise ArithmeticError(f"{self.acts[layer].label}.active_map has another exponent from point to point")
         return ActiveMap(index, factor, exponents.pop())
 
     def _untied(self, parts: Polygons, part: int, layer: int) -> Floats:
@@ -373,7 +373,7 @@ def _error_bound(points: Floats, error: Floats, maps: Maps, regions: Integers) -
 
 
 def _operator_norm_above(maps: Maps, q: float, h: float) -> Floats:
-    """(P,) the norms p -> h of the gradients (C, 2) of maps, rounded up.
+    """(P,) the norms p -> h of the gradients (C, 2) of maps, rounded up; see `gradients.operator_norms`.
 
     For p = h = 2 the square of the norm is the larger eigenvalue of the Gram matrix [[a, b], [b, d]] of the
     columns, (a + d) / 2 + hypot((a - d) / 2, b). Its terms are off by no more than 2 (C + 8) u (a + d) in all, and
@@ -382,6 +382,9 @@ def _operator_norm_above(maps: Maps, q: float, h: float) -> Floats:
     n = maps.value.shape[2]
     if n == 1 or math.isinf(h):
         return _norm_above(np.abs(maps.value[:, :2]) + maps.error[:, :2, None], q).max(axis=1)
+    if h == 1 and math.isinf(q):
+        columns = (np.abs(maps.value[:, :2]) + maps.error[:, :2, None]).sum(axis=2).max(axis=1)
+        return np.where(columns > 0, columns * (1 + 4 * (n + 8) * UNIT_ROUNDOFF) + TINY, 0.0)
     if not q == h == 2:
         raise ArithmeticError(f"the norms of {n} outputs are not known")
     # Scaled by powers of two, so that no square that counts underflows.
