@@ -194,7 +194,7 @@ def test_an_npz_that_does_not_fit_is_refused_in_one_line(tmp_path, changes, mess
             "dataset.n_train=10000: n_train + n_val must be at most 70, the number of images to ",
         ),
         (
-            ("dataset.path=.", "dataset.n_test=17"),
+            ("dataset.path=.", "dataset.n_train=50", "dataset.n_val=20", "dataset.n_test=17"),
             "dataset.n_test=17: must be a whole number, at least 1, at most 16",
         ),
     ],

@@ -146,7 +146,7 @@ class Finite(Dataset):
 
 
 def shuffled(targets: npt.NDArray[Any], classes: bool, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """The rows of these targets in random order, but any part of it has the shares of the `classes`, up to rounding."""
+    """The rows in random order, of which any part has the shares of the `classes`, up to rounding."""
     order = rng.permutation(len(targets))
     return order[np.argsort(_spread(targets[order]), kind="stable")] if classes else order
 

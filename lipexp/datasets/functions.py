@@ -80,9 +80,9 @@ class Flower(Generated):
     """Three flowers in the plane, one inside the other, with the targets 0, 1/2 and 1.
 
     They are the curves r (1 - `depth` cos(`petals` t)) (cos t, sin t) over the angles t, for r = 1, 3/2 and 2, and
-    have the targets r - 1. Training angles are evenly spaced from 0 and the same for every seed, those of validation
-    and test random. By default the two outer curves come within 0.266 of each other, so a function that is right on
-    all of them has a Lipschitz constant of at least 1.88 in the 2-norm.
+    have the targets r - 1. Training angles are evenly spaced from 0, and so the same for every seed; those of
+    validation and test are random. By default the two outer curves come within 0.266 of each other, so a function
+    that is right on all of them has a Lipschitz constant of at least 1.88 in the 2-norm.
 
     Args:
         petals: the number of each curve.

@@ -40,7 +40,7 @@ class Mnist(Dataset):
             t10k-labels-idx1-ubyte, each as it is or as .gz; or an .npz file with x_train, y_train, x_test and
             y_test.
         n_train: together with n_val at most the 60,000 images to train on.
-        n_val: see n_train.
+        n_val: the number of validation rows.
         n_test: at most the 10,000 images to test.
 
     Raises:
@@ -78,7 +78,7 @@ class Mnist(Dataset):
         val, train = order[: self.n_val], order[self.n_val : self.n_val + self.n_train]
         test = np.arange(self.n_test) * len(self.test_x) // self.n_test
         x = [self.train_x[train], self.train_x[val], self.test_x[test]]
-        x_train, x_val, x_test = (part.astype(np.float32) / 255 for part in x)
+        x_train, x_val, x_test = (np.divide(part, 255, dtype=np.float32) for part in x)
         y = [self.train_y[train], self.train_y[val], self.test_y[test]]
         y_train, y_val, y_test = (part.astype(np.float32) for part in y)
         return Data(x_train, y_train, x_val, y_val, x_test, y_test)

@@ -129,8 +129,8 @@ class Spirals(Generated):
 class Checkerboard(Generated):
     """The squares of a board with `n_cells` x `n_cells` cells around the origin, of the colours 0 and 1 in turn.
 
-    Points are uniform on the squares of side `cell` - `gap` in the middles of the cells. So the squares of two cells
-    side by side, and with them the classes, are `gap` apart in every norm.
+    Points are uniform on the squares of side `cell` - `gap` in the middles of the cells. So the squares of two
+    cells side by side, and with them the classes, are `gap` apart in every norm.
 
     Args:
         n_cells: along each side, at least 2; an odd number gives class 0 one cell more.

@@ -15,8 +15,8 @@ class Annulus(Generated):
     """A ball (class 1) inside a shell (class 0), both filled uniformly: in the plane a disc in a ring.
 
     The ball is ||x||_2 <= `radius`, the shell `radius` + `gap` <= ||x||_2 <= `radius` + `gap` + `width`. So the
-    classes are `gap` apart, and the 1-Lipschitz function `radius` + `gap` / 2 - ||x||_2 tells each point of them by
-    a margin of at least `gap` / 2.
+    classes are `gap` apart, and the 1-Lipschitz function `radius` + `gap` / 2 - ||x||_2 tells them apart with the
+    margin `gap` / 2.
 
     Args:
         n_inputs: D.
