@@ -40,6 +40,12 @@ Choice = tuple[str, ...]  # an option as overrides, such as ("constraint=linf", 
 NEEDED: dict[str, Choice] = {
     "dataset=table": (f"dataset.path='{Path(__file__).with_name('table.csv')}'", "dataset.target=ill"),
     "dataset=npz": (f"dataset.path='{Path(__file__).with_name('arrays.npz')}'",),
+    "dataset=mnist": (
+        f"dataset.path='{Path(__file__).with_name('images.npz')}'",
+        "dataset.n_train=80",
+        "dataset.n_val=30",
+        "dataset.n_test=40",
+    ),
 }
 
 

@@ -78,7 +78,7 @@ def test_arrays_that_are_split_already_stay_so_for_every_seed(saved):
 
 SPLIT = {f"{key}_{split}": part for split in ("train", "val", "test") for key, part in (("x", X), ("y", ONES))}
 BAD_ARRAYS = [
-    ({}, "has nothing; it needs x and y, or x_train, y_train, x_val, y_val, x_test, y_test"),
+    ({}, "has nothing; it needs x and y, or x_train, y_train, x_val, y_val, x_test and y_test"),
     ({"x": X, "z": ONES}, "has x, z; it needs x and y, or "),
     (
         {key: part for key, part in SPLIT.items() if key != "x_val"},

@@ -7,7 +7,9 @@ import functools
 import numpy as np
 import pytest
 from conftest import choice_of, leaf, part
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment, lsq_linear
+from scipy.spatial.distance import cdist
+from scipy.stats import kstest
 from sklearn.datasets import (
     load_breast_cancer,
     load_diabetes,
@@ -20,15 +22,20 @@ from sklearn.datasets import (
 from lipexp.config import ConfigError
 from lipexp.datasets import (
     AbsoluteValue,
+    Annulus,
     BreastCancer,
+    Checkerboard,
     Circles,
     Cones,
     Diabetes,
     Digits,
     DigitsParity,
     Finite,
+    Flower,
     LogOutliers,
+    NShape,
     Spirals,
+    SquareWave,
     TwoMoons,
     Wine,
     on_sphere,
@@ -81,6 +88,90 @@ def test_the_absolute_value_is_exact_and_covers_its_interval():
     counts, _ = np.histogram(data.train_x, bins=10, range=(-1, 1))
     assert counts.sum() == 4000
     assert np.abs(counts - 400).max() < 95
+
+
+def test_the_n_goes_through_its_corners_is_1_lipschitz_and_covers_its_interval():
+    data = drawn(NShape(n_train=6000))
+    x, y = data.train_x[:, 0], data.train_y
+    assert np.allclose(y, np.interp(x, [-3, -0.5, 0.5, 3], [-2, 0.5, -0.5, 2]), atol=1e-6)
+    order = x.argsort()
+    assert (np.abs(np.diff(y[order])) <= np.diff(x[order]) + 1e-6).all()
+    counts, _ = np.histogram(x, bins=6, range=(-3, 3))
+    assert counts.sum() == 6000
+    assert np.abs(counts - 1000).max() < 5 * np.sqrt(1000 * 5 / 6)
+
+
+def test_the_square_wave_jumps_at_minus_one_zero_and_one():
+    x, y = drawn(SquareWave(n_train=4000)).part("train")
+    assert np.array_equal(y, 1 - np.searchsorted([-1, 0, 1], x[:, 0]) % 2)
+    counts, _ = np.histogram(x, bins=4, range=(-2, 2))
+    assert counts.sum() == 4000
+    assert np.abs(counts - 1000).max() < 5 * np.sqrt(1000 * 3 / 4)
+    assert SquareWave(n_train=1).value(np.array([-1.5, -1, 0, 1, 1.5])).tolist() == [1, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("lipschitz", [1, 4])
+def test_no_lipschitz_function_fits_the_square_wave_better_than_ramps_through_its_jumps(lipschitz):
+    """Values at 400 evenly spaced x by least squares: a first one, and steps of at most L times those of x."""
+    x = -2 + (np.arange(400) + 0.5) / 100
+    limits = np.r_[np.inf, np.full(399, lipschitz / 100)]
+    best = lsq_linear(np.tril(np.ones((400, 400))), SquareWave().value(x), (-limits, limits))
+    assert 2 * best.cost / 400 == pytest.approx(1 / (16 * lipschitz), rel=1e-2)
+
+
+@pytest.mark.parametrize(("petals", "depth"), [(20, 0.1), (3, 0.5)])
+def test_flowers_are_three_curves_with_even_training_angles_and_random_others(petals, depth):
+    one, other = (Flower(petals, depth).draw(np.random.SeedSequence(seed)) for seed in (0, 1))
+    assert np.array_equal(one.train_x, other.train_x)
+    for split in ("train", "val", "test"):
+        x, y = one.part(split)
+        points = x @ [1, 1j]
+        assert np.allclose(abs(points), (1 + y) * (1 - depth * np.cos(petals * np.angle(points))), atol=1e-5)
+        assert split == "train" or not np.array_equal(x, other.part(split)[0])
+        for target in (0, 0.5, 1):
+            angles = np.sort(np.angle(points[y == target]) % (2 * np.pi))
+            assert len(angles) == pytest.approx(len(x) / 3, abs=1)
+            assert np.allclose(np.diff(angles), 2 * np.pi / 400, atol=1e-5) == (split == "train")
+            assert kstest(angles / (2 * np.pi), "uniform").pvalue > 1e-3
+
+
+def test_a_function_through_the_default_flowers_needs_the_slope_of_their_description():
+    x, y = drawn(Flower(n_train=6000)).part("train")
+    distances = cdist(x[y == 0.5], x[y == 1])
+    assert distances.min() == pytest.approx(0.266, abs=5e-4)
+    assert 0.5 / distances.min() == pytest.approx(1.88, abs=5e-3)
+    slopes = [0.5 / cdist(x[y == 0], x[y == 0.5]).min(), 1 / cdist(x[y == 0], x[y == 1]).min()]
+    assert max(slopes) < 1.7
+
+
+@pytest.mark.parametrize(("n_cells", "cell", "gap"), [(4, 2.0, 1.0), (3, 0.5, 0.1), (2, 1.0, 0.0)])
+def test_the_squares_of_a_board_have_their_colours_and_are_the_gap_apart(n_cells, cell, gap):
+    x, y = drawn(Checkerboard(n_cells, cell, gap, n_train=4000)).part("train")
+    places = x.astype(np.float64) / cell + n_cells / 2
+    cells = np.floor(places).astype(int)
+    assert np.array_equal(y, (cells[:, 0] + cells[:, 1]) % 2)
+    inside = np.abs(places - cells - 0.5) * cell / ((cell - gap) / 2)  # from 0 in the middle of a square to 1
+    assert 0.99 < inside.max() < 1 + 1e-5
+    assert kstest(inside.ravel(), "uniform").pvalue > 1e-3
+    times = np.bincount(cells @ [n_cells, 1])
+    assert len(times) == n_cells**2
+    assert np.abs(times - 4000 / n_cells**2).max() < 5 * np.sqrt(4000 / n_cells**2)
+    for metric in ("cityblock", "euclidean", "chebyshev"):
+        assert gap - 1e-6 <= cdist(x[y == 0], x[y == 1], metric).min() < gap + 0.1 * cell
+
+
+@pytest.mark.parametrize("dims", [1, 2, 7, 2000])
+def test_a_ball_and_a_shell_are_filled_uniformly_the_gap_apart(dims):
+    data = drawn(Annulus(dims, radius=0.5, gap=0.75, width=2.0, n_train=3000))
+    assert np.bincount(data.train_y.astype(int)).tolist() == [1500, 1500]
+    radii = np.linalg.norm(data.train_x.astype(np.float64), axis=1)
+    for label, low, high in ((1, 0, 0.5), (0, 1.25, 3.25)):
+        found = radii[data.train_y == label]
+        assert low - 1e-6 <= found.min() < found.max() <= high + 1e-6
+        volumes = ((found / high) ** dims - (low / high) ** dims) / (1 - (low / high) ** dims)
+        assert kstest(volumes, "uniform").pvalue > 1e-3
+        means = data.train_x[data.train_y == label].mean(axis=0)
+        assert np.abs(means).max() < 5.5 * high / np.sqrt(dims * 1500)
 
 
 def test_outliers_are_that_many_training_targets_that_far_from_the_logarithm_and_no_others():
@@ -241,4 +332,4 @@ def test_another_seed_draws_other_points(dataset_option):
         )
         for seed in (3, 4)
     )
-    assert not np.array_equal(one.train_x, other.train_x)
+    assert not np.array_equal(one.x, other.x)

@@ -15,7 +15,17 @@ from commands import INLINE, TINY
 from lipexp.activations import GroupSort, LeakyReLU
 from lipexp.config import ConfigError
 from lipexp.constraints import LInf, Spectral
-from lipexp.datasets import AbsoluteValue, Circles, Cones, DigitsParity, Spirals, TwoMoons
+from lipexp.datasets import (
+    AbsoluteValue,
+    Annulus,
+    Checkerboard,
+    Circles,
+    Cones,
+    DigitsParity,
+    Flower,
+    Spirals,
+    TwoMoons,
+)
 from lipexp.evaluate import Evaluator
 from lipexp.loop import Trainer, fit
 from lipexp.losses import BCE, CrossEntropy, Hinge, Huber, Kantorovich, MultiMargin
@@ -48,7 +58,14 @@ def member(compose):
         *((CrossEntropy, "temperature", [0]), (MultiMargin, "margin", [-0.1]), (Huber, "delta", [0])),
         *((Circles, "factor", [-0.1, 1]), (Spirals, "n_classes", [1, 2.5]), (Spirals, "turns", [-1])),
         *((TwoMoons, "noise", [-0.1]), (TwoMoons, "scale", [0]), (Cones, "p", [3]), (Cones, "spacing", [1.9])),
-        *((Cones, "n_inputs", [0]), (Cones, "n_cones", [0])),
+        *(
+            (Cones, "n_inputs", [0]),
+            (Cones, "n_cones", [0]),
+            (Flower, "petals", [-1]),
+            (Flower, "depth", [-0.1, 1]),
+        ),
+        *((Checkerboard, "n_cells", [1]), (Checkerboard, "cell", [0]), (Checkerboard, "gap", [-0.1, 2.0])),
+        *((Annulus, name, [bad]) for name, bad in (("n_inputs", 0), ("radius", 0), ("gap", -0.1), ("width", 0))),
         *((kind, name, [0]) for kind in (TwoMoons, AbsoluteValue, DigitsParity) for name in ("n_train", "n_test")),
         (DigitsParity, "n_train", [1398]),
         *((MLP, "width", [0, 1.5]), (MLP, "depth", [-1, 1.5])),

@@ -10,13 +10,18 @@ file in conf/dataset/.
 from lipexp.datasets.arrays import Arrays
 from lipexp.datasets.base import Data, Dataset, Finite, Generated
 from lipexp.datasets.bundled import BreastCancer, Diabetes, Digits, DigitsParity, Wine
-from lipexp.datasets.synthetic import AbsoluteValue, Circles, Cones, LogOutliers, Spirals, TwoMoons, on_sphere
+from lipexp.datasets.functions import AbsoluteValue, Flower, LogOutliers, NShape, SquareWave
+from lipexp.datasets.images import Mnist
+from lipexp.datasets.planar import Checkerboard, Circles, Spirals, TwoMoons
+from lipexp.datasets.spheres import Annulus, Cones, on_sphere
 from lipexp.datasets.table import Table
 
 __all__ = [
     "AbsoluteValue",
+    "Annulus",
     "Arrays",
     "BreastCancer",
+    "Checkerboard",
     "Circles",
     "Cones",
     "Data",
@@ -25,9 +30,13 @@ __all__ = [
     "Digits",
     "DigitsParity",
     "Finite",
+    "Flower",
     "Generated",
     "LogOutliers",
+    "Mnist",
+    "NShape",
     "Spirals",
+    "SquareWave",
     "Table",
     "TwoMoons",
     "Wine",

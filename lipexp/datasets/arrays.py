@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -16,6 +17,41 @@ from lipexp.datasets.base import MOST_CLASSES, Array, Data, Finite
 TOGETHER = ("x", "y")
 APART = ("x_train", "y_train", "x_val", "y_val", "x_test", "y_test")
 BROKEN = (ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)  # what NumPy raises at a bad file
+
+
+def read_npz(path: str, layouts: Sequence[Sequence[str]]) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of the first of these sets of names that an .npz file has.
+
+    Raises:
+        ConfigError: it is none, has no such set, or Python objects; the option is `path`.
+    """
+    try:
+        with Path(path).open("rb") as stream:
+            return _arrays(path, stream, layouts)
+    except OSError as error:
+        raise ConfigError("path", path, f"cannot be read: {error.strerror or error}") from None
+
+
+def _arrays(path: str, stream: IO[bytes], layouts: Sequence[Sequence[str]]) -> dict[str, npt.NDArray[Any]]:
+    try:
+        file = np.load(stream, allow_pickle=False)
+    except BROKEN:
+        raise ConfigError("path", path, "is no .npz file") from None
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise ConfigError("path", path, "is no .npz file, but a single array")
+    keys = next((keys for keys in layouts if set(keys) <= set(file.files)), None)
+    if keys is None:
+        needed = ", or ".join(f"{', '.join(keys[:-1])} and {keys[-1]}" for keys in layouts)
+        raise ConfigError("path", path, f"has {', '.join(file.files) or 'nothing'}; it needs {needed}")
+    found = {}
+    for key in keys:
+        try:
+            found[key] = file[key]
+        except BROKEN:
+            known = f"save {key}.astype(float) or .astype(str)"
+            text = f"its {key} is damaged, or holds Python objects ({known})"
+            raise ConfigError("path", path, text) from None
+    return found
 
 
 class Arrays(Finite):
@@ -51,7 +87,7 @@ class Arrays(Finite):
             raise ConfigError("path", path, "must be the name of a file")
         one_of("task", task, ["auto", "classification", "multiclass", "regression"])
         self.path = path
-        arrays = self._read()
+        arrays = read_npz(path, (TOGETHER, APART))
         x = {key: self._points(key, array) for key, array in arrays.items() if key.startswith("x")}
         for key in x:
             of_y = key.replace("x", "y")
@@ -87,33 +123,6 @@ class Arrays(Finite):
 
     def _refuse(self, text: str) -> NoReturn:
         raise ConfigError("path", self.path, text)
-
-    def _read(self) -> dict[str, npt.NDArray[Any]]:
-        """The arrays of the file that are needed."""
-        try:
-            with Path(self.path).open("rb") as stream:
-                return self._arrays(stream)
-        except OSError as error:
-            self._refuse(f"cannot be read: {error.strerror or error}")
-
-    def _arrays(self, stream: IO[bytes]) -> dict[str, npt.NDArray[Any]]:
-        try:
-            file = np.load(stream, allow_pickle=False)
-        except BROKEN:
-            self._refuse("is no .npz file")
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            self._refuse("is no .npz file, but a single array")
-        keys = next((keys for keys in (TOGETHER, APART) if set(keys) <= set(file.files)), None)
-        if keys is None:
-            self._refuse(f"has {', '.join(file.files) or 'nothing'}; it needs x and y, or {', '.join(APART)}")
-        found = {}
-        for key in keys:
-            try:
-                found[key] = file[key]
-            except BROKEN:
-                known = f"save {key}.astype(float) or .astype(str)"
-                self._refuse(f"its {key} is damaged, or holds Python objects ({known})")
-        return found
 
     def _joined(self, parts: dict[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
         """The rows of all parts."""

@@ -138,13 +138,17 @@ class Finite(Dataset):
 
     def draw(self, stream: np.random.SeedSequence) -> Data:
         points, targets = self.load()
-        order = np.random.default_rng(stream).permutation(self.n_points)
-        if TASKS[self.task].has_classes:
-            order = order[np.argsort(_spread(np.asarray(targets)[order]), kind="stable")]
+        order = shuffled(np.asarray(targets), TASKS[self.task].has_classes, np.random.default_rng(stream))
         ends = np.cumsum([self.n_test, self.n_val, self.n_train])
         test, val, train = np.split(order[: ends[-1]], ends[:-1])
         x, y = np.asarray(points, dtype=np.float32), np.asarray(targets, dtype=np.float32)
         return Data(x[train], y[train], x[val], y[val], x[test], y[test])
+
+
+def shuffled(targets: npt.NDArray[Any], classes: bool, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """The rows in random order, of which any part has the shares of the `classes`, up to rounding."""
+    order = rng.permutation(len(targets))
+    return order[np.argsort(_spread(targets[order]), kind="stable")] if classes else order
 
 
 def _spread(classes: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
