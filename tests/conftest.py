@@ -211,9 +211,14 @@ class Exact:
 
     @classmethod
     def within(cls, norm: Any, matrix: Any, bound: float) -> bool:
-        """The operator norm is at most `bound`: the largest ||row||_q if `norm` has a q, else the spectral one."""
-        q = getattr(norm, "q", None)
-        return cls.spectral_within(matrix, bound) if q is None else cls.rows_within(matrix, q, bound)
+        """What `norm` is called is at most `bound`."""
+        if norm.name == "spectral norm":
+            return cls.spectral_within(matrix, bound)
+        if norm.name == "Frobenius norm":
+            return cls.rows_within([[v for row in matrix for v in row]], 2, bound)
+        if norm.name == "column 1-norm":
+            return cls.rows_within(list(zip(*matrix, strict=True)), 1, bound)
+        return cls.rows_within(matrix, norm.q, bound)
 
 
 @pytest.fixture(scope="session")

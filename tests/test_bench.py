@@ -84,7 +84,7 @@ def test_what_is_timed_is_the_step_of_training(monkeypatch):
     runs, taken, step = steps.one_run("steps=3", "eval_every=0"), [], loop.Trainer.step
     monkeypatch.setattr(loop.Trainer, "step", lambda trainer: (taken.append(trainer.steps_done), step(trainer))[1])
     loop.fit(runs, lambda checkpoint: None)
-    assert (taken, runs.shapes) == ([0, 1, 2], [(128, 2), (128, 128), (1, 128)])
+    assert (taken, runs.layout.shapes) == ([0, 1, 2], [(128, 2), (128, 128), (1, 128)])
     x = torch.randn(2, 7, 10, generator=torch.Generator().manual_seed(0))
     assert torch.equal(steps.MinimumMaximum()(x), GroupSort()(x))
 

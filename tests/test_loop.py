@@ -80,7 +80,7 @@ def test_no_steps_leaves_the_initial_network_and_no_global_generator_is_touched(
     runs = stack([member("steps=0")])
     stored = fit(runs, lambda checkpoint: None).network.layers
     assert torch.equal(before, torch.get_rng_state())
-    initial = runs.model.initial(runs.shapes, generator(Streams.of(0).weights))
+    initial = runs.layout.start(runs.model, runs.act, generator(Streams.of(0).weights))
     assert torch.equal(torch.cat([part.flatten() for layer in stored for part in layer]), initial)
 
 

@@ -117,7 +117,7 @@ REFUSED = [
         "act",
         "torch.nn.PReLU",
         {},
-        r"has parameters or buffers \(function.weight\); its own are declared by n_parameters",
+        r"has parameters or buffers of torch \(function.weight\); its own are declared by n_parameters",
     ),
     ("dataset", "Moons", {"per_run": ["task"]}, "names task in per_run, but has no number of that name"),
     ("loss", "torch.nn.Linear", {"in_features": 3, "out_features": 2}, "cannot be used: TypeError: "),

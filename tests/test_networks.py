@@ -38,7 +38,7 @@ def test_stacked_networks_and_their_gradients_equal_torchs_one_by_one(n_outputs,
     baked, x = network(2, 8, 8, n_outputs, act=act, runs=runs).double, normal(runs, BATCH, 2)
     layers = [Affine(*(part.clone().requires_grad_() for part in layer)) for layer in baked.layers]
     points = x.clone().requires_grad_()
-    out = inputs_and_output(layers, act, points)[1]
+    out = inputs_and_output(layers, [act] * 3, points)[1]
     assert out.shape == (runs, BATCH, n_outputs)
     found = torch.autograd.grad(out.square().sum(), [points, *(part for layer in layers for part in layer)])
     for run in range(runs):

@@ -208,9 +208,10 @@ def test_a_network_of_one_layer_is_bounded_by_its_norm_whatever_the_activation(n
     x = torch.linspace(-1, 1, 40).double().view(1, 20, 2)
     measured = overall(steepest(net, sources(net, x, scan(net, x), 2, [generator()]), 0, 2))
     problem = of_network(net, Unconstrained(), max_regions=10)
-    values = {method: METHODS[method](problem._replace(measured=measured)).value for method in METHODS}
+    methods = METHODS.keys() - {"multipliers"}
+    values = {method: METHODS[method](problem._replace(measured=measured)).value for method in methods}
     assert measured.value == 5
-    assert [method for method in values if values[method] is None] in ([], ["eclipse", "lipsdp"])
+    assert {method for method in values if values[method] is None} in (set(), {"eclipse", "lipsdp"})
     assert all(value == pytest.approx(5, rel=1e-9) for value in values.values() if value is not None)
 
 

@@ -20,8 +20,6 @@ from lipexp.config import one_of, whole
 from lipexp.constraints.chains import Spectral
 from lipexp.constraints.norms import SPECTRAL_SHRINK, OperatorNorm, SpectralNorm
 
-FARTHEST = 1.5  # the largest singular value that the iterations are started from; both converge up to 1.53
-
 
 class Contraction(SpectralNorm):
     """A differentiable map to matrices of spectral norm 1 at most, which is the same in training and in baking."""
@@ -37,23 +35,27 @@ class Contraction(SpectralNorm):
         """The map for (K, out, in) with out >= in."""
 
     def scaled(self, weight: Tensor, bound: Tensor) -> Tensor:
-        return self.within_one(weight, None) * (bound * SPECTRAL_SHRINK).view(-1, 1, 1)
+        # For very large parameters rounding errors may leave a matrix of a larger norm, or none at all.
+        mapped = self.within_one(weight, None).nan_to_num(nan=0, posinf=0, neginf=0)
+        largest = torch.linalg.matrix_norm(mapped, ord=2).clamp_min(1)
+        return mapped * (bound * SPECTRAL_SHRINK / largest).view(-1, 1, 1)
 
 
 class PolarFactor(SpectralNorm):
     """The polar factor Q of W = Q P, the orthogonal matrix that is nearest to W, by a fixed number of iterations.
 
-    | method          | iteration, with G = W^T W        | product with in x in matrices |
-    |-----------------|----------------------------------|-------------------------------|
-    | `bjorck`        | W <- W (3 I - G) / 2             | 2                             |
-    | `newton_schulz` | W <- W (15 I - 10 G + 3 G^2) / 8 | 3                             |
+    | method          | iteration, with G = W^T W        | matrix products | order of convergence |
+    |-----------------|----------------------------------|-----------------|----------------------|
+    | `bjorck`        | W <- W (3 I - G) / 2             | 2               | 2                    |
+    | `newton_schulz` | W <- W (15 I - 10 G + 3 G^2) / 8 | 3               | 3                    |
 
-    Training writes the result back into the free parameters. So each step starts from a matrix that was orthogonal
-    before the last step of the optimiser, a few iterations suffice, and what they leave is made up for in later
-    steps. At W = Q the derivative of the polar factor is the projection onto the tangent space of orthogonal
-    matrices, G -> G - Q (Q^T G + G^T Q) / 2, which needs no iteration. Until the iterations have converged
-    singular values are below 1, never above. The baked matrix is the polar factor itself, by a singular value
-    decomposition.
+    W is divided by a bound on its spectral norm first, where that exceeds 1; both iterations then bring all
+    singular values up to 1. Training writes the result back into the free parameters. So each step starts from a
+    matrix that was orthogonal before the last step of the optimiser, a few iterations suffice, and what they leave
+    is made up for in later steps. At W = Q the derivative of the polar factor is the projection onto the tangent
+    space of orthogonal matrices, G -> G - Q (Q^T G + G^T Q) / 2, which needs no iteration. Until the iterations
+    have converged singular values are below 1, never above. The baked matrix is the polar factor itself, by a
+    singular value decomposition.
 
     References: Björck and Bowie 1971, "An iterative algorithm for computing the best estimate of an orthogonal
     matrix"; Anil, Lucas and Grosse 2019, section 4.1; Higham 2008, "Functions of matrices", chapter 8.
@@ -81,7 +83,7 @@ class PolarFactor(SpectralNorm):
         fourth = fourth @ fourth
         # (sum of sigma^16)^(1/16) is at least the largest singular value, and for many equal ones hardly more.
         largest = torch.linalg.matrix_norm(fourth, keepdim=True) ** 0.125
-        weight = weight * (FARTHEST / largest).clamp_max(1)
+        weight = weight / largest.clamp_min(1)
         for _ in range(self.iterations):
             weight = self.iterate(weight, weight.mT @ weight)
         return weight
@@ -133,7 +135,8 @@ class CayleyTransform(Contraction):
         n = weight.shape[2]
         u, v = weight[:, :n], weight[:, n:]
         identity = torch.eye(n, dtype=weight.dtype, device=weight.device)
-        x = torch.linalg.inv(identity + u - u.mT + v.mT @ v)
+        # Without an error for a matrix that cannot be inverted, which is the fault of one run alone.
+        x = torch.linalg.inv_ex(identity + (u - u.mT) + v.mT @ v).inverse
         return torch.cat([2 * x - identity, -2 * v @ x], dim=1)
 
 

@@ -71,10 +71,13 @@ def proven_norms_are_those_of_the_stored_numbers(subject: Subject) -> str | None
     again = constraint.prove(network)
     if [list(layer) for layer in network.norms] != [list(layer) for layer in again.norms]:
         raise Broken(f"baking says {network.norms}, the stored numbers {again.norms}")
+    if list(network.whole) != list(again.whole):
+        raise Broken(f"baking says {network.whole} of the whole, the stored numbers {again.whole}")
     for run in range(2):
         bound, norms = constraint.target(run), [float(layer[run]) for layer in network.norms]
-        if bound is not None and math.prod(norms) > bound * (1 + 1e-12):
-            raise Broken(f"the norms {norms} multiply to more than L = {bound:g}")
+        proven = network.whole[run] if network.whole else math.prod(norms)
+        if bound is not None and proven > bound * (1 + 1e-12):
+            raise Broken(f"the norms {norms} prove {proven:.9g}, more than L = {bound:g}")
     return None
 
 
