@@ -21,7 +21,7 @@ from lipexp.loop import Trainer, fit
 from lipexp.losses import BCE, CrossEntropy, Hinge, Huber, Kantorovich, MultiMargin
 from lipexp.members import build, signature, stack
 from lipexp.models import MLP
-from lipexp.optim import Adam
+from lipexp.optim import SGD, Adam, AggMo
 
 
 @pytest.fixture
@@ -54,6 +54,8 @@ def member(compose):
         *((MLP, "width", [0, 1.5]), (MLP, "depth", [0])),
         *((Adam, "lr", [0]), (Adam, "eps", [0]), (Adam, "weight_decay", [-1]), (Adam, "schedule", ["cosin"])),
         (Adam, "betas", [0.9, [0.9], [0.9, 1.0], [-0.1, 0.9], ["a", "b"]]),
+        *((Adam, "clip", [0, "x"]), (Adam, "milestones", [0.5, [], [1.0], ["a"]]), (Adam, "decay", [0, 1.5])),
+        *((SGD, "momentum", [-0.1, 1.1]), (SGD, "nesterov", [1, "yes"]), (AggMo, "betas", [0.9, [], [1.0]])),
     ],
 )
 def test_a_bad_argument_is_named(kind, name, values):
@@ -188,6 +190,8 @@ def test_what_may_differ_within_a_stack_becomes_a_tensor(member):
     assert runs.constraint.lipschitz.tolist() == runs.loss.lipschitz.tolist() == [1, 2]
     assert runs.loss.margin.tolist() == [0.5, 0.1]
     assert members[0].parts["loss"].margin == 0.5  # the objects of the members are left alone
+    clipping = stack([member("optim=sgd", f"optim.clip={clip}", f"optim.momentum={clip / 3}") for clip in (1, 3)])
+    assert (clipping.optim.clip.tolist(), clipping.optim.momentum.tolist()) == ([1, 3], [1 / 3, 1])
 
 
 @pytest.mark.parametrize(
@@ -202,7 +206,7 @@ def test_what_may_differ_within_a_stack_becomes_a_tensor(member):
             "model.depth=3",
             "steps=21",
         ),
-        *("batch_size=31", "eval_every=5", "dataset.scale=1", "optim.schedule=linear"),
+        *("batch_size=31", "eval_every=5", "dataset.scale=1", "optim.schedule=linear", "optim.clip=1"),
     ],
 )
 def test_what_may_not_differ_makes_another_signature(member, override):
