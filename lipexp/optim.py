@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ class Scheduled(Optimiser):
     milestones: Sequence[float] = (0.3, 0.6)
     decay: float = 0.1
 
-    per_run = ("lr", "weight_decay")
+    per_run: tuple[str, ...] = field(default=("lr", "weight_decay"), init=False)
     decoupled = False
 
     def __post_init__(self) -> None:
@@ -198,11 +198,11 @@ class SGD(Scheduled):
     Reference: Sutskever et al. 2013, "On the importance of initialization and momentum in deep learning".
     """
 
-    lr: float = 0.1
+    lr: float = 0.03
     momentum: float = 0.9
     nesterov: bool = False
 
-    per_run = ("lr", "weight_decay", "momentum")
+    per_run: tuple[str, ...] = field(default=("lr", "weight_decay", "momentum"), init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

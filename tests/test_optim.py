@@ -65,9 +65,9 @@ def test_sgd_equals_torchs_run_by_run(nesterov):
     rates, momenta = LR / 100, torch.tensor([0.9, 0.5, 0.99], dtype=torch.float64)
     optimiser = SGD(nesterov=nesterov, schedule="constant")
     found = trained(optimiser, lr=rates, weight_decay=DECAY, momentum=momenta)
-    for end, start, lr, decay, momentum in zip(found, START, *map(torch.Tensor.tolist, (rates, DECAY, momenta))):
+    for run, (lr, decay, momentum) in enumerate(torch.stack([rates, DECAY, momenta], dim=1).tolist()):
         arguments = {"lr": lr, "weight_decay": decay, "momentum": momentum, "nesterov": nesterov}
-        torch.testing.assert_close(end, trained_by_torch(start, torch.optim.SGD, **arguments), **CLOSE)
+        torch.testing.assert_close(found[run], trained_by_torch(START[run], torch.optim.SGD, **arguments), **CLOSE)
 
 
 def test_plain_gradient_descent_has_no_momentum():
