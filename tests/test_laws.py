@@ -22,7 +22,7 @@ from lipexp.config import GROUPS, ConfigError
 from lipexp.constraints import Spectral
 from lipexp.datasets import TwoMoons
 from lipexp.laws import LAWS, Broken, Subject, statement
-from lipexp.losses import Hinge
+from lipexp.losses import Hinge, tasks_of
 from lipexp.models import MLP
 from lipexp.networks import Affine
 from lipexp.optim import Adam
@@ -42,7 +42,7 @@ def fits(row):
     """Whether the options of a row, one of each group, can train together."""
     dataset, act, constraint, loss, *_ = map(part, row)
     suits = constraint.lipschitz is None or constraint.hidden_p in act.norms
-    return suits and loss.task in ("", dataset.task)
+    return suits and dataset.task in (tasks_of(loss) or (dataset.task,))
 
 
 ROWS = [row for row in product(*map(choices_in, GROUPS)) if fits(row)]

@@ -18,7 +18,18 @@ from lipexp.constraints import LInf, Spectral
 from lipexp.datasets import AbsoluteValue, Circles, Cones, DigitsParity, Spirals, TwoMoons
 from lipexp.evaluate import Evaluator
 from lipexp.loop import Trainer, fit
-from lipexp.losses import BCE, CrossEntropy, Hinge, Huber, Kantorovich, MultiMargin
+from lipexp.losses import (
+    BCE,
+    HKR,
+    CertifiedRadius,
+    CrossEntropy,
+    Hinge,
+    Huber,
+    Kantorovich,
+    MultiMargin,
+    SoftHKR,
+    SoftMargin,
+)
 from lipexp.members import build, signature, stack
 from lipexp.models import MLP
 from lipexp.optim import SGD, Adam, AggMo
@@ -46,6 +57,9 @@ def member(compose):
         (LInf, "p", [3, "x", math.nan, -1, [2]]),
         *((BCE, "temperature", [0]), (Hinge, "margin", [-0.1])),
         *((CrossEntropy, "temperature", [0]), (MultiMargin, "margin", [-0.1]), (Huber, "delta", [0])),
+        *((kind, "alpha", [-0.1, 1.1]) for kind in (HKR, SoftHKR)),
+        *((kind, "temperature", [0]) for kind in (SoftMargin, SoftHKR)),
+        *((HKR, "margin", [-0.1]), (CertifiedRadius, "radius", [0])),
         *((Circles, "factor", [-0.1, 1]), (Spirals, "n_classes", [1, 2.5]), (Spirals, "turns", [-1])),
         *((TwoMoons, "noise", [-0.1]), (TwoMoons, "scale", [0]), (Cones, "p", [3]), (Cones, "spacing", [1.9])),
         *((Cones, "n_inputs", [0]), (Cones, "n_cones", [0])),
