@@ -29,7 +29,7 @@ from lipexp.config import (
 from lipexp.constraints import Constraint
 from lipexp.datasets import Data, Dataset
 from lipexp.loop import Stack, Streams
-from lipexp.losses import as_loss, check_loss, losses_for
+from lipexp.losses import as_loss, check_loss, losses_for, tasks_of
 from lipexp.models import Layout, Model, signs
 from lipexp.optim import Optimiser
 from lipexp.tasks import SPLITS, TASKS
@@ -109,10 +109,11 @@ def build(
             parts[key] = part(getattr(config, group), group, names[group])
     member = Member(config, names, {group: parts[key] for group, key in keys.items()})
     dataset, loss, constraint, act = (member.parts[group] for group in ("dataset", "loss", "constraint", "act"))
-    if loss.task and loss.task != dataset.task:
+    if (tasks := tasks_of(loss)) and dataset.task not in tasks:
         suitable = " or ".join(f"loss={option}" for option in losses_for(dataset.task))
-        kinds = [TASKS[task].called for task in (loss.task, dataset.task)]
-        allowed = f"is for {kinds[0]}, but dataset={names['dataset']} has {kinds[1]}: take {suitable}"
+        fitting = " or ".join(TASKS[task].called for task in tasks)
+        own = TASKS[dataset.task].called
+        allowed = f"is for {fitting}, but dataset={names['dataset']} has {own}: take {suitable}"
         raise ConfigError("loss", names["loss"], allowed)
     check_loss(loss, names["loss"], dataset.n_outputs, TASKS[dataset.task].has_classes)
     if dataset.p is not None and dataset.p != constraint.p:

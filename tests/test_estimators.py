@@ -323,7 +323,7 @@ def test_fitting_leaves_no_files_and_the_global_random_numbers(tmp_path, monkeyp
         ({"act": "relu", "constraint": {"option": "linf", "q": 1}}, "does not take these arguments"),
         (
             {"loss": "mse"},
-            "loss=mse: is for numbers to fit, but dataset=X has two classes: take loss=bce or loss=hinge",
+            "loss=mse: is for numbers to fit, but dataset=X has two classes: take loss=bce or loss=",
         ),
         ({"width": 7}, "model.width=7: must be a multiple of act's group size, 2"),
         ({"steps": -1}, "steps=-1: must be a whole number, at least 0"),

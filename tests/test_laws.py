@@ -23,7 +23,7 @@ from lipexp.config import GROUPS, ConfigError
 from lipexp.constraints import Spectral
 from lipexp.datasets import TwoMoons
 from lipexp.laws import LAWS, Broken, Subject, statement
-from lipexp.losses import Hinge
+from lipexp.losses import Hinge, tasks_of
 from lipexp.models import MLP
 from lipexp.optim import Adam
 from lipexp.tasks import TASKS
@@ -44,7 +44,7 @@ def fits(row):
     _, act, constraint, *_ = row
     dataset, loss = part(row[0]), part(row[3])
     fitting = not part(constraint).needs_classes or TASKS[dataset.task].decides
-    return suits(act, constraint) and fitting and loss.task in ("", dataset.task)
+    return suits(act, constraint) and fitting and dataset.task in (tasks_of(loss) or (dataset.task,))
 
 
 def row_with(choice, ordered):

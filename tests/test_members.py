@@ -28,10 +28,21 @@ from lipexp.datasets import (
 )
 from lipexp.evaluate import Evaluator
 from lipexp.loop import Trainer, fit
-from lipexp.losses import BCE, CrossEntropy, Hinge, Huber, Kantorovich, MultiMargin
+from lipexp.losses import (
+    BCE,
+    HKR,
+    CertifiedRadius,
+    CrossEntropy,
+    Hinge,
+    Huber,
+    Kantorovich,
+    MultiMargin,
+    SoftHKR,
+    SoftMargin,
+)
 from lipexp.members import build, signature, stack
 from lipexp.models import MLP
-from lipexp.optim import Adam
+from lipexp.optim import SGD, Adam, AggMo
 
 
 @pytest.fixture
@@ -56,6 +67,9 @@ def member(compose):
         (LInf, "p", [3, "x", math.nan, -1, [2]]),
         *((BCE, "temperature", [0]), (Hinge, "margin", [-0.1])),
         *((CrossEntropy, "temperature", [0]), (MultiMargin, "margin", [-0.1]), (Huber, "delta", [0])),
+        *((kind, "alpha", [-0.1, 1.1]) for kind in (HKR, SoftHKR)),
+        *((kind, "temperature", [0]) for kind in (SoftMargin, SoftHKR)),
+        *((HKR, "margin", [-0.1]), (CertifiedRadius, "radius", [0])),
         *((Circles, "factor", [-0.1, 1]), (Spirals, "n_classes", [1, 2.5]), (Spirals, "turns", [-1])),
         *((TwoMoons, "noise", [-0.1]), (TwoMoons, "scale", [0]), (Cones, "p", [3]), (Cones, "spacing", [1.9])),
         *(
@@ -71,6 +85,8 @@ def member(compose):
         *((MLP, "width", [0, 1.5]), (MLP, "depth", [-1, 1.5])),
         *((Adam, "lr", [0]), (Adam, "eps", [0]), (Adam, "weight_decay", [-1]), (Adam, "schedule", ["cosin"])),
         (Adam, "betas", [0.9, [0.9], [0.9, 1.0], [-0.1, 0.9], ["a", "b"]]),
+        *((Adam, "clip", [0, "x"]), (Adam, "milestones", [0.5, [], [1.0], ["a"]]), (Adam, "decay", [0, 1.5])),
+        *((SGD, "momentum", [-0.1, 1.1]), (SGD, "nesterov", [1, "yes"]), (AggMo, "betas", [0.9, [], [1.0]])),
     ],
 )
 def test_a_bad_argument_is_named(kind, name, values):
@@ -205,6 +221,8 @@ def test_what_may_differ_within_a_stack_becomes_a_tensor(member):
     assert runs.constraint.lipschitz.tolist() == runs.loss.lipschitz.tolist() == [1, 2]
     assert runs.loss.margin.tolist() == [0.5, 0.1]
     assert members[0].parts["loss"].margin == 0.5  # the objects of the members are left alone
+    clipping = stack([member("optim=sgd", f"optim.clip={clip}", f"optim.momentum={clip / 3}") for clip in (1, 3)])
+    assert (clipping.optim.clip.tolist(), clipping.optim.momentum.tolist()) == ([1, 3], [1 / 3, 1])
 
 
 @pytest.mark.parametrize(
@@ -219,7 +237,7 @@ def test_what_may_differ_within_a_stack_becomes_a_tensor(member):
             "model.depth=3",
             "steps=21",
         ),
-        *("batch_size=31", "eval_every=5", "dataset.scale=1", "optim.schedule=linear"),
+        *("batch_size=31", "eval_every=5", "dataset.scale=1", "optim.schedule=linear", "optim.clip=1"),
     ],
 )
 def test_what_may_not_differ_makes_another_signature(member, override):
