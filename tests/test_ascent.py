@@ -93,7 +93,7 @@ def regions_in_the_box(name, seed):
     net, x = network(4, 7, 1, act=ACTS[name], seed=seed, bias=1.0), normal(1, 60, 4, seed=seed)
     (weight, bias), (last, _) = (tuple(part[0].double().numpy() for part in layer) for layer in net.layers)
     low, high = x[0].amin(dim=0).numpy(), x[0].amax(dim=0).numpy()
-    below, above = map(float, slopes_of(net.act))
+    below, above = map(float, slopes_of(net.acts[0]))
     identity, regions = np.eye(4), []
     for signs in map(np.array, itertools.product((-1, 1), repeat=len(weight))):
         planes = np.vstack([-signs[:, None] * weight, identity, -identity])  # planes x <= limits

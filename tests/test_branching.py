@@ -28,7 +28,7 @@ class Mixed(Bent):
 
     def active_map(self, z):
         found = super().active_map(z)
-        return found and ActiveMap(found.index, found.factor * (1 + np.arange(z.shape[-1]) % 2), -3)
+        return found and ActiveMap(found.index, found.factor * (1 + np.arange(z.shape[-1]) % 2) / 8)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ class Steep(Elementwise):
 
     def __init__(self):
         super().__init__(slope=-1)
-        self.slope, self.below = -1024.0, -1024
+        self.slope = -1024.0
 
 
 def test_the_rounding_errors_of_a_single_region_grow_with_the_slopes():
