@@ -20,6 +20,7 @@ from lipexp.activations import (
     Activation,
     ActiveMap,
     GroupSort,
+    Identity,
     LeakyReLU,
     LipschitzSpline,
     NActivation,
@@ -282,7 +283,7 @@ ACTS = {
     "descending threes": Descending(3),
 }
 WITH_OFFSETS = {"n": NActivation(), "spline": LipschitzSpline(3)}
-PIECEWISE = ACTS | {"larger of pairs": Larger()} | WITH_OFFSETS
+PIECEWISE = ACTS | {"larger of pairs": Larger(), "identity": Identity()} | WITH_OFFSETS
 
 
 # In rational arithmetic ------------------------------------------------------------------------------------------
@@ -306,6 +307,8 @@ def slopes_of(act: Activation) -> tuple[Fraction, Fraction]:
     """Below 0 and above."""
     if isinstance(act, Bent):
         return Fraction(1, 4), Fraction(3, 4)
+    if isinstance(act, Identity):
+        return Fraction(1), Fraction(1)
     return Fraction(float(act.theta[0, 0]) if isinstance(act, Tuned) else act.slope), Fraction(1)
 
 

@@ -110,9 +110,9 @@ class NActivation(Activation):
 class LipschitzSpline(Activation):
     """Piecewise linear and continuous, 0 at 0, with slopes that each feature learns, from those of |x|.
 
-    The slopes s_k change at the knots -m h, ..., -h, 0, h, ..., m h. Each layer learns the spacing h as well, from
-    `spacing`. Slopes are clipped to [-1, 1], so it is 1-Lipschitz in every p-norm. The start |x| keeps the norm of
-    a gradient, and unlike the identity it is not linear.
+    The slopes s_k change at the knots -m h, ..., -h, 0, h, ..., m h. They are clipped to [-1, 1], so it is
+    1-Lipschitz in every p-norm. The start |x| keeps the norm of a gradient, and unlike the identity it is not
+    linear. The spacing h stands beside the slopes of each layer, but no gradient reaches it.
 
     It is computed as the sum of s_k (x_k - e_k) over all pieces, with x_k the point of the piece that is next to x
     and e_k its end that is next to 0: exact zeros but for the pieces between 0 and x. Slopes are rounded to
@@ -121,7 +121,7 @@ class LipschitzSpline(Activation):
 
     Args:
         n_knots: 2 m + 1, an odd number of at most 257.
-        spacing: h before training, times the unit b^i of the features where L is not 1.
+        spacing: h, in the unit b^i of the features where L is not 1.
 
     Raises:
         ConfigError: n_knots is no such number, or spacing is not positive.
@@ -155,7 +155,7 @@ class LipschitzSpline(Activation):
     def within(self, theta: Tensor, scale: Tensor) -> Tensor:
         slopes, spacing = theta[:, :-1], theta[:, -1:]
         rounded = (slopes.clamp(-1, 1) / SLOPE_STEP).round() * SLOPE_STEP
-        return torch.cat([slopes + (rounded - slopes).detach(), spacing.abs() * scale], dim=1)
+        return torch.cat([slopes + (rounded - slopes).detach(), spacing.detach().abs() * scale], dim=1)
 
     def forward(self, z: Tensor) -> Tensor:
         slopes = self.theta[:, :-1].unflatten(1, (-1, 1, z.shape[-1])).unbind(1)  # (K, 1, H) each
