@@ -3,7 +3,7 @@
 The rule of the house: configuration group (singular) = module (plural) = test file.
 
     conf/dataset/     -> lipexp/datasets/        what a run learns
-    conf/act/         -> lipexp/activations.py   1-Lipschitz maps between layers
+    conf/act/         -> lipexp/activations/     1-Lipschitz maps between layers
     conf/constraint/  -> lipexp/constraints.py   operator norms that bound each layer
     conf/loss/        -> lipexp/losses/
     conf/model/       -> lipexp/models.py

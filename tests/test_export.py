@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 import torch
 from commands import content, edit, elsewhere, metrics
-from networks import ACTS, groups_of, network, normal, slopes_of
+from networks import ACTS, WITH_OFFSETS, groups_of, network, normal, slopes_of
 
-from lipexp.activations import ReLU
+from lipexp.activations import Householder, ReLU, Tanh
 from lipexp.datasets.preprocessing import Column, Preprocessing, Target
 from lipexp.export import FORMATS, format_of, graph, programs
 from lipexp.export.model import Model
@@ -24,6 +24,8 @@ from lipexp.networks import BakedNetwork
 from lipexp.tasks import TASKS
 
 FREE = ("act=relu", "constraint=none", "loss=bce", "max_regions=0")
+
+OTHERS = WITH_OFFSETS | {"householder": Householder(), "tanh": Tanh()}  # which torch knows
 
 # Elsewhere -------------------------------------------------------------------------------------------------------
 
@@ -33,9 +35,11 @@ def expected(network: BakedNetwork, x):
     points = x
     for i, (weight, bias) in enumerate(network.layers):
         if i:
-            act = network.acts[i - 1]
+            act = network.double.acts[i - 1]
             groups = groups_of(act, x.shape[1])
-            if groups is None:
+            if groups is None and type(act) in map(type, OTHERS.values()):
+                x = act(torch.from_numpy(x[None]))[0].numpy()
+            elif groups is None:
                 below, above = map(float, slopes_of(act))
                 x = np.where(x > 0, above * x, below * x)
             for group in groups or ():
@@ -55,8 +59,8 @@ def test_a_file_computes_the_same_where_there_is_no_lipexp(tmp_path, to):
     written, files, networks = format_of(to), [], []
     far = 10.0 ** torch.arange(-1, 4)[:, None] * normal(5, 4)
     acts = ACTS if to == "onnx" else ["leaky_relu", "abs", "maxmin", "groups of 3", "fullsort"]
-    for name, (task, n_outputs) in zip(acts, itertools.cycle(KINDS), strict=False):
-        one = network(4, 12, 6, n_outputs, act=ACTS[name], seed=len(files))
+    for name, (task, n_outputs) in zip([*acts, *OTHERS], itertools.cycle(KINDS), strict=False):
+        one = network(4, 12, 6, n_outputs, act=(ACTS | OTHERS)[name], seed=len(files))
         if (task, n_outputs) == ("regression", 1):
             one = replace(one, linear=normal(1, 1, 4).float())
         path = tmp_path / f"{name}{written.suffix}"

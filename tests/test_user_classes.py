@@ -32,7 +32,7 @@ def train(lipexp):
     """train("act=rotation") -> Result: the command where my_package.py and my_conf/ lie beside the user."""
     Path("my_package.py").write_text(USER_CODE)
     Path("my_conf/act").mkdir(parents=True)
-    targets = {"rotation": "my_package.Rotation", "tanh": "torch.nn.Tanh", "breaks": "my_package.Breaks"}
+    targets = {"rotation": "my_package.Rotation", "plain": "torch.nn.Tanh", "breaks": "my_package.Breaks"}
     for option, target in targets.items():
         Path(f"my_conf/act/{option}.yaml").write_text(f"_target_: {target}\n")
     yield lambda *overrides: lipexp("train", "-cd", "my_conf", *overrides, *TINY)
@@ -52,10 +52,10 @@ def test_a_users_activation_trains_under_the_norm_it_declares_and_no_other(train
 
 
 def test_an_activation_that_declares_nothing_trains_without_a_constraint_only(train, run_folders):
-    refused = train("act=tanh")
+    refused = train("act=plain")
     assert refused.code == 2
     assert "it declares norms: none (constraint=none takes any activation)" in refused.err
-    done = train("act=tanh", "constraint=none")
+    done = train("act=plain", "constraint=none")
     assert done.code == 0, done.err
     lipschitz = metrics(*run_folders())["lipschitz"]
     assert (lipschitz["certified"], lipschitz["method"], lipschitz["verdict"]) == (None, "none", "OPEN")
