@@ -26,7 +26,7 @@ from lipexp.config import ConfigError, conf_dir, no_such
 from lipexp.record import Outcome, settings
 from lipexp.runs import RunFolder, find, write_file
 from lipexp.screen import CONTROL, Screen, Wide
-from lipexp.tables import FORMATS, formatted
+from lipexp.tables import FORMATS, pasted
 from lipexp.tasks import METRICS
 from lipexp.wording import above, below, count, dataset_name
 
@@ -273,14 +273,6 @@ def shown(rows: pd.DataFrame, columns: Sequence[str], by: Sequence[str], root: s
         table.add_row(*row)
     table.repeated = len(by) or 1
     return "  ".join(same), table
-
-
-def pasted(form: str, table: Table, above: str = "") -> str:
-    """A table of the screen as text in one of tables.FORMATS."""
-    columns = [[str(cell) for cell in column.cells] for column in table.columns]
-    headings = [str(column.header).replace("\n", " ") for column in table.columns]
-    numbers = [column.justify == "right" for column in table.columns]
-    return formatted(form, headings, list(zip(*columns, strict=True)), numbers, above)
 
 
 def cell(row: dict[Any, Any], key: str, root: str) -> str:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FORMATS = ("markdown", "latex", "csv")
 LATEX = {
@@ -54,3 +58,11 @@ def formatted(
         r"\end{tabular}",
     ]
     return "\n".join([f"% {above}", *text] if above else text)
+
+
+def pasted(form: str, table: Table, above: str = "") -> str:
+    """A table of the screen as text in one of `FORMATS`."""
+    columns = [[str(cell) for cell in column.cells] for column in table.columns]
+    headings = [str(column.header).replace("\n", " ") for column in table.columns]
+    numbers = [column.justify == "right" for column in table.columns]
+    return formatted(form, headings, list(zip(*columns, strict=True)), numbers, above)
