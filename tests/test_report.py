@@ -321,7 +321,7 @@ def test_the_table_is_printed_alone_in_formats_that_can_be_pasted(run, capsys):
     assert end == r"\end{tabular}"
 
 
-@pytest.mark.parametrize("content", ["", "[1, 2]", "\x00", '{"schema": 1}', '{"schema": 2, "seed": 0}'])
+@pytest.mark.parametrize("content", ["", "[1, 2]", "\x00", '{"schema": 1}', '{"schema": 3, "seed": 0}'])
 def test_a_result_that_cannot_be_read_is_named_and_left_out(run, capsys, content):
     broken = run("a", 0.8)
     (broken / "metrics.json").write_text(content)
