@@ -39,21 +39,33 @@ def _trailing_zeros(value: int) -> int:
     return (value & -value).bit_length() - 1 if value else 0
 
 
+def finer(values: Exact, exponent: int) -> Exact:
+    """The same numbers with an exponent of at most `exponent`."""
+    exponent = min(values[1], exponent)
+    return values[0] << (values[1] - exponent), exponent
+
+
 def add(a: Exact, b: Exact) -> Exact:
     """a + b, with numpy's broadcasting."""
-    exponent = min(a[1], b[1])
-    return (a[0] << (a[1] - exponent)) + (b[0] << (b[1] - exponent)), exponent
+    a, b = finer(a, b[1]), finer(b, a[1])
+    return a[0] + b[0], a[1]
 
 
-def break_ties(values: ExactArray) -> npt.NDArray[np.float64]:
-    """(H,) small floats in the order of `values` and with their signs, of which none is zero and no two are equal.
+def rational(values: Exact, divisor: int) -> ExactArray:
+    """(H,) values / divisor as fractions, for a positive integer."""
+    scale = Fraction(2) ** values[1] / divisor
+    return np.array([value * scale for value in values[0]], dtype=object)
 
-    Equal values get any order among themselves, and a zero any sign: right where they stay equal in a
-    neighbourhood, so that no order gives another gradient.
+
+def break_ties(values: Exact) -> Exact:
+    """(H,) values moved up by less than 2^exponent each, so that none is such a multiple, and no two are equal.
+
+    So each keeps its order among all others, and among all multiples of 2^exponent, but for those that are equal
+    to it: right where they stay equal in a neighbourhood, so that no order gives another gradient.
     """
-    ranks = np.empty(len(values))
-    ranks[sorted(range(len(values)), key=lambda i: values[i])] = np.arange(len(values))
-    return ranks - sum(value < 0 for value in values) + 0.5
+    bits = len(values[0]).bit_length()
+    moved = (values[0] << bits) + np.arange(1, len(values[0]) + 1).astype(object)
+    return moved, values[1] - bits
 
 
 def norm_below(vector: ExactArray, exponent: int, q: float) -> float:

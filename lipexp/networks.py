@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lipexp.activations import Activation, ActiveMap
+from lipexp.activations.ties import exact_map, untied_map
 from lipexp.blocks import Affine, Block, Residual, act_width, inputs_and_output, is_activated
-from lipexp.exact import Exact, ExactArray, add, break_ties, integers
+from lipexp.exact import Exact, ExactArray, add, integers
 
-Choice = Callable[[Activation, ExactArray], ActiveMap | None]
+Choice = Callable[[Activation, Exact], ActiveMap | None]
 
 
 class LinearRegion(NamedTuple):
@@ -189,8 +190,10 @@ class BakedNetwork:
             width = act_width(layers, i)
             if width:
                 act.check_width(width)
-            n = act.n_parameters(width)
+            n = act.n_parameters(width) if width else 0
             thetas.append(take(f"acts.{i}", n)[None] if n else torch.empty(1, 0))
+            if not torch.equal(act.within(thetas[-1], torch.ones(1, 1)), thetas[-1]):
+                raise ValueError(f"acts.{i} holds no parameters of {act.label}")
         n_inputs, widths = layers[0].weight.shape[2], [layer.weight.shape[1] for layer in layers]
         linear = take("linear", widths[-1], n_inputs)[None] if "linear" in left else None
         multipliers = take("multipliers", sum(widths[:-1]))[None] if "multipliers" in left else None
@@ -216,8 +219,9 @@ class BakedNetwork:
             None where `point` lies on the border of a region.
         """
         x, x_exponent = integers(point)
-        near = _near(x, x_exponent)
-        found = self._forward((x[:, None], x_exponent), _active_map) or self._forward(near, _untied)
+        found = self._forward((x[:, None], x_exponent), _at_point) or self._forward(
+            _near(x, x_exponent), untied_map
+        )
         if found is None:
             return None
         maps, (outputs, output_exponent) = found
@@ -238,11 +242,16 @@ class BakedNetwork:
         maps: list[ActiveMap] = []
 
         def activated(act: Activation, z: Exact) -> Exact | None:
-            active = choose(act, z[0])
+            active = choose(act, z)
             if active is None:
                 return None
             maps.append(active)
-            return active.factor[:, None] * z[0][active.index], z[1] + active.exponent
+            factor, exponent = integers(active.factor)
+            out = factor[:, None] * z[0][active.index], z[1] + exponent
+            if active.offset is None:
+                return out
+            offset, exponent = integers(active.offset)
+            return _plus(out, (offset[:, None], exponent))
 
         for i, (layer, act, parts) in enumerate(zip(self.layers, self.acts, self._exact_layers, strict=True)):
             weight, bias = parts[:2]
@@ -267,9 +276,10 @@ class BakedNetwork:
 
         def pulled_back(rows: ExactArray) -> tuple[ExactArray, int]:
             active = left.pop()
+            factor, exponent = integers(active.factor)
             back = np.full(rows.shape, 0, dtype=object)
-            np.add.at(back.T, active.index, (active.factor * rows).T)
-            return back, active.exponent
+            np.add.at(back.T, active.index, (factor * rows).T)
+            return back, exponent
 
         for i in reversed(range(len(self.layers))):
             (weight, weight_exponent), *others = self._exact_layers[i]
@@ -286,25 +296,8 @@ class BakedNetwork:
         return gradient, exponent
 
 
-def _active_map(act: Activation, z: ExactArray) -> ActiveMap | None:
-    return act.active_map(z[:, 0])
-
-
-def _untied(act: Activation, z: ExactArray) -> ActiveMap | None:
-    """As `_active_map`, for points where some features are equal, or zero, in a whole neighbourhood.
-
-    Such ties are no breakpoints: any order gives the same gradient. Training produces them, and no point avoids
-    them. They show in the affine maps of the features near the point: the rows of z (H, 1 + D) are value and
-    gradient.
-    """
-    breakpoints = act.breakpoints(len(z))
-    if breakpoints is None:
-        return None
-    with_zero = np.concatenate([z, 0 * z[:1]])  # a zero row at index -1
-    first, second = breakpoints[with_zero[breakpoints[:, 0], 0] == with_zero[breakpoints[:, 1], 0]].T
-    if (with_zero[first] != with_zero[second]).any():
-        return None
-    return act.active_map(break_ties(z[:, 0]))
+def _at_point(act: Activation, z: Exact) -> ActiveMap | None:
+    return exact_map(act, (z[0][:, 0], z[1]))
 
 
 def _near(x: ExactArray, exponent: int) -> Exact:

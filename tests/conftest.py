@@ -101,8 +101,9 @@ def suits(act: Choice, constraint: Choice) -> bool:
 
 
 def act_for(constraint: Choice, place: int = 0) -> Choice:
-    """An activation for a constraint: the default one if it suits, or one of those that do."""
+    """An activation for a constraint: the default one, or one of those that suit and are linear between rays."""
     found = [act for act in choices_in("act") if suits(act, constraint)]
+    found = [act for act in found if part(act).is_piecewise_linear and part(act).is_homogeneous]
     default = ("act=groupsort",)
     return default if default in found and not place else found[place % len(found)]
 

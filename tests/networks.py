@@ -14,7 +14,18 @@ import numpy as np
 import torch
 from conftest import act_for, constraint_cases
 
-from lipexp.activations import ALL_NORMS, Abs, Activation, ActiveMap, GroupSort, LeakyReLU, ReLU
+from lipexp.activations import (
+    ALL_NORMS,
+    Abs,
+    Activation,
+    ActiveMap,
+    GroupSort,
+    Identity,
+    LeakyReLU,
+    LipschitzSpline,
+    NActivation,
+    ReLU,
+)
 from lipexp.blocks import Affine
 from lipexp.datasets import Generated
 from lipexp.losses import Loss, column
@@ -43,14 +54,23 @@ def network(
 ) -> BakedNetwork:
     """Random networks with these numbers of features: normal weights, and biases of size `bias`.
 
-    With a grain they are multiples of it, so that breakpoints meet in one point.
+    With a grain they, and the parameters of the activation, are multiples of it, so that breakpoints meet in one
+    point.
     """
+
+    def rounded(part: torch.Tensor) -> torch.Tensor:
+        return (grain * (2 * part / grain).round() if grain else part).float()
+
     layers = []
     for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
         weight = normal(runs, n_out, n_in, seed=100 * seed + 2 * i) / math.sqrt(n_in)
         parts = (weight, bias * normal(runs, 1, n_out, seed=100 * seed + 2 * i + 1))
-        layers.append(Affine(*((grain * (2 * part / grain).round() if grain else part).float() for part in parts)))
-    return BakedNetwork(layers, act)
+        layers.append(Affine(*map(rounded, parts)))
+    thetas = []
+    for i, width in enumerate([*sizes[1:-1], 0]):
+        theta = rounded(normal(runs, act.n_parameters(width) if width else 0, seed=100 * seed + 50 + i))
+        thetas.append(act.within(theta, torch.ones(1, 1)))
+    return BakedNetwork(layers, act, thetas=thetas if any(theta.numel() for theta in thetas) else [])
 
 
 def by_hand(*layers: tuple[list[list[float]], list[float]], act: Activation = RELU) -> BakedNetwork:
@@ -61,7 +81,8 @@ def by_hand(*layers: tuple[list[list[float]], list[float]], act: Activation = RE
 def free(network: BakedNetwork) -> list[Free]:
     """The layers of a network as free parameters."""
     none = torch.empty(network.n_runs, 0)
-    return [Free(weight, bias, none, none) for weight, bias in network.layers]
+    thetas = network.thetas or [none] * len(network.layers)
+    return [Free(*layer, none, theta) for layer, theta in zip(network.layers, thetas, strict=True)]
 
 
 def scaled(network: BakedNetwork, *factors: float, bias: bool = False) -> BakedNetwork:
@@ -158,10 +179,32 @@ class Bent(Activation):
     def active_map(self, z):
         if np.any(z == 0):
             return None
-        return ActiveMap(np.broadcast_to(np.arange(z.shape[-1]), z.shape), np.where(z > 0, 3, 1), -2)
+        return ActiveMap(np.broadcast_to(np.arange(z.shape[-1]), z.shape), np.where(z > 0, 0.75, 0.25))
 
     def breakpoints(self, width):
         return np.stack([np.arange(width)[::-1], np.full(width, -1)], axis=1)
+
+
+class Tuned(Activation):
+    """z above 0 and t z below, with a number t between -1 and 1 that each layer learns."""
+
+    norms, slopes = ALL_NORMS, (-1.0, 1.0)
+    breakpoints = staticmethod(RELU.breakpoints)
+
+    def n_parameters(self, width):
+        return 1
+
+    def within(self, theta, scale):
+        return theta.clamp(-1, 1)
+
+    def forward(self, z):
+        return torch.where(z > 0, z, self.theta.unsqueeze(1) * z)
+
+    def active_map(self, z):
+        if np.any(z == 0):
+            return None
+        slope = float(self.theta[0, 0])
+        return ActiveMap(np.broadcast_to(np.arange(z.shape[-1]), z.shape), np.where(z > 0, 1.0, slope))
 
 
 class Descending(Activation):
@@ -232,23 +275,26 @@ ACTS = {
     "leaky_relu": LeakyReLU(0.1),
     "abs": Abs(),
     "bent": Bent(),
+    "tuned": Tuned(),
     "maxmin": GroupSort(),
     "groups of 3": GroupSort(group_size=3),
     "fullsort": GroupSort(n_groups=1),
     "descending pairs": Descending(),
     "descending threes": Descending(3),
 }
-PIECEWISE = ACTS | {"larger of pairs": Larger()}
+WITH_OFFSETS = {"n": NActivation(), "spline": LipschitzSpline(3)}
+PIECEWISE = ACTS | {"larger of pairs": Larger(), "identity": Identity()} | WITH_OFFSETS
 
 
 # In rational arithmetic ------------------------------------------------------------------------------------------
 
 Form = list[Fraction]  # an affine function: its gradient, then its constant
-Piece = list[tuple[int, Fraction]]  # a linear map of features: out[j] = factor z[index]
+Piece = list[tuple[int, Fraction, Fraction]]  # an affine map of features: out[j] = factor z[index] + offset
+Line = tuple[Fraction, Fraction]  # slope and offset
 
 
 def groups_of(act: Activation, width: int) -> list[list[int]] | None:
-    """The features that are compared, the place of the smallest first; None: there are two slopes."""
+    """The features that are compared, the place of the smallest first; None: each is mapped by its own curve."""
     if isinstance(act, GroupSort):
         n = width // act.size(width)
         return [list(range(first, width, n)) for first in range(n)]
@@ -259,28 +305,53 @@ def groups_of(act: Activation, width: int) -> list[list[int]] | None:
 
 def slopes_of(act: Activation) -> tuple[Fraction, Fraction]:
     """Below 0 and above."""
-    return (Fraction(1, 4), Fraction(3, 4)) if isinstance(act, Bent) else (Fraction(act.slope), Fraction(1))
+    if isinstance(act, Bent):
+        return Fraction(1, 4), Fraction(3, 4)
+    if isinstance(act, Identity):
+        return Fraction(1), Fraction(1)
+    return Fraction(float(act.theta[0, 0]) if isinstance(act, Tuned) else act.slope), Fraction(1)
+
+
+def curve(act: Activation, j: int, width: int) -> tuple[list[Fraction], list[Line]]:
+    """The points at which the slope of feature j changes, ascending, and the lines between them."""
+    if isinstance(act, NActivation):
+        low, high = (Fraction(float(act.theta[0, place])) for place in (j, width + j))
+        return [low, high], [(Fraction(1), -2 * low), (Fraction(-1), Fraction(0)), (Fraction(1), -2 * high)]
+    if not isinstance(act, LipschitzSpline):
+        return [Fraction(0)], [(slope, Fraction(0)) for slope in slopes_of(act)]
+    *slopes, spacing = (Fraction(v) for v in act.theta[0].tolist())
+    slopes, side = slopes[j::width], act.n_knots // 2
+    knots = [place * spacing for place in range(-side, side + 1)]
+    lines = [(slopes[side], Fraction(0)), (slopes[side + 1], Fraction(0))]
+    for step in range(1, side + 1):  # each line goes on where the one before it ends
+        for place, end, inner in ((side - step, knots[side - step], 0), (side + 1 + step, knots[side + step], -1)):
+            value = lines[inner][0] * end + lines[inner][1]
+            lines.insert(0 if inner == 0 else len(lines), (slopes[place], value - slopes[place] * end))
+    return knots, lines
 
 
 def piece(act: Activation, z: Sequence[Any]) -> Piece:
-    """What `act` does to features z: equal ones stay in the order of their indices, and 0 counts as negative."""
+    """What `act` does to features z: equal ones stay in the order of their indices, and knots count as below."""
     groups = groups_of(act, len(z))
     if groups is None:
-        return [(j, slopes_of(act)[v > 0]) for j, v in enumerate(z)]
+        curves = [curve(act, j, len(z)) for j in range(len(z))]
+        places = [sum(v > knot for knot in knots) for v, (knots, _) in zip(z, curves, strict=True)]
+        return [(j, *lines[place]) for j, (place, (_, lines)) in enumerate(zip(places, curves, strict=True))]
     orders = [sorted(sorted(group), key=lambda j: z[j]) for group in groups]
     return sorting(groups, [order[-1:] * 2 for order in orders] if isinstance(act, Larger) else orders)
 
 
 def sorting(groups: Sequence[Sequence[int]], orders: Sequence[Sequence[int]]) -> Piece:
     source = dict(zip(itertools.chain(*groups), itertools.chain(*orders), strict=True))
-    return [(source[place], Fraction(1)) for place in range(len(source))]
+    return [(source[place], Fraction(1), Fraction(0)) for place in range(len(source))]
 
 
 def pieces(act: Activation, width: int) -> Iterator[Piece]:
     """All that `act` could do to so many features."""
     groups = groups_of(act, width)
     if groups is None:
-        return (list(enumerate(slopes)) for slopes in itertools.product(slopes_of(act), repeat=width))
+        lines = (curve(act, j, width)[1] for j in range(width))
+        return ([(j, *line) for j, line in enumerate(chosen)] for chosen in itertools.product(*lines))
     return (sorting(groups, orders) for orders in itertools.product(*map(itertools.permutations, groups)))
 
 
@@ -296,7 +367,9 @@ def dot(a: Sequence[Any], b: Sequence[Any]) -> Any:
 
 def behind(rows: list[Form], forms: Sequence[Form], chosen: Piece) -> list[Form]:
     """The affine functions behind an activation and a layer."""
-    columns = list(zip(*([factor * v for v in forms[j]] for j, factor in chosen), strict=True))
+    out = [[factor * v for v in forms[j]] for j, factor, _ in chosen]
+    out = [[*form[:-1], form[-1] + offset] for form, (_, _, offset) in zip(out, chosen, strict=True)]
+    columns = list(zip(*out, strict=True))
     found = [[dot(row[:-1], column) for column in columns] for row in rows]
     return [[*form[:-1], form[-1] + row[-1]] for form, row in zip(found, rows, strict=True)]
 
@@ -305,8 +378,8 @@ def local_map(network: BakedNetwork, point: Any) -> tuple[list[Form], list[Piece
     """The affine map of each output near a point that is on no breakpoint, and the pieces that lead to it."""
     x, chosen = [*(Fraction(float(v)) for v in point), Fraction(1)], []
     forms, *layers = exact_layers(network)
-    for rows in layers:
-        chosen.append(piece(network.act, [dot(form, x) for form in forms]))
+    for act, rows in zip(network.acts, layers, strict=False):
+        chosen.append(piece(act, [dot(form, x) for form in forms]))
         forms = behind(rows, forms, chosen[-1])
     return forms, chosen
 
@@ -350,8 +423,8 @@ def pattern_power(network: BakedNetwork, q: float) -> Fraction:
     """The largest `power` of the gradient on all patterns of pieces, whether they occur or not."""
     forms, *layers = exact_layers(network)
     found = [forms]
-    for rows in layers:
-        found = [behind(rows, forms, chosen) for forms in found for chosen in pieces(network.act, len(forms))]
+    for act, rows in zip(network.acts, layers, strict=False):
+        found = [behind(rows, forms, chosen) for forms in found for chosen in pieces(act, len(forms))]
     return max(power(forms[0][:-1], q) for forms in found)
 
 
@@ -366,18 +439,22 @@ def region_gradients(network: BakedNetwork, box: Any = None) -> set[tuple[Fracti
         start = [[(x0, y0, 1), (x1, y0, 1), (x1, y1, 1), (x0, y1, 1)]]
     forms, *layers = exact_layers(network)
     parts = [(polygon, forms) for polygon in start]
-    for rows in layers:
-        groups = groups_of(network.act, len(rows[0]) - 1) or []
-        pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
+    for act, rows in zip(network.acts, layers, strict=False):
+        width = len(rows[0]) - 1
+        groups = groups_of(act, width)
+        pairs = [pair for group in groups or [] for pair in itertools.combinations(group, 2)]
+        knots = [(j, knot) for j in range(width) for knot in curve(act, j, width)[0]] if groups is None else []
         cut = []
         for polygon, forms in parts:
-            gaps = [[a - b for a, b in zip(forms[i], forms[j], strict=True)] for i, j in pairs] or forms
+            gaps = [[a - b for a, b in zip(forms[i], forms[j], strict=True)] for i, j in pairs]
+            gaps += [[*forms[j][:-1], forms[j][-1] - knot] for j, knot in knots]
             polygons = [polygon]
             for gap in gaps:
                 polygons = [side for part in polygons for side in sides(part, gap)]
             for part in polygons:
-                middle = [sum(column) for column in zip(*part, strict=True)]
-                cut.append((part, behind(rows, forms, piece(network.act, [dot(form, middle) for form in forms]))))
+                middle = [Fraction(sum(column)) for column in zip(*part, strict=True)]
+                z = [dot(form, middle) / middle[-1] for form in forms]
+                cut.append((part, behind(rows, forms, piece(act, z))))
         parts = cut
     return {tuple(forms[0][:2]) for _, forms in parts}
 

@@ -93,7 +93,7 @@ def regions_in_the_box(name, seed):
     net, x = network(4, 7, 1, act=ACTS[name], seed=seed, bias=1.0), normal(1, 60, 4, seed=seed)
     (weight, bias), (last, _) = (tuple(part[0].double().numpy() for part in layer) for layer in net.layers)
     low, high = x[0].amin(dim=0).numpy(), x[0].amax(dim=0).numpy()
-    below, above = map(float, slopes_of(net.act))
+    below, above = map(float, slopes_of(net.acts[0]))
     identity, regions = np.eye(4), []
     for signs in map(np.array, itertools.product((-1, 1), repeat=len(weight))):
         planes = np.vstack([-signs[:, None] * weight, identity, -identity])  # planes x <= limits
@@ -136,11 +136,12 @@ def test_the_softened_jacobian_becomes_the_jacobian_as_it_is_sharpened(name):
 def test_breakpoints_are_where_the_linear_map_changes(name):
     """Along a line, features and the values of breakpoints have the derivatives of finite differences; and the
     Jacobian of the activation jumps exactly where one of those values changes its sign."""
-    act, direction, step = ACTS[name], normal(12, seed=1), 2 / 399
+    net, direction, step = network(3, 12, 1, act=ACTS[name]), normal(12, seed=1), 2 / 399
+    act = net.double.acts[0]
     z = normal(1, 12) + direction * torch.linspace(-1, 1, 400, dtype=torch.float64)[:, None]
     out = act(z.requires_grad_().unsqueeze(0))[0]
     (jacobian,) = torch.autograd.grad((out * normal(12, seed=2)).sum(), z)  # a row times it
-    (of_act,) = jacobians_of(network(3, 12, 1, act=act))
+    (of_act,) = jacobians_of(net)
     values, normals, along = of_act.linear(z.detach(), direction.expand(400, -1).unsqueeze(-1))
     jumps = (jacobian[1:] != jacobian[:-1]).any(dim=1)
     assert jumps.any()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from networks import ACTS, NORMS, Bent, Tripled, Unlisted, gradient, network, norm_at, pairs, scaled, uniform
 
-from lipexp.activations import ActiveMap, Elementwise, GroupSort, ReLU, as_activation
+from lipexp.activations import ActiveMap, Elementwise, GroupSort, NActivation, ReLU, as_activation
 from lipexp.measured.gradients import Maximum, norms, scan
 from lipexp.proven import branching
 from lipexp.proven.branching import branch_and_bound, why_not_applicable
@@ -28,7 +28,7 @@ class Mixed(Bent):
 
     def active_map(self, z):
         found = super().active_map(z)
-        return found and ActiveMap(found.index, found.factor * (1 + np.arange(z.shape[-1]) % 2), -3)
+        return found and ActiveMap(found.index, found.factor * (1 + np.arange(z.shape[-1]) % 2) / 8)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ class Steep(Elementwise):
 
     def __init__(self):
         super().__init__(slope=-1)
-        self.slope, self.below = -1024.0, -1024
+        self.slope = -1024.0
 
 
 def test_the_rounding_errors_of_a_single_region_grow_with_the_slopes():
@@ -175,7 +175,7 @@ def test_what_the_search_is_not_for_is_refused():
     assert why_not_applicable(network(4, 8, 1)) is None
     assert why_not_applicable(network(5, 8, 1)) == "is for 4 inputs or fewer"
     assert why_not_applicable(network(2, 8, 2)) == "is for one output"
-    for act in (Tripled(), Unlisted(), Mixed(), as_activation(torch.tanh)):
+    for act in (Tripled(), Unlisted(), Mixed(), NActivation(), as_activation(torch.tanh)):
         assert why_not_applicable(replace(network(2, 8, 1), act=act)) == f"is not for {act.label}"
 
 

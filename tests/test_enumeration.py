@@ -13,7 +13,6 @@ from networks import (
     NORMS,
     PIECEWISE,
     TRAINED,
-    Bent,
     Tripled,
     Unlisted,
     between,
@@ -30,7 +29,7 @@ from networks import (
     uniform,
 )
 
-from lipexp.activations import ActiveMap, as_activation
+from lipexp.activations import as_activation
 from lipexp.measured.gradients import norms, operator_norms, scan
 from lipexp.proven.regions import TooLarge, TooManyRegions, constants, why_not_enumerable
 from lipexp.proven.regions import enumeration as module
@@ -67,29 +66,6 @@ def test_all_patterns_in_rational_arithmetic_give_the_same_constants(name, kind)
     how = {"grained": {"grain": 0.5}, "without biases": {"bias": 0.0}}.get(kind, {})
     net = network(2, 6, 6, 1, act=PIECEWISE[name], seed=len(kind), **how)
     check_all_patterns(degenerate(net) if kind == "degenerate" else net)
-
-
-class Wandering(Bent):
-    """Bent, whose active map has another exponent, with factors to match, where all features are positive."""
-
-    def active_map(self, z):
-        found = super().active_map(z)
-        return ActiveMap(found.index, 2 * found.factor, -3) if found and (z > 0).all() else found
-
-
-class ByWidth(Bent):
-    """Bent, whose active map has another exponent for each width."""
-
-    def active_map(self, z):
-        found = super().active_map(z)
-        return found and ActiveMap(found.index, found.factor << z.shape[-1], -2 - z.shape[-1])
-
-
-def test_the_exponent_of_active_maps_may_differ_from_layer_to_layer_alone(monkeypatch):
-    check_all_patterns(network(2, 6, 4, 1, act=ByWidth()))
-    monkeypatch.setattr("lipexp.proven.regions.enumeration._CHUNK", 1)  # one region at a time
-    with pytest.raises(ArithmeticError, match=r"^Wandering\.active_map has another exponent from point to point"):
-        check_all_patterns(network(2, 2, 1, act=Wandering()))
 
 
 SHAPES = [(1, 12, 12, 1), (2, 12, 12, 12, 1), (2, 12, 12, 1)]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import NORMS, power
 
-from lipexp.exact import add, break_ties, integers, norm_above, norm_below, spectral_norm_below
+from lipexp.exact import add, break_ties, finer, integers, norm_above, norm_below, rational, spectral_norm_below
 
 floats = st.floats(allow_nan=False, allow_infinity=False)
 whole = st.integers(-(2**80), 2**80)
@@ -47,10 +47,13 @@ def test_sums_ties_and_norms_are_exact(numbers, exponent, other):
     total = add((array, exponent), (array[:1], other))
     first = numbers[0] * Fraction(2) ** other
     assert values(total) == [value * Fraction(2) ** exponent + first for value in numbers]
-    broken = break_ties(array)
-    assert len({0, *broken}) == len(numbers) + 1
-    assert all(a < b for a, x in zip(broken, numbers) for b, y in zip(broken, numbers) if x < y)  # noqa: B905
-    assert all((a > 0) == (x > 0) for a, x in zip(broken, numbers, strict=True) if x)
+    moved = values(break_ties((array, exponent)))
+    unit = Fraction(2) ** exponent
+    assert len(set(moved)) == len(numbers)
+    assert all(0 < (found / unit - value) < 1 for found, value in zip(moved, numbers, strict=True))
+    assert values(finer((array, exponent), other)) == values((array, exponent))
+    assert finer((array, exponent), other)[1] <= other
+    assert [*rational((array, exponent), 3)] == [value / 3 for value in values((array, exponent))]
     for q in NORMS:
         found, exact = norm_below(array, exponent, q), power(values((array, exponent)), q)
         assert Fraction(found) ** (2 if q == 2 else 1) <= exact

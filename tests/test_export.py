@@ -33,9 +33,10 @@ def expected(network: BakedNetwork, x):
     points = x
     for i, (weight, bias) in enumerate(network.layers):
         if i:
-            groups = groups_of(network.act, x.shape[1])
+            act = network.acts[i - 1]
+            groups = groups_of(act, x.shape[1])
             if groups is None:
-                below, above = map(float, slopes_of(network.act))
+                below, above = map(float, slopes_of(act))
                 x = np.where(x > 0, above * x, below * x)
             for group in groups or ():
                 x[:, group] = np.sort(x[:, group], axis=1)

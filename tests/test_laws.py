@@ -16,7 +16,7 @@ import torch
 from conftest import CONF, choices_in, defaults_of, part, suits
 from omegaconf import DictConfig, OmegaConf
 
-from lipexp.activations import ALL_NORMS, Activation, ActiveMap, ReLU
+from lipexp.activations import ALL_NORMS, Activation, ActiveMap, NActivation, ReLU
 from lipexp.blocks import Affine
 from lipexp.check import composed
 from lipexp.config import GROUPS, ConfigError
@@ -148,6 +148,7 @@ moons, mlp, adam = (functools.partial(but, base) for base in (TwoMoons, MLP, Ada
 draw, initial, step = TwoMoons.draw, MLP.initial, Adam.step
 TOO_MANY = TwoMoons(n_train=65)
 LAST = {"breakpoints": lambda self, width: np.array([[width - 1, -1]])}
+OF_THE_LAST = {"breakpoints": lambda self, width: np.tile([width - 1, -1], (2 * width, 1))}
 DOWN = {"groups": lambda self, width: np.arange(width)[None]}
 TWICE = {"groups": lambda self, width: np.zeros((1, width), dtype=int)}
 
@@ -166,10 +167,18 @@ BROKEN = [
     ("equals_its_active_map", "act", act(torch.relu, active_map=identity_map)),
     ("equals_its_active_map", "act", but(ReLU, active_map=lambda self, z: None)),
     ("equals_its_active_map", "act", but(ReLU, active_map=lambda self, z: ReLU.active_map(self, z.reshape(-1)))),
+    ("equals_its_active_map", "act", but(NActivation, thresholds=lambda self, width: np.zeros(2 * width))),
     ("changes_at_its_breakpoints_only", "act", but(ReLU, **LAST)),
+    ("changes_at_its_breakpoints_only", "act", but(NActivation, **OF_THE_LAST)),
     ("treats_every_run_and_point_alone", "act", act(lambda z: z - z.mean(dim=1, keepdim=True))),
     ("treats_every_run_and_point_alone", "act", act(lambda z: z - z.mean(dim=0, keepdim=True))),
     ("has_finite_gradients", "act", act(lambda z: z.abs().sqrt())),
+    ("keeps_parameters_that_are_within_its_range", "act", but(NActivation, within=lambda self, t, scale: 2 * t)),
+    (
+        "keeps_parameters_that_are_within_its_range",
+        "act",
+        but(NActivation, initial=lambda self, width: torch.zeros(1)),
+    ),
     ("baked_networks_keep_the_bound", "constraint", baked(lambda w: 2 * w)),
     ("proven_norms_are_those_of_the_stored_numbers", "constraint", baked(lambda w: w, factor=0.5)),
     ("proven_norms_are_those_of_the_stored_numbers", "constraint", but(Spectral, target=lambda self, run: 0.9)),

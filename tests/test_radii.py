@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 import torch
 from networks import (
-    ACTS,
     EACH_LIPSCHITZ,
     NORMS,
+    PIECEWISE,
     SEVERAL,
     TRAINED,
+    WITH_OFFSETS,
     Larger,
     by_hand,
     dot,
@@ -27,7 +28,7 @@ from networks import (
 )
 
 from lipexp import record
-from lipexp.activations import LeakyReLU, ReLU, as_activation
+from lipexp.activations import LeakyReLU, NActivation, ReLU, as_activation
 from lipexp.measured.gradients import Maximum
 from lipexp.networks import Network
 from lipexp.norms import dual, product_bound
@@ -76,10 +77,10 @@ def check_float64(net, x, wrong=0.0):
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])
-@pytest.mark.parametrize("name", ["relu", "maxmin", "fullsort", "bent"])
+@pytest.mark.parametrize("name", ["relu", "maxmin", "fullsort", "bent", *WITH_OFFSETS])
 def test_the_float64_error_of_random_networks_is_bounded(name, scale):
     for sizes in ((1, 4, 1), (3, 16, 16, 4), (40, 8, 8, 8, 1), (2, 3)):
-        net, x = network(*sizes, act=ACTS[name], bias=1.0), stored(5, sizes[0])
+        net, x = network(*sizes, act=PIECEWISE[name], bias=1.0), stored(5, sizes[0])
         net = scaled(net, *[scale] * len(net.layers))
         size = math.prod(1 + float(weight.abs().sum(dim=2).amax()) for weight, _ in net.layers)
         assert check_float64(net, x).max() <= 1e-11 * size * (1 + float(x.abs().max()))  # it says something
@@ -338,8 +339,9 @@ def test_without_a_known_rounding_or_a_bound_there_are_no_radii_and_the_reason_i
             "OnlyEuclidean declares no bound in the inf-norm, in which rounding errors are followed",
         ),
         (as_activation(SMOOTH["tanh"]), "nothing is known about the rounding errors of Smooth in float32"),
+        (NActivation(), "nothing is known about the rounding errors of NActivation in float32"),
     ],
-    ids=["norm", "tanh"],
+    ids=["norm", "tanh", "offsets"],
 )
 def test_where_nothing_is_known_of_float32_its_column_is_empty_and_the_reason_is_said(act, reason, tmp_path):
     found = assess(network(2, 4, 1, act=act), parts(stored(5, 2)), certificate(1.0))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from networks import Bent, Tripled, dot, network, normal, pairs, pattern_power, root, scaled
 
-from lipexp.activations import Abs, GroupSort, LeakyReLU, ReLU, as_activation
+from lipexp.activations import Abs, GroupSort, LeakyReLU, NActivation, ReLU, as_activation
 from lipexp.blocks import Affine
 from lipexp.measured.gradients import norms, scan
 from lipexp.proven import semidefinite
@@ -300,6 +300,7 @@ def test_what_the_bounds_do_not_cover_is_refused():
     assert why_not_applicable(network(2, 4, 3), 2, 1) == "bounds several outputs in the 2-norm only"
     for q in (1.0, math.inf):
         assert why_not_applicable(net, q) == "bounds the 2-norm of gradients only"
-    assert why_not_applicable(replace(net, act=Abs()), 2) == "needs slopes in [0, 1]; Abs has [-1, 1]"
+    for act in (Abs(), NActivation()):
+        assert why_not_applicable(replace(net, act=act), 2) == f"needs slopes in [0, 1]; {act.label} has [-1, 1]"
     for act in (GroupSort(), as_activation(torch.nn.Tanh()), Tripled()):
         assert why_not_applicable(replace(net, act=act), 2) == f"{act.label} declares no slopes"

@@ -125,7 +125,8 @@ class Constraint(ABC):
     def layout(self, shapes: Shapes, act: Activation) -> Layout:
         """The free parameters for weight matrices (out, in), the activation standing between two."""
         widths = [*(n_out for n_out, _ in shapes[:-1]), 0]
-        return Layout(shapes, [0] * len(shapes), widths, [act.n_parameters(width) for width in widths])
+        thetas = [act.n_parameters(width) if width else 0 for width in widths]
+        return Layout(shapes, [0] * len(shapes), widths, thetas)
 
     def start(self, layers: Sequence[Free]) -> None:
         bound = self.bound(len(layers))

@@ -57,7 +57,8 @@ class Sandwich(Spectral):
         *hidden, last = shapes
         widths = [*(n_out for n_out, _ in hidden), 0]
         matrices = [(n_out, n_in + n_out) for n_out, n_in in hidden]
-        return Layout([*matrices, last], widths, widths, [act.n_parameters(width) for width in widths])
+        thetas = [act.n_parameters(width) if width else 0 for width in widths]
+        return Layout([*matrices, last], widths, widths, thetas)
 
     def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
         return [SpectralNorm() for _ in range(n_layers)]

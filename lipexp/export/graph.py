@@ -34,11 +34,16 @@ class Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 
-    def node(self, operator: str, *inputs: str, output: str = "", **attributes: Any) -> str:
-        """Add a node; returns the name of its (first) output, which it gets from `output` if that is given."""
+    def node(self, operator: str, *inputs: str | Array, output: str = "", **attributes: Any) -> str:
+        """Add a node; returns the name of its (first) output, which it gets from `output` if that is given.
+
+        Args:
+            inputs: names, or constants.
+        """
         output = output or f"{operator}_{len(self.nodes)}"
         outputs = [output, f"{output}_places"] if operator == "TopK" else [output]
-        self.nodes.append(helper.make_node(operator, inputs, outputs, output, **attributes))
+        names = [part if isinstance(part, str) else self.constant(part) for part in inputs]
+        self.nodes.append(helper.make_node(operator, names, outputs, output, **attributes))
         return output
 
     def constant(self, value: Any, name: str = "") -> str:
@@ -163,7 +168,8 @@ def _network(graph: Graph, network: BakedNetwork, points: str) -> str:
     x = points
     for i in range(len(network.layers)):
         if i > 0:
-            x = _activation(graph, network.act, x, network.hidden_widths[i - 1])
+            theta = state.get(f"acts.{i - 1}", "")
+            x = _activation(graph, network.acts[i - 1], x, network.hidden_widths[i - 1], theta)
         x = graph.node("Gemm", x, state[f"layers.{i}.weight"], state[f"layers.{i}.bias"], transB=1)
     linear = state.get("linear")  # the term beside the layers
     return x if linear is None else graph.node("Gemm", points, linear, x, transB=1)
@@ -193,12 +199,18 @@ def _outputs(graph: Graph, model: Model, f: str, encodable: str | None) -> None:
         graph.node("LabelEncoder", number, output="prediction", domain=ML, default_string="", **keys)
 
 
-def _activation(graph: Graph, act: Activation, z: str, width: int) -> str:
-    """`act` of z (N, width), written from what it declares: its two slopes, or the groups that it sorts.
+def _activation(graph: Graph, act: Activation, z: str, width: int, theta: str) -> str:
+    """`act` of z (N, width), by its own operators, its two slopes, or the groups that it sorts.
+
+    Args:
+        theta: the name of its parameters, if it has any.
 
     Raises:
-        ConfigError: it declares neither.
+        ConfigError: it declares none of them.
     """
+    written = act.onnx(graph.node, z, theta)
+    if written is not None:
+        return written
     slopes, groups = act.two_slopes(width), act.groups(width)
     if slopes is not None:
         return _two_slopes(graph, z, *slopes)
@@ -213,6 +225,8 @@ def _two_slopes(graph: Graph, z: str, below: float, above: float) -> str:
     if above != 1:
         lines = [graph.node("Mul", z, graph.constant(np.float32(slope))) for slope in (below, above)]
         return graph.node("Max" if below < above else "Min", *lines)
+    if below == 1:
+        return z
     if below in (0, -1):
         return graph.node("Relu" if below == 0 else "Abs", z)
     return graph.node("LeakyRelu", z, alpha=below)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fractions import Fraction
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lipexp.activations import Activation
+from lipexp.activations import Activation, ActiveMap
+from lipexp.exact import integers
 from lipexp.laws.subject import Broken, Law, Subject, shown
 from lipexp.norms import norm_name
 
 ROUNDING = 1 + 1e-12
 
 
-def act_of(subject: Subject) -> Activation:
+def act_of(subject: Subject, runs: int = 1, dtype: torch.dtype = torch.float64) -> Activation:
+    """It, with other parameters in each run, if it has any."""
     act: Activation = subject.member.parts["act"]
-    return act.to(torch.float64)
+    theta = act.initial(subject.width) + subject.normal(runs, act.n_parameters(subject.width), scale=0.3)
+    return act.to(dtype).at(act.within(theta.to(dtype), torch.ones(1, 1, dtype=dtype)))
 
 
 def pairs(subject: Subject) -> Iterator[tuple[Tensor, Tensor]]:
@@ -32,11 +36,10 @@ def pairs(subject: Subject) -> Iterator[tuple[Tensor, Tensor]]:
 
 def keeps_shape_and_type(subject: Subject) -> str | None:
     """It returns features of the same shape and number type, and leaves its input as it is."""
-    act = act_of(subject)
     for dtype in (torch.float32, torch.float64):
         z = subject.normal(2, 5, subject.width).to(dtype)
         before = z.clone()
-        out = act.to(dtype)(z)
+        out = act_of(subject, 2, dtype)(z)
         if not torch.equal(before, z):
             raise Broken(f"it writes into its input: {shown(before[0, 0])} becomes {shown(z[0, 0])}")
         if out.shape != z.shape or out.dtype != dtype:
@@ -91,58 +94,69 @@ def sorts_its_groups(subject: Subject) -> str | None:
 
 
 def equals_its_active_map(subject: Subject) -> str | None:
-    """Its value and Jacobian are those of its active linear map."""
+    """Its value and Jacobian are those of its active map."""
     act = act_of(subject)
     if not act.is_piecewise_linear:
-        return "it declares no active linear map"
+        return "it declares no active map"
     points = subject.normal(50, subject.width)
     together = act.active_map(points.numpy())  # of several points at once, as proofs ask for it
     for i, point in enumerate(points):
         active = act.active_map(point.numpy())
         if active is None:
             raise Broken(f"no active map at {shown(point)}")
-        scale = torch.tensor(active.factor * 2.0**active.exponent)
         jacobian = torch.zeros(subject.width, subject.width, dtype=torch.float64)
-        jacobian[torch.arange(subject.width), torch.tensor(active.index)] = scale
+        jacobian[torch.arange(subject.width), torch.tensor(active.index)] = torch.tensor(active.factor).double()
+        value = jacobian @ point + (0 if active.offset is None else torch.tensor(active.offset))
         found = torch.autograd.functional.jacobian(lambda z: act(z.view(1, 1, -1))[0, 0], point)
-        if not torch.allclose(found, jacobian, rtol=1e-12, atol=0) or not torch.allclose(
-            act(point.view(1, 1, -1))[0, 0], jacobian @ point, rtol=1e-12, atol=1e-300
+        out = act(point.view(1, 1, -1))[0, 0]
+        rounding = 0 if act.is_homogeneous else 1e-12  # offsets may cancel
+        if not (
+            torch.allclose(found, jacobian, rtol=1e-12, atol=0)
+            and torch.allclose(out, value, rtol=1e-12, atol=1e-300 + rounding)
         ):
             raise Broken(f"the active map at {shown(point)} is not its Jacobian there")
-        exact = act.active_map(np.array([int(value * 2**40) << 100 for value in point.tolist()], dtype=object))
-        if exact is None or (exact.index != active.index).any() or (exact.factor != active.factor).any():
-            raise Broken(f"the active map at {shown(point)} is another one for integers in its proportions")
-        if (
-            together is None
-            or (together.index[i] != active.index).any()
-            or (together.factor[i] != active.factor).any()
-            or together.exponent != active.exponent
-        ):
+        exact, what = np.array([*map(Fraction, point.tolist())], dtype=object), "the same numbers as fractions"
+        if act.is_homogeneous:
+            exact, what = integers(point.numpy())[0] << 100, "integers in its proportions"
+        if not is_same(act.active_map(exact), active):
+            raise Broken(f"the active map at {shown(point)} is another one for {what}")
+        if together is None or not is_same(together.take(i), active):
             raise Broken(f"the active map at {shown(point)} is another one when several points are given")
     return None
 
 
+def is_same(one: ActiveMap | None, other: ActiveMap) -> bool:
+    if one is None or (one.index != other.index).any() or (one.factor != other.factor).any():
+        return False
+    return bool(np.all(one.offset == other.offset))  # None == None
+
+
 def changes_at_its_breakpoints_only(subject: Subject) -> str | None:
-    """Its active linear map changes at declared breakpoints only."""
-    act, breakpoints = act_of(subject), act_of(subject).breakpoints(subject.width)
+    """Its active map changes at declared breakpoints only."""
+    act = act_of(subject)
+    breakpoints, thresholds = act.breakpoints(subject.width), act.thresholds(subject.width)
     if breakpoints is None:
         return "it declares no breakpoints"
     first, second = breakpoints.T
+    distance = 0 if thresholds is None else thresholds
     for a, b in pairs(subject):
         for x, y in zip(a[0, :40].numpy(), b[0, :40].numpy(), strict=True):
             one, other = act.active_map(x), act.active_map(y)
-            gaps = (np.append(z, 0.0)[first] - np.append(z, 0.0)[second] for z in (x, y))
+            gaps = (np.append(z, 0.0)[first] - np.append(z, 0.0)[second] - distance for z in (x, y))
             if one is None or other is None or (np.sign(next(gaps)) != np.sign(next(gaps))).any():
                 continue
-            if (one.index != other.index).any() or (one.factor != other.factor).any():
+            if not is_same(one, other):
                 raise Broken(f"it changes between {shown(x)} and {shown(y)}, with no breakpoint between them")
     return None
 
 
 def treats_every_run_and_point_alone(subject: Subject) -> str | None:
     """Its output at one point does not depend on other points and runs."""
-    act, z = act_of(subject), subject.normal(3, 4, subject.width)
-    alone = torch.stack([torch.stack([act(z[k : k + 1, b : b + 1])[0, 0] for b in range(4)]) for k in range(3)])
+    act, z = act_of(subject, 3), subject.normal(3, 4, subject.width)
+    singles = [act] * 3 if not act.n_parameters(subject.width) else [act.at(theta) for theta in act.theta.split(1)]
+    alone = torch.stack(
+        [torch.stack([act(z[k : k + 1, b : b + 1])[0, 0] for b in range(4)]) for k, act in enumerate(singles)]
+    )
     if not torch.allclose(act(z), alone, rtol=1e-12, atol=1e-12):
         raise Broken(f"together and alone differ by {float((act(z) - alone).abs().max()):.3g}")
     return None
@@ -151,11 +165,28 @@ def treats_every_run_and_point_alone(subject: Subject) -> str | None:
 def has_finite_gradients(subject: Subject) -> str | None:
     """Its gradients are finite, also at zero and where features are equal."""
     act = act_of(subject)
+    theta = [act.theta.requires_grad_()] if act.n_parameters(subject.width) else []
     for z in (subject.normal(1, 50, subject.width), torch.zeros(1, 1, subject.width, dtype=torch.float64)):
-        z.requires_grad_()
-        (gradient,) = torch.autograd.grad(act(z).sum(), z)
-        if not torch.isfinite(gradient).all():
-            raise Broken(f"the gradient at {shown(z[0, 0])} is {shown(gradient[0, 0])}")
+        for gradient in torch.autograd.grad(act(z.requires_grad_()).sum(), [z, *theta]):
+            if not torch.isfinite(gradient).all():
+                raise Broken(f"a gradient at {shown(z[0, 0])} is {shown(gradient)}")
+    return None
+
+
+def keeps_parameters_that_are_within_its_range(subject: Subject) -> str | None:
+    """It starts from parameters within its range, and takes any others into it once and for all."""
+    act, one = subject.member.parts["act"], torch.ones(1, 1)
+    n = act.n_parameters(subject.width)
+    if not n:
+        return "it has no parameters"
+    start = act.initial(subject.width)
+    if start.shape != (n,):
+        raise Broken(f"{n} parameters start from {tuple(start.shape)} numbers")
+    within = act.within(3 * subject.normal(2, n).float(), torch.tensor([[0.5], [3.0]]))
+    for theta in (start.unsqueeze(0), within):
+        again = act.within(theta, one)
+        if again.shape != theta.shape or not torch.equal(again, theta):
+            raise Broken(f"parameters {shown(theta)} become {shown(again)}")
     return None
 
 
@@ -168,4 +199,5 @@ ACTIVATION_LAWS: tuple[Law, ...] = (
     changes_at_its_breakpoints_only,
     treats_every_run_and_point_alone,
     has_finite_gradients,
+    keeps_parameters_that_are_within_its_range,
 )

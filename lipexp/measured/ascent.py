@@ -152,8 +152,8 @@ class Jacobian(ABC):
 def jacobians_of(network: BakedNetwork) -> list[Jacobian] | None:
     """The Jacobian behind each hidden layer; none where the activation neither sorts nor has two slopes."""
     found: list[Jacobian] = []
-    for width in network.hidden_widths if network.is_plain else []:
-        slopes, groups = network.act.two_slopes(width), network.act.groups(width)
+    for width, act in zip(network.hidden_widths, network.acts, strict=False) if network.is_plain else []:
+        slopes, groups = act.two_slopes(width), act.groups(width)
         if slopes is not None:
             found.append(TwoSlopes(*slopes))
         elif groups is not None:

@@ -72,7 +72,7 @@ class Network(NamedTuple):
 
     weights: list[Tensor]
     biases: list[Tensor]
-    act: Activation
+    acts: Sequence[Activation]  # of each layer
     hidden: list[Hidden]
 
 
@@ -100,11 +100,11 @@ def _hidden(network: BakedNetwork) -> list[Hidden | None]:
     The pairs are listed in the order of the features, or of the groups, on which the states below rely.
     """
     found: list[Hidden | None] = []
-    for width in network.hidden_widths:
-        slopes, members = network.act.two_slopes(width), network.act.groups(width)
+    for width, act in zip(network.hidden_widths, network.acts, strict=False):
+        slopes, members = act.two_slopes(width), act.groups(width)
         if slopes is not None:
             found.append(Hidden(torch.stack([torch.arange(width), torch.full((width,), -1)], dim=1), slopes, None))
-        elif members is None or network.act.breakpoints(width) is None:
+        elif members is None or act.breakpoints(width) is None:
             found.append(None)
         else:
             groups = torch.from_numpy(members.copy())
@@ -181,7 +181,9 @@ def branch_and_bound(
 def _network(network: BakedNetwork) -> Network:
     weights = [layer.weight[0].double() for layer in network.layers]
     biases = [layer.bias[0, 0].double() for layer in network.layers]
-    return Network(weights, biases, network.act, [hidden for hidden in _hidden(network) if hidden is not None])
+    return Network(
+        weights, biases, network.double.acts, [hidden for hidden in _hidden(network) if hidden is not None]
+    )
 
 
 def _bound(network: Network, low: Tensor, high: Tensor, q: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,7 +242,7 @@ def _forward(network: Network, low: Tensor, high: Tensor) -> tuple[list[Tensor],
         states.append(state)
         sensitivity += ((state == 0).to(slope.dtype).unsqueeze(-1) * slope).sum(dim=1)
         jacobian = _activated(hidden, state, jacobian)
-        x, error = _applied(network.act, hidden, z, error)
+        x, error = _applied(network.acts[i], hidden, z, error)
     return states, sensitivity, jacobian
 
 

@@ -6,10 +6,10 @@ every other j, with L_cj the constant of f_c - f_j (see `pairs`). That is a fact
 arithmetic. Two things stand between it and a number, and both are bounded here: f(x) is only known in float64, and
 a network that is used evaluates f(x') in float32.
 
-Rounding errors are followed from layer to layer. Affine layers, and activations that declare their linear maps,
-have proven bounds. Of another activation, such as torch's tanh, it is assumed that its float64 results are right
-but for the last `LOST_BITS` of their 53 bits. Nothing is assumed of its float32 results, so there are no radii for
-those.
+Rounding errors are followed from layer to layer. Affine layers, and activations that declare linear maps without
+offsets, have proven bounds. Of another activation, such as torch's tanh, it is assumed that its float64 results
+are right but for the last `LOST_BITS` of their 53 bits. Nothing is assumed of its float32 results, so there are no
+radii for those.
 
 Shapes: N points, D inputs, H features, C outputs, of one network, K = 1.
 """
@@ -47,7 +47,7 @@ class Arithmetic(NamedTuple):
     largest: float  # what does not overflow
 
 
-LOST_BITS = 10  # of 53, which an activation that does not declare its linear maps may lose to rounding
+LOST_BITS = 10  # of 53, which an activation that does not declare linear maps may lose to rounding
 FLOAT64 = Arithmetic(UNIT_ROUNDOFF, 2.0**-1074, 2.0**1023)
 FLOAT32 = Arithmetic(2.0**-24, 2.0**-149, 2.0**127)
 
@@ -74,11 +74,16 @@ def why_no_radii(network: BakedNetwork) -> str | None:
 def why_no_float32(network: BakedNetwork) -> str | None:
     """Why no radius can be proven for an evaluation in float32, where `why_no_radii` is None; None if one can."""
     act = network.act
-    if not act.is_piecewise_linear:
+    if not _has_linear_maps(act):
         return f"nothing is known about the rounding errors of {act.label} in float32"
     if math.inf not in act.norms:
         return f"{act.label} declares no bound in the inf-norm, in which rounding errors are followed"
     return None
+
+
+def _has_linear_maps(act: Activation) -> bool:
+    """Whether it declares linear maps without offsets, so that it adds one rounding error to a feature at most."""
+    return act.is_piecewise_linear and act.is_homogeneous
 
 
 def _spread(act: Activation) -> tuple[float, float] | None:
@@ -162,8 +167,9 @@ def evaluate(network: BakedNetwork, x: Tensor) -> tuple[FloatArray, FloatArray]:
     """f at points x (N, D) as float64 computes it, and bounds on |float64's f(x) - the real f(x)|, both (N, C).
 
     The bound holds for every order of summation, with or without fused multiply-adds: see `_layer_errors`. For an
-    activation that does not declare its linear maps it rests on an assumption: in float64, each feature that
-    `forward` returns is off by no more than 2^-43 times the largest of 1, all |z_i| and all |act(z)_i|.
+    activation that does not declare linear maps without offsets it rests on an assumption: in float64, each
+    feature that `forward` returns is off by no more than 2^-43 times the largest of 1, all |z_i| and all
+    |act(z)_i|.
     """
     *_, output = _inputs(network, x)
     return _evaluated(output)
@@ -227,7 +233,7 @@ def _inputs(network: BakedNetwork, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]
         if i < len(network.layers) - 1:
             z, h = h, act(h.unsqueeze(0))[0]
             error = _longest(errors, norm) * factor * (1 + 2 * UNIT_ROUNDOFF)
-            if not network.act.is_piecewise_linear:
+            if not _has_linear_maps(act):
                 own = 2.0**LOST_BITS * UNIT_ROUNDOFF * torch.cat([z, h], dim=1).abs().amax(dim=1).clamp_min(1)
                 of_all = h.shape[1] ** (1 / norm)  # the norm of a vector of ones
                 error = (error + of_all * own) * (1 + 8 * UNIT_ROUNDOFF)
@@ -252,8 +258,9 @@ def _layer_errors(
 
     With computed inputs h^, a sum of n products and a bias is computed as
     |z^ - z| <= gamma_{n+1} (|W| |h^| + |b|) + |W (h^ - h)|, with gamma_k = k u / (1 - k u), in whatever order;
-    |w (h^ - h)| <= ||w||_dual ||h^ - h|| for each row w. An activation that declares its linear maps has
-    act(0) = 0 and adds one rounding of a product at most (sorting and ReLU add none), which is allowed for here.
+    |w (h^ - h)| <= ||w||_dual ||h^ - h|| for each row w. An activation that declares linear maps without offsets
+    has act(0) = 0 and adds one rounding of a product at most (sorting and ReLU add none), which is allowed for
+    here.
 
     Args:
         size: (N, in), at least |h|.

@@ -2,7 +2,8 @@
 
 A network with piecewise linear activations is affine on each of finitely many convex regions, so its Lipschitz
 constant is the largest gradient norm among them. Layer by layer, the regions found so far are cut along the
-breakpoints of the next activation: where z_i = 0 for ReLU, where z_i = z_j for features that are sorted together.
+breakpoints of the next activation: where z_i = 0 for ReLU, where z_i = z_j for features that are sorted together,
+where z_i is a knot of a spline.
 The enumeration starts from the box of the data and the parts of the plane around it, so that it gives both the
 constant over the box and the one over the whole plane.
 
@@ -25,9 +26,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lipexp.activations import ActiveMap
-from lipexp.exact import Exact, break_ties, integers
+from lipexp.activations.ties import untied
+from lipexp.exact import Exact, ExactArray, add, integers
 from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF
+from lipexp.proven.regions.breakpoints import Breakpoints
 from lipexp.proven.regions.domain import Domain
 from lipexp.proven.regions.maps import Maps
 from lipexp.proven.regions.polygons import SAFETY, TINY, ExactLine, Floats, Integers, Plane, Polygons
@@ -161,17 +164,18 @@ class Enumeration:
         most = min(max_regions, MOST_NUMBERS // (3 * len(self.weights[layer])))
         name = "max_regions" if most == max_regions else f"of {len(self.weights[layer])} features, a gigabyte"
         self.maps = maps = self.maps.affine(self.weights[layer], self.biases[layer])
-        pairs = self._pairs(layer)
+        breakpoints = Breakpoints.of(self.acts[layer], maps.value.shape[2])
         cells = Polygons(self.cells.start, self.cells.corner, self.cells.edge, np.arange(len(self.cells)))
-        where, which = self._cutting(cells, maps, layer, pairs)
-        value, error = self._lines(maps, where, pairs[which])
-        lines = self.plane.add_lines(value, error, self._first_region[layer] + where, pairs[which])
+        where, which = self._cutting(cells, maps, layer, breakpoints)
+        cutting = breakpoints.take(which)
+        value, error = cutting.lines(maps, where)
+        lines = self.plane.add_lines(value, error, self._first_region[layer] + where, *cutting)
         self._first_region.append(self._first_region[layer] + len(cells))
         parts = self.plane.arrange(cells, (where, lines), most)
         if parts is None:
             raise TooManyRegions(f"more than {most:,} linear regions ({name})")
         self.inside = self.inside[parts.parent]
-        active = self._active_maps(parts, maps, layer, pairs)
+        active = self._active_maps(parts, maps, layer, breakpoints)
         self.parents.append(parts.parent)
         self.active.append(active)
         self.cells = parts
@@ -179,40 +183,35 @@ class Enumeration:
         if layer < len(self.weights) - 2:
             self.maps = maps.activated(parts.parent, active)
 
-    def _pairs(self, layer: int) -> Integers:
-        pairs = self.acts[layer].breakpoints(self.maps.value.shape[2])
-        assert pairs is not None
-        return pairs
-
     # Breakpoints -------------------------------------------------------------------------------------------------
 
-    def _cutting(self, cells: Polygons, maps: Maps, layer: int, pairs: Integers) -> tuple[Integers, Integers]:
-        """(where, which): the line of pair which[i] cuts the interior of cell where[i]; `where` ascending."""
+    def _cutting(
+        self, cells: Polygons, maps: Maps, layer: int, breakpoints: Breakpoints
+    ) -> tuple[Integers, Integers]:
+        """(where, which): breakpoint which[i] cuts the interior of cell where[i]; `where` ascending."""
         found = []
         counts = np.diff(cells.start)
         value, error = self.plane.corners["value"], self.plane.corners["error"]
         for n in np.unique(counts):  # all cells with n corners, as one array
             alike = np.flatnonzero(counts == n)
-            for block in _blocks(alike, n * max(len(pairs), maps.value.shape[2])):
+            for block in _blocks(alike, n * max(len(breakpoints.pairs), maps.value.shape[2])):
                 self._check_time()
                 corner = cells.corner[cells.start[block][:, None] + np.arange(n)]  # (P, n)
-                z = value[corner] @ maps.value[block]  # (P, n, H)
-                unsure = _error_bound(value[corner], error[corner], maps, block)[..., None]  # (P, n, 1)
-                gap = _differences(z, pairs)
+                _, gap, unsure = breakpoints.gaps(value[corner], error[corner], maps, block)
                 sides = np.stack([gap < -unsure, gap > unsure]).any(axis=2)
                 cut = np.logical_and.reduce(sides)
                 # Where a sign is open, and would matter, it is decided in integers.
                 open_ = ((np.abs(gap) <= unsure) & (unsure > 0)).any(axis=1)
-                for row, pair in np.argwhere(~cut & open_):
-                    cut[row, pair] = self._exactly_cut(corner[row], layer, int(block[row]), pairs[pair])
+                for row, m in np.argwhere(~cut & open_):
+                    line = breakpoints.exact_line(m, self._exact_map(layer, int(block[row])))
+                    cut[row, m] = self._exactly_cut(corner[row], line)
                 rows, which = np.nonzero(cut)
                 found.append((block[rows], which))
         where, which = (np.concatenate([part[i] for part in found]) for i in (0, 1))
         order = np.lexsort((which, where))
         return where[order], which[order]
 
-    def _exactly_cut(self, corners: Integers, layer: int, region: int, pair: Integers) -> bool:
-        line = self._exact_breakpoint(layer, region, pair)
+    def _exactly_cut(self, corners: Integers, line: ExactLine) -> bool:
         if not any(line):
             return False
         signs = [
@@ -221,41 +220,35 @@ class Enumeration:
         ]
         return min(signs) < 0 < max(signs)
 
-    def _lines(self, maps: Maps, where: Integers, pairs: Integers) -> tuple[Floats, Floats]:
-        """The lines z_i - z_j = 0 of the regions `where`, (N, 3), with their error bounds."""
-        first = maps.value[where, :, pairs[:, 0]]
-        second = np.where(pairs[:, 1:] < 0, 0.0, maps.value[where, :, pairs[:, 1]])
-        value = first - second
-        return value, SAFETY * (2 * maps.error[where] + UNIT_ROUNDOFF * np.abs(value))
-
-    def _active_maps(self, parts: Polygons, maps: Maps, layer: int, pairs: Integers) -> ActiveMap:
-        """The active map of the activation on each part, with `index` and `factor` (P, H)."""
+    def _active_maps(self, parts: Polygons, maps: Maps, layer: int, breakpoints: Breakpoints) -> ActiveMap:
+        """The active map of the activation on each part, with numbers (P, H)."""
+        act, shape = self.acts[layer], (len(parts), maps.value.shape[2])
         value, error = self.plane.corners["value"], self.plane.corners["error"]
-        index = np.empty((len(parts), maps.value.shape[2]), dtype=np.int64)
-        factor = np.empty_like(index)
-        exponents = set()
+        offset = None if act.is_homogeneous else np.empty(shape)
+        found = ActiveMap(np.empty(shape, dtype=np.int64), np.empty(shape), offset)
         counts = np.diff(parts.start)
         middle = np.add.reduceat(value[parts.corner], parts.start[:-1]) / counts[:, None]
         middle_error = np.add.reduceat(error[parts.corner], parts.start[:-1]) / counts[:, None]
         middle_error = SAFETY * (middle_error + (counts[:, None] + 2) * UNIT_ROUNDOFF)  # entries are at most 1
-        for block in _blocks(np.arange(len(parts)), max(len(pairs), maps.value.shape[2])):
+        for block in _blocks(np.arange(len(parts)), max(len(breakpoints.pairs), shape[1])):
             self._check_time()
-            region = parts.parent[block]
-            z = (middle[block, None] @ maps.value[region])[:, 0]  # (P, H)
-            unsure = _error_bound(middle[block], middle_error[block], maps, region)[:, None]
+            points = middle[block, None], middle_error[block, None]
+            z, gap, unsure = (part[:, 0] for part in breakpoints.gaps(*points, maps, parts.parent[block]))
+            if not act.is_homogeneous:
+                with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+                    z = z / middle[block, 2:]  # on the side of each threshold that `gap` says
             # A difference of exactly zero, which no rounding explains, is a tie as well.
-            for row in np.flatnonzero((np.abs(_differences(z, pairs)) <= unsure).any(axis=1)):
-                z[row] = self._untied(parts, int(block[row]), layer)
-            active = self.acts[layer].active_map(z)
-            assert active is not None
-            index[block], factor[block] = active.index, active.factor
-            exponents.add(active.exponent)
-        if len(exponents) > 1:
-            raise ArithmeticError(f"{self.acts[layer].label}.active_map has another exponent from point to point")
-        return ActiveMap(index, factor, exponents.pop())
+            tied = (np.abs(gap) <= unsure).any(axis=1)
+            exact = [self._untied(parts, int(part), layer) for part in block[tied]]
+            for chosen, features in ((block[~tied], z[~tied]), (block[tied], exact)):
+                if len(chosen):
+                    active = act.active_map(np.asarray(features))
+                    assert active is not None
+                    found.put(chosen, active)
+        return found
 
-    def _untied(self, parts: Polygons, part: int, layer: int) -> Floats:
-        """The exact z at the middle of a part, without ties: what is equal there, or zero, is so on all of it."""
+    def _untied(self, parts: Polygons, part: int, layer: int) -> ExactArray:
+        """The exact z at the middle of a part, without ties: breakpoints on which it lies hold all of the part."""
         corners = parts.corner[parts.start[part] : parts.start[part + 1]]
         exact = [self.plane.exact_corner(int(corner)) for corner in corners]
         # Corners have any positive scale here, so this is no longer the centroid; it is an interior point.
@@ -264,22 +257,17 @@ class Enumeration:
         for corner in exact:
             shift = bits - max(abs(entry) for entry in corner).bit_length()
             middle = [total + (entry << shift) for total, entry in zip(middle, corner, strict=True)]
-        rows, _ = self._exact_map(layer, int(parts.parent[part]))
-        return break_ties(rows.dot(np.array(middle, dtype=object)))
+        rows, exponent = self._exact_map(layer, int(parts.parent[part]))
+        return untied(self.acts[layer], (rows.dot(np.array(middle, dtype=object)), exponent), middle[2])
 
     # Exact arithmetic --------------------------------------------------------------------------------------------
 
     def _exact_line(self, line: int) -> ExactLine:
         """Line number `line`, a breakpoint, in integers, up to a positive factor."""
-        region, pair = int(self.plane.lines["owner"][line]), self.plane.lines["pair"][line]
-        layer = bisect.bisect_right(self._first_region, region) - 1
-        return self._exact_breakpoint(layer, region - self._first_region[layer], pair)
-
-    def _exact_breakpoint(self, layer: int, region: int, pair: Integers) -> ExactLine:
-        """The line z_i - z_j = 0 of a region in integers, up to a positive factor."""
-        rows, _ = self._exact_map(layer, region)
-        x, y, t = rows[pair[0]] if pair[1] < 0 else rows[pair[0]] - rows[pair[1]]
-        return x, y, t
+        region, pair, threshold = (self.plane.lines[name] for name in ("owner", "pair", "threshold"))
+        layer = bisect.bisect_right(self._first_region, region[line]) - 1
+        rows = self._exact_map(layer, int(region[line]) - self._first_region[layer])
+        return Breakpoints(pair, threshold).exact_line(line, rows)
 
     def _exact_map(self, layer: int, region: int) -> Exact:
         """The affine map behind `layer` on a region of the layer before, (H, 3) integers times 2^exponent."""
@@ -290,10 +278,13 @@ class Enumeration:
         if layer == 0:
             before, exponent = np.array([[1, 0, 0], [0, 1, 0]], dtype=object), 0
         else:
-            active = self.active[layer - 1]
-            rows, exponent = self._exact_map(layer - 1, int(self.parents[layer - 1][region]))
-            before = active.factor[region][:, None].astype(object) * rows[active.index[region]]
-            exponent += active.exponent
+            active = self.active[layer - 1].take(region)
+            before, exponent = self._exact_map(layer - 1, int(self.parents[layer - 1][region]))
+            factor, more = integers(active.factor)
+            before, exponent = factor[:, None] * before[active.index], exponent + more
+            if active.offset is not None:
+                offset = integers(np.stack([0 * active.offset] * 2 + [active.offset], axis=1))
+                before, exponent = add((before, exponent), offset)
         if layer not in self._exact_layers:  # most layers never need them
             self._exact_layers[layer] = integers(self.weights[layer]), integers(self.biases[layer])
         (weight, weight_exponent), (bias, bias_exponent) = self._exact_layers[layer]
@@ -336,9 +327,7 @@ class Enumeration:
         if not self.active:
             before = self.maps.take(block)
         else:
-            last = self.active[-1]
-            active = ActiveMap(last.index[block], last.factor[block], last.exponent)
-            before = self.maps.activated(self.cells.parent[block], active)
+            before = self.maps.activated(self.cells.parent[block], self.active[-1].take(block))
         maps = before.affine(self.weights[-1], self.biases[-1])
         return maps if self.linear is None else maps.plus(self.linear)
 
@@ -353,23 +342,6 @@ def _blocks(chosen: Integers, numbers: int) -> list[Integers]:
     """`chosen` in parts, so that temporary arrays with `numbers` entries for each of them stay in the cache."""
     step = max(1, _CHUNK // numbers)
     return [chosen[i : i + step] for i in range(0, len(chosen), step)]
-
-
-def _differences(z: Floats, pairs: Integers) -> Floats:
-    """z_i - z_j along the last axis for each pair, z_i where j is -1."""
-    first, second = pairs.T
-    if (second < 0).all():
-        return z[..., first]
-    return z[..., first] - np.where(second < 0, 0.0, z[..., second])
-
-
-def _error_bound(points: Floats, error: Floats, maps: Maps, regions: Integers) -> Floats:
-    """A bound on the errors of differences of the features of points (P, ..., 3), as float64 computes them."""
-    shape = (len(regions), *[1] * (points.ndim - 2), 3)
-    size, own = maps.size[regions].reshape(shape), maps.error[regions].reshape(shape)
-    most = np.abs(points) + error
-    single = size * error + own * most + 4 * UNIT_ROUNDOFF * size * most + TINY * ((size + own > 0) & (most > 0))
-    return 3 * single.sum(axis=-1)  # of two features, and of their difference
 
 
 def _operator_norm_above(maps: Maps, q: float, h: float) -> Floats:

@@ -96,11 +96,10 @@ class Maps:
 
         Args:
             parent: (P',) the region of this object that each part lies in.
-            active: the activation's linear map on each part, with `index` and `factor` (P', H).
+            active: the activation's affine map on each part, with numbers (P', H).
         """
-        index, factor = active.index, active.factor
+        index, scale = active.index, active.factor
         width = index.shape[1]
-        scale = factor * 2.0**active.exponent
         rows = 3 * parent[:, None] + np.arange(3)  # (P', 3) of `value` as a matrix of H columns
         places_before = self.value.shape[2] * rows[:, :, None] + index[:, None, :]
         value = self.value.reshape(-1).take(places_before)
@@ -115,6 +114,11 @@ class Maps:
         with np.errstate(over="ignore", invalid="ignore"):
             error_2 = self.error_2[parent] + UNIT_ROUNDOFF * self.size_2[parent]
             error_2 = SAFETY * copies * most * error_2 + width * underflow
+        if active.offset is not None:
+            value[:, 2] += active.offset
+            rounding = UNIT_ROUNDOFF * np.abs(value[:, 2])
+            error[:, 2] = SAFETY * (error[:, 2] + rounding.max(axis=1))
+            error_2[:, 2] = SAFETY * (error_2[:, 2] + rounding.sum(axis=1))
         return _checked(value, error, error_2)
 
 

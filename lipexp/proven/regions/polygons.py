@@ -118,23 +118,30 @@ class Plane:
     def __init__(self, exact: Callable[[int], ExactLine]) -> None:
         self._exact = exact
         self.known: dict[int, ExactLine] = {}
-        # `owner` and `pair` say which difference of two features is zero on a line: see `add_lines`.
+        # `owner`, `pair` and `threshold` say which difference of two features a line is: see `add_lines`.
         self.lines = Table(
-            value=((3,), np.float64), error=((3,), np.float64), owner=((), np.int64), pair=((2,), np.int64)
+            value=((3,), np.float64),
+            error=((3,), np.float64),
+            owner=((), np.int64),
+            pair=((2,), np.int64),
+            threshold=((), np.float64),
         )
         self.corners = Table(
             value=((3,), np.float64), error=((3,), np.float64), lines=((2,), np.int64), sign=((), np.int64)
         )
 
-    def add_lines(self, value: Floats, error: Floats, owner: Integers, pair: Integers) -> Integers:
+    def add_lines(
+        self, value: Floats, error: Floats, owner: Integers, pair: Integers, threshold: Floats | None = None
+    ) -> Integers:
         """Append lines (N, 3) that are off by at most `error`; returns their indices.
 
         Args:
-            owner, pair: the line z_i - z_j = 0 of an affine map z has the pair (i, j) and the index of that map as
-                owner, which is -1 for a line that belongs to no map.
+            owner, pair, threshold: the line z_i - z_j = c of an affine map z has the pair (i, j), the threshold c
+                (None: 0), and the index of that map as owner, which is -1 for a line that belongs to no map.
         """
         value, error = scaled(value, error)
-        return self.lines.append(value=value, error=error, owner=owner, pair=pair)
+        threshold = np.zeros(len(value)) if threshold is None else threshold
+        return self.lines.append(value=value, error=error, owner=owner, pair=pair, threshold=threshold)
 
     def exact_line(self, line: int) -> ExactLine:
         """The line in integers, up to a positive factor."""
@@ -177,8 +184,9 @@ class Plane:
     def _meets(self, corners: Integers, lines: Integers) -> npt.NDArray[np.bool_]:
         """Whether a line goes through the corner because z_a = z_b and z_b = z_c there, and it is z_a = z_c."""
         first, second = self.corners["lines"][corners].T
-        owner, pair = self.lines["owner"], self.lines["pair"]
+        owner, pair, threshold = (self.lines[name] for name in ("owner", "pair", "threshold"))
         same = (owner[first] == owner[lines]) & (owner[second] == owner[lines]) & (owner[lines] >= 0)
+        same &= (threshold[first] == 0) & (threshold[second] == 0) & (threshold[lines] == 0)
         a, b, c = pair[first], pair[second], np.sort(pair[lines], axis=1)
         found = np.zeros(len(corners), dtype=bool)
         for i in (0, 1):
