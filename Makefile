@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A process a core; who has nothing left to do takes tests from another.
 ON_ALL_CORES := --numprocesses auto --dist worksteal
 
-.PHONY: help train figures test test-slow test-slurm check format bench clean
+.PHONY: help train figures compare test test-slow test-slurm check format bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -19,6 +19,9 @@ outputs/breast_cancer.csv: .venv/ready
 
 figures: .venv/ready ## draw all figures and check their claims; figure-NAME draws one of them
 	$(BIN)/lipexp figures
+
+compare: .venv/ready ## compare all constraints and activations on five problems; half an hour
+	$(BIN)/lipexp figures compare
 
 figure-%: .venv/ready
 	$(BIN)/lipexp figures $*

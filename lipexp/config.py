@@ -76,6 +76,10 @@ class ConfigError(ValueError):
         return ConfigError(f"{group}.{self.option}", self.value, self.allowed)
 
 
+class Unfit(ConfigError):
+    """Options that are right by themselves do not fit each other."""
+
+
 def number(
     option: str, value: Any, *, above: float | None = None, least: float | None = None, most: float | None = None
 ) -> float:

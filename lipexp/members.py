@@ -19,6 +19,7 @@ from lipexp.config import (
     SETTINGS,
     ConfigError,
     Settings,
+    Unfit,
     instantiate,
     lipschitz_constant,
     number,
@@ -93,7 +94,8 @@ def build(
         made: the objects that earlier calls have made, by their `made_key`: they are shared.
 
     Raises:
-        ConfigError: whatever is wrong with it, by the name that the command line uses.
+        ConfigError: whatever is wrong with it, by the name that the command line uses; Unfit, where its parts do
+            not fit each other.
     """
     config = _settings(plain(content))
     if here and config.device == "cuda" and not torch.cuda.is_available():
@@ -108,6 +110,16 @@ def build(
         if key not in parts:
             parts[key] = part(getattr(config, group), group, names[group])
     member = Member(config, names, {group: parts[key] for group, key in keys.items()})
+    try:
+        _check_together(member)
+    except ConfigError as error:
+        raise Unfit(error.option, error.value, error.allowed) from None
+    return member
+
+
+def _check_together(member: Member) -> None:
+    """Raise ConfigError where parts that are right by themselves do not fit each other."""
+    names, config = member.names, member.config
     dataset, loss, constraint, act = (member.parts[group] for group in ("dataset", "loss", "constraint", "act"))
     if (tasks := tasks_of(loss)) and dataset.task not in tasks:
         suitable = " or ".join(f"loss={option}" for option in losses_for(dataset.task))
@@ -135,7 +147,6 @@ def build(
         if dataset.n_outputs != 1 or dataset.task == "transport":
             allowed = f"is for one output that is fitted, not for dataset={names['dataset']}"
             raise ConfigError("model.monotone", plain(config.model)["monotone"], allowed)
-    return member
 
 
 def made_key(group: str, node: Any) -> str:

@@ -26,6 +26,7 @@ from lipexp.config import ConfigError, conf_dir, no_such
 from lipexp.record import Outcome, settings
 from lipexp.runs import RunFolder, find, write_file
 from lipexp.screen import CONTROL, Screen, Wide
+from lipexp.tables import FORMATS, pasted
 from lipexp.tasks import METRICS
 from lipexp.wording import above, below, count, dataset_name
 
@@ -59,7 +60,8 @@ named once, above the table; what only the dataset decides, such as the loss tha
 q: the norm of the gradients; measured and certified: a lower and an upper bound on its largest value.
 running: a process trains the run; missing: it began, and has neither a result nor a failure.
 
-example: lipexp report outputs/2026-01-31 --by act,constraint,loss --sort measured --csv seeds.csv"""
+examples: lipexp report outputs/2026-01-31 --by act,constraint,loss --sort measured --csv seeds.csv
+          lipexp report outputs/2026-01-31 --by act,constraint --format latex"""
 
 
 def main(arguments: list[str]) -> int:
@@ -71,6 +73,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--by", metavar="KEYS", help="fold runs that differ only in seed: mean ± sample deviation")
     parser.add_argument("--sort", metavar="KEY", help="sort by this instead of the metric")
     parser.add_argument("--csv", metavar="FILE", help="also write all columns, unrounded; -: print only these")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="print the table alone, to be pasted: " + ", ".join(FORMATS)
+    )
     return parser.answer(arguments, report)
 
 
@@ -97,7 +102,11 @@ def report(options: argparse.Namespace) -> int:
         further = ["sd"] if by else [key for key in rows if key not in chosen]
         table = rows[unique(columns, further, (key for key in own if key in rows))]
         write(options.csv, table.rename(columns={key: f"{key}.{how}" for key, how in FOLDED_AS.items() if by}))
-    if options.csv != "-":
+    if options.format is not None and options.csv != "-":
+        root = os.path.commonpath([os.path.dirname(run) for run in runs["run"]])
+        same, pastable = shown(rows, columns, by, root)
+        print(pasted(options.format, pastable, same))
+    elif options.csv != "-":
         root = os.path.commonpath([os.path.dirname(run) for run in runs["run"]])
         counts = [f"{(runs['status'] == status).sum()} {status}" for status in ["failed", *UNFINISHED]]
         counts = [text for text in counts if text.endswith("failed") or not text.startswith("0 ")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import statistics
 
 import pytest
@@ -297,7 +298,30 @@ def test_runs_without_hydras_record_are_shown_and_never_folded(run, report, tabl
     assert [row["n"] for row in table("--by", "act")] == ["1", "1", "1"]
 
 
-@pytest.mark.parametrize("content", ["", "[1, 2]", "\x00", '{"schema": 1}', '{"schema": 2, "seed": 0}'])
+def test_the_table_is_printed_alone_in_formats_that_can_be_pasted(run, capsys):
+    run("a_1", 0.8, act="relu")
+    run("b_2", 0.9, act="abs")
+
+    def printed(form):
+        assert main(["--by", "act", "--format", form]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    rows = list(csv.DictReader(printed("csv")))
+    assert [(row["act"], row["mean test accuracy"]) for row in rows] == [("abs", "0.9000"), ("relu", "0.8000")]
+    same, _, head, ends, *body = printed("markdown")
+    assert same.startswith("dataset=two_moons  ")
+    assert head.startswith("| act | ")
+    assert re.fullmatch(r"\| --- \|( -+:? \|)+", ends)
+    assert [line.split(" | ")[0] for line in body] == ["| abs", "| relu"]
+    same, begin, _, head, _, first, *_, end = printed("latex")
+    assert same.startswith(r"% dataset=two_moons  ")
+    assert re.fullmatch(r"\\begin\{tabular\}\{l+r+\}", begin)
+    assert first.startswith("abs & ")
+    assert first.endswith(r" \\")
+    assert end == r"\end{tabular}"
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "\x00", '{"schema": 1}', '{"schema": 3, "seed": 0}'])
 def test_a_result_that_cannot_be_read_is_named_and_left_out(run, capsys, content):
     broken = run("a", 0.8)
     (broken / "metrics.json").write_text(content)

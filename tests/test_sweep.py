@@ -121,6 +121,17 @@ def test_an_exception_in_a_users_class_fails_only_the_jobs_that_meet_it(sweep):
 # Resuming --------------------------------------------------------------------------------------------------------
 
 
+def test_jobs_whose_options_do_not_fit_each_other_are_left_out_if_that_is_asked_for(sweep):
+    jobs = ("act=relu,groupsort", "constraint=sll,spectral", "hydra.sweep.dir=s")
+    done = sweep(*jobs, "hydra.launcher.skip_unfit=true")
+    assert (done.code, done.err) == (0, "")
+    assert "1 job left out, as their options do not fit each other" in done.out
+    rows = pd.read_csv("s/sweep.csv")
+    kept = [("relu", "sll"), ("relu", "spectral"), ("groupsort", "spectral")]
+    assert list(zip(rows["act"], rows["constraint"], strict=True)) == kept
+    assert statuses(Path("s")) == ["ok"] * 3
+
+
 def test_resume_trains_what_is_missing_and_nothing_else(sweep):
     jobs = ("act.n_groups=8,5", "seed=0,1", "hydra.sweep.dir=s")
     assert sweep(*jobs, "resume=true").code == 1  # nothing is there yet: it begins
@@ -137,7 +148,7 @@ def test_resume_trains_what_is_missing_and_nothing_else(sweep):
     Path("s/0/metrics.json").write_text('{"schema": 1}')
     again = sweep(*jobs, "resume=true")
     assert (again.code, len(again.err.splitlines())) == (1, 3)
-    assert "cannot be read: its schema is 1, this lipexp reads 3: train it again (s/0)" in again.err
+    assert "cannot be read: its schema is 1, this lipexp reads 4: train it again (s/0)" in again.err
     assert "stack 1" not in again.out
     for record in Path("s").glob("*/.hydra"):
         assert "resume" not in (record / "overrides.yaml").read_text()

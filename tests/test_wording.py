@@ -33,9 +33,16 @@ def test_how_numbers_look():
 BOUNDS = Interval(
     **{"p": 2, "q": 2, "target": 1.0, "measured": 0.99427, "measured_by": "exact arithmetic", "regions": None},
     **{"certified": 0.99999714, "product": 0.99999714, "method": "product", "reason": None, "verdict": "PASS"},
-    **dict.fromkeys(("exact", "exact_box", "open")),
+    **dict.fromkeys(("exact", "exact_box", "open", "whole")),
 )
 FREE = replace(BOUNDS, target=None, certified=178.41, measured=49.8)
+
+
+def test_the_interval_line_of_a_network_that_is_proven_as_a_whole():
+    whole = replace(BOUNDS, certified=1.0, product=5.8, whole=1.0, method="multipliers")
+    assert interval_line(whole) == "‖∇f‖₂  measured 0.9942 ≤ certified 1 (multipliers) ≤ L = 1   PASS"
+    whole = replace(whole, certified=0.9951, exact=0.9951, method="exact")
+    assert interval_line(whole) == "‖∇f‖₂  measured 0.9942 ≤ exact 0.9951 ≤ multipliers 1 ≤ L = 1   PASS"
 
 
 def test_the_interval_line():

@@ -108,12 +108,16 @@ class Sandwich(Spectral):
         whole = []
         for run in range(network.n_runs):
             proven = self._proves([layer.weight[run] for layer in network.layers], multipliers[run], run)
-            whole.append(self.target(run) or 0.0 if proven else math.inf)
+            whole.append(self._whole(run) if proven else math.inf)
         return replace(network, whole=whole)
+
+    def _whole(self, run: int) -> float:
+        """The constant of the layers of one run: L, unless a linear term takes its part."""
+        return float(self._budget[run if len(self._budget) > 1 else 0])
 
     def _proves(self, weights: Sequence[Tensor], multipliers: Tensor, run: int) -> bool:
         """Whether L is proven for one network by multipliers T_k b^(-2 (n - k)), which do not depend on L."""
-        lipschitz, n = self.target(run) or 0.0, len(weights)
+        lipschitz, n = self._whole(run), len(weights)
         if n == 1:
             return SpectralNorm().proven(weights[0]) <= lipschitz
         if not (all(torch.isfinite(part).all() for part in (*weights, multipliers)) and (multipliers > 0).all()):

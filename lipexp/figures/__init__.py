@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from lipexp.arguments import Parser
 from lipexp.config import ConfigError, no_such
+from lipexp.tables import FORMATS, pasted
 
 if TYPE_CHECKING:
     from lipexp.figures.story import Story
@@ -33,10 +34,13 @@ FIGURES = {
     "margins": "margins",
     "groupsort": "groupsort",
     "optimum": "optimum",
+    "compare": "compare",
 }
+LONG = ("compare",)  # which are drawn only when they are named
 
 HELP = f"""\
-NAME is one of {", ".join(FIGURES)}; none means all.
+NAME is one of {", ".join(FIGURES)}; none means all but compare, which compares all
+constraints with all activations and takes half an hour.
 
 Pictures (PNG and SVG) and claims.json go to {OUTPUT}, the runs they are drawn from to {OUTPUT / "runs"}. Runs that
 are there already are used again. The exit status is 1 if a claim does not hold."""
@@ -49,6 +53,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.epilog = HELP
     parser.add_argument("names", metavar="NAME", nargs="*", help="what to draw (default: all)")
     parser.add_argument(
+        "--format", choices=FORMATS, help=f"print the table of compare alone: {', '.join(FORMATS)}"
+    )
+    parser.add_argument(
         "--fresh", action="store_true", help="train anew; earlier runs are kept beside the new ones"
     )
     try:
@@ -56,7 +63,10 @@ def main(arguments: Sequence[str]) -> int:
         for name in options.names:
             if name not in FIGURES:
                 raise ConfigError("NAME", name, no_such("figure", name, list(FIGURES)))
-        return draw_all(list(dict.fromkeys(options.names)) or list(FIGURES), options.fresh)
+        if options.format and options.names != ["compare"]:
+            raise ConfigError("--format", options.format, "is for the figure compare alone")
+        names = [name for name in FIGURES if name not in LONG]
+        return draw_all(list(dict.fromkeys(options.names)) or names, options.fresh, options.format)
     except SystemExit as stop:  # argparse has said what it had to say
         return stop.code if isinstance(stop.code, int) else 0
     except ConfigError as error:
@@ -64,8 +74,12 @@ def main(arguments: Sequence[str]) -> int:
         return 2
 
 
-def draw_all(names: Sequence[str], fresh: bool) -> int:
-    """Train, draw and judge the figures `names`; returns the exit status."""
+def draw_all(names: Sequence[str], fresh: bool, form: str | None = None) -> int:
+    """Train, draw and judge the figures `names`; returns the exit status.
+
+    Args:
+        form: print the table alone, in this one of tables.FORMATS.
+    """
     from lipexp.screen import Screen
 
     screen = Screen()
@@ -83,8 +97,9 @@ def draw_all(names: Sequence[str], fresh: bool) -> int:
                     print(f"lipexp: {name}: not drawn, experiment={experiment} has not finished", file=sys.stderr)
                     return status
                 trained.add(experiment)
-        broken += _draw(name, story, screen)
-        screen.show(f"{time.perf_counter() - started:.1f} seconds\n")
+        broken += _draw(name, story, screen, form)
+        if form is None:
+            screen.show(f"{time.perf_counter() - started:.1f} seconds\n")
     if broken:
         print(f"lipexp: {broken} claims do not hold (see {OUTPUT / 'claims.json'})", file=sys.stderr)
     return 1 if broken else 0
@@ -95,7 +110,7 @@ def _story(name: str) -> Story:
     return stories[name]
 
 
-def _draw(name: str, story: Story, screen: Screen) -> int:
+def _draw(name: str, story: Story, screen: Screen, form: str | None) -> int:
     """Draw one figure from finished runs, print and write its verdicts; returns how many claims do not hold."""
     from dataclasses import replace
 
@@ -107,7 +122,13 @@ def _draw(name: str, story: Story, screen: Screen) -> int:
         files = style.save(story.draw(runs), OUTPUT / name)
         verdicts = [claims.bound_verdict(list(runs.values()))] if runs else []
         verdicts = [replace(verdict, figure=name) for verdict in verdicts + story.judge(runs)]
+        summary = None if story.summary is None else story.summary(runs)
     claims.write(OUTPUT / "claims.json", verdicts)
+    if summary is not None and form is not None:
+        print(pasted(form, summary.full))
+        return 0
     screen.show(f"  {'  '.join(str(file) for file in files)}", bold=name)
+    if summary is not None:
+        screen.show(summary.short, *summary.sentences)
     screen.show(claims.table(verdicts))
     return sum(not verdict.holds for verdict in verdicts)

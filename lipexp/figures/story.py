@@ -7,10 +7,20 @@ from dataclasses import dataclass
 
 import pandas as pd
 from matplotlib.figure import Figure
+from rich.table import Table
 
 from lipexp.figures.claims import Verdict
 
 Runs = Mapping[str, pd.DataFrame]  # experiment -> its runs, one a row
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A figure in numbers and words."""
+
+    short: Table  # for the screen
+    full: Table  # to be pasted
+    sentences: list[str]
 
 
 @dataclass(frozen=True)
@@ -20,3 +30,4 @@ class Story:
     experiments: tuple[str, ...]  # of conf/experiment/
     draw: Callable[[Runs], Figure]
     judge: Callable[[Runs], list[Verdict]]
+    summary: Callable[[Runs], Summary] | None = None

@@ -21,7 +21,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
-from lipexp.config import ConfigError
+from lipexp.config import ConfigError, Unfit
 from lipexp.display import SweepDisplay, composing
 from lipexp.gate import LOCK, exclusive
 from lipexp.process import begin_work
@@ -258,6 +258,12 @@ def launch(
         for number, overrides in enumerate(job_overrides):
             jobs.append(composer.job(number, overrides))
             composed()
+    if options.skip_unfit:
+        fitting = [job.overrides for job in jobs if fits(job, options)]
+        if len(fitting) < len(jobs):
+            left_out = count(len(jobs) - len(fitting), "job")
+            SweepDisplay().say(f"{left_out} left out, as their options do not fit each other")
+            jobs = [composer.job(number, overrides) for number, overrides in enumerate(fitting)]
     _check_folders(jobs)
     folder = Path(master.hydra.sweep.dir)
     begin_work()
@@ -266,6 +272,19 @@ def launch(
     except OSError as error:
         raise ConfigError("hydra.sweep.dir", folder, f"cannot be written: {error.strerror}") from None
     return [job_return(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True)]
+
+
+def fits(job: Job, options: LauncherOptions) -> bool:
+    """Whether the options of a job fit each other; what else is wrong with it is found later."""
+    from lipexp.members import build
+
+    try:
+        build(job.resolved, job.choices, here=options.executor != "slurm")
+    except Unfit:
+        return False
+    except Exception:  # a user's class may raise anything
+        return True
+    return True
 
 
 def job_return(job: Job, outcome: Outcome) -> JobReturn:

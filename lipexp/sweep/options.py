@@ -71,6 +71,7 @@ class LauncherOptions:
     workers: int | None = None
     memory_gib: float | None = None
     table: bool = True
+    skip_unfit: bool = False
     slurm: SlurmOptions = field(default_factory=SlurmOptions)
 
     @classmethod

@@ -1,0 +1,80 @@
+"""`lipexp figures compare`: what is chosen on validation, what is shown, and what is said."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from lipexp.figures import compare
+from lipexp.figures.compare import KINDS, PROBLEMS, draw, folded, judge, kind, ranked, summary
+from lipexp.tables import pasted
+
+PAIRS = [("spectral", "relu"), ("spectral", "groupsort"), ("none", "relu"), ("none", "groupsort")]
+TIMES = dict(zip(PAIRS, [1.0, 1.5, 0.5, 0.7], strict=True))
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Two seeds of each pair: groupsort is better on validation, relu on test points; spectral better than none."""
+    monkeypatch.setattr(compare, "step_times", lambda pairs: pd.Series({pair: TIMES[pair] for pair in pairs}))
+    found = {}
+    for problem in PROBLEMS:
+        rows = []
+        for constraint, act in PAIRS:
+            for seed in range(2):
+                sign = 1 if problem.larger_is_better else -1
+                base = 0.5 + 0.1 * sign * (constraint == "spectral") + 0.02 * seed
+                better = 0.05 * sign * (act == "groupsort")
+                measures = {
+                    problem.measure.replace("SPLIT", "val"): base + better,
+                    problem.measure.replace("SPLIT", "test"): base - better,
+                }
+                bounds = {"lipschitz.measured": 0.6, "lipschitz.certified": 0.8, "gradient_norm.median": 0.4}
+                rows.append({"constraint": constraint, "act": act, "seed": seed, **measures, **bounds})
+        found[problem.experiment] = pd.DataFrame(rows)
+    return found
+
+
+def test_of_each_constraint_the_activation_is_chosen_on_validation_and_its_test_value_is_shown(runs):
+    rows = folded(runs)
+    assert ranked(rows) == ["spectral", "none"]
+    short = summary(runs).short
+    columns = [[str(cell) for cell in column.cells] for column in short.columns]
+    assert columns[0] == ["spectral", "none"]
+    assert columns[1] == ["0.560", "0.460"]  # of groupsort, whose test values are the lower ones
+    assert columns[3] == ["0.46", "0.56"]  # an error
+    assert columns[-3:] == [["0.75"] * 2, ["0.50"] * 2, ["1.25", "0.60"]]
+
+
+def test_the_table_to_be_pasted_has_every_pair_with_its_standard_error(runs):
+    lines = pasted("csv", summary(runs).full).splitlines()
+    assert [tuple(line.split(",")[:2]) for line in lines[1:]] == sorted(PAIRS)
+    assert lines[1].split(",")[2] == "0.460 ± 0.01"  # of 0.45 and 0.47
+
+
+def test_the_sentences_count_and_name(runs):
+    first, second, third = summary(runs).sentences
+    assert first.startswith("In 10 of 10 cells ")
+    assert second.startswith("By the mean rank over the problems spectral, none come first; spectral is within ")
+    assert "on 5 of 5, none on 0." in second
+    assert third.startswith("A train step costs 0.60 (none) to 1.25 (spectral) times one of a plain network; ")
+    assert [one.measured for one in judge(runs)] == [1.0]
+
+
+def test_every_pair_is_a_dot_in_the_colour_of_its_kind(runs):
+    figure = draw(runs)
+    assert len(figure.axes) == len(PROBLEMS) + 1
+    for ax, problem in zip(figure.axes, PROBLEMS, strict=False):
+        dots = {(line.get_xdata()[0], line.get_ydata()[0]): line.get_color() for line in ax.get_lines()}
+        rows = folded(runs)[problem.test]
+        expected = {(rows[c, a], ["none", "spectral"].index(c)): KINDS[kind(a)] for c, a in PAIRS}
+        assert dots == expected
+        assert ax.xaxis_inverted() != problem.larger_is_better
+
+
+def test_step_times_are_ratios_to_a_plain_network(monkeypatch):
+    monkeypatch.setattr(compare, "ROUNDS", 1)
+    monkeypatch.setattr(compare, "CALLS", 1)
+    times = compare.step_times((("spectral", "groupsort"), ("sll", "relu")))
+    assert set(times.index) == {("spectral", "groupsort"), ("sll", "relu")}
+    assert (times > 0).all()
