@@ -15,7 +15,7 @@ TIMES = dict(zip(PAIRS, [1.0, 1.5, 0.5, 0.7], strict=True))
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Two seeds of each pair: groupsort is better on validation, relu on test points; spectral better than none."""
+    """Two seeds of each pair: groupsort wins on validation, relu on test points; spectral is better than none."""
     monkeypatch.setattr(compare, "step_times", lambda pairs: pd.Series({pair: TIMES[pair] for pair in pairs}))
     found = {}
     for problem in PROBLEMS:
