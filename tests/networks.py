@@ -235,6 +235,27 @@ class Descending(Activation):
         return np.array([pair for g in self.groups(width)[::-1] for pair in itertools.combinations(g[::-1], 2)])
 
 
+class Handicap(Descending):
+    """Sorts neighbours, the largest first, after 1/2 was added to every second feature."""
+
+    norms, size = ALL_NORMS, 2
+
+    def forward(self, z):
+        return super().forward(z + torch.tensor([0.0, 0.5], dtype=z.dtype).repeat(z.shape[-1] // 2))
+
+    def active_map(self, z):
+        found = super().active_map(
+            z + np.tile([0, Fraction(1, 2)] if z.dtype == object else [0, 0.5], z.shape[-1] // 2)
+        )
+        return found and ActiveMap(found.index, found.factor, np.where(found.index % 2, 0.5, 0.0))
+
+    def breakpoints(self, width):
+        return np.arange(width).reshape(-1, 2)
+
+    def thresholds(self, width):
+        return np.full(width // 2, 0.5)
+
+
 class Larger(Activation):
     """Of each pair of neighbours both become the larger one, which is handed on twice."""
 
@@ -282,7 +303,7 @@ ACTS = {
     "descending pairs": Descending(),
     "descending threes": Descending(3),
 }
-WITH_OFFSETS = {"n": NActivation(), "spline": LipschitzSpline(3)}
+WITH_OFFSETS = {"n": NActivation(), "spline": LipschitzSpline(3), "handicap": Handicap()}
 PIECEWISE = ACTS | {"larger of pairs": Larger(), "identity": Identity()} | WITH_OFFSETS
 
 
@@ -337,13 +358,18 @@ def piece(act: Activation, z: Sequence[Any]) -> Piece:
         curves = [curve(act, j, len(z)) for j in range(len(z))]
         places = [sum(v > knot for knot in knots) for v, (knots, _) in zip(z, curves, strict=True)]
         return [(j, *lines[place]) for j, (place, (_, lines)) in enumerate(zip(places, curves, strict=True))]
-    orders = [sorted(sorted(group), key=lambda j: z[j]) for group in groups]
-    return sorting(groups, [order[-1:] * 2 for order in orders] if isinstance(act, Larger) else orders)
+    orders = [sorted(sorted(group), key=lambda j: z[j] + ahead(act, j)) for group in groups]
+    return sorting(act, groups, [order[-1:] * 2 for order in orders] if isinstance(act, Larger) else orders)
 
 
-def sorting(groups: Sequence[Sequence[int]], orders: Sequence[Sequence[int]]) -> Piece:
+def ahead(act: Activation, j: int) -> Fraction:
+    """What is added to feature j before it is compared."""
+    return Fraction(j % 2, 2) if isinstance(act, Handicap) else Fraction(0)
+
+
+def sorting(act: Activation, groups: Sequence[Sequence[int]], orders: Sequence[Sequence[int]]) -> Piece:
     source = dict(zip(itertools.chain(*groups), itertools.chain(*orders), strict=True))
-    return [(source[place], Fraction(1), Fraction(0)) for place in range(len(source))]
+    return [(source[place], Fraction(1), ahead(act, source[place])) for place in range(len(source))]
 
 
 def pieces(act: Activation, width: int) -> Iterator[Piece]:
@@ -352,7 +378,7 @@ def pieces(act: Activation, width: int) -> Iterator[Piece]:
     if groups is None:
         lines = (curve(act, j, width)[1] for j in range(width))
         return ([(j, *line) for j, line in enumerate(chosen)] for chosen in itertools.product(*lines))
-    return (sorting(groups, orders) for orders in itertools.product(*map(itertools.permutations, groups)))
+    return (sorting(act, groups, orders) for orders in itertools.product(*map(itertools.permutations, groups)))
 
 
 def exact_layers(network: BakedNetwork) -> list[list[Form]]:
@@ -447,6 +473,8 @@ def region_gradients(network: BakedNetwork, box: Any = None) -> set[tuple[Fracti
         cut = []
         for polygon, forms in parts:
             gaps = [[a - b for a, b in zip(forms[i], forms[j], strict=True)] for i, j in pairs]
+            for gap, (i, j) in zip(gaps, pairs, strict=True):
+                gap[-1] += ahead(act, i) - ahead(act, j)
             gaps += [[*forms[j][:-1], forms[j][-1] - knot] for j, knot in knots]
             polygons = [polygon]
             for gap in gaps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from decimal import Decimal, localcontext
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from conftest import part, suits
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from networks import EACH_LIPSCHITZ, network, normal
+from networks import EACH_LIPSCHITZ, network, normal, piece
 
 from lipexp.activations import (
     ALL_NORMS,
@@ -210,6 +211,18 @@ def test_a_spline_is_the_integral_of_its_slopes_from_0_and_starts_as_the_absolut
         values = np.concatenate([[0.0], np.cumsum(np.diff(ends) * slopes[:, j].numpy())])
         values -= np.interp(0, ends, values)
         np.testing.assert_allclose(found[0, :, j], np.interp(z[0, :, j], ends, values), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n_knots", [1, 7, 257])
+def test_the_lines_of_a_spline_are_exact(n_knots):
+    act = with_parameters(LipschitzSpline(n_knots, spacing=0.3), width=2)
+    act = act.at(act.theta.float())
+    for z in 30 * normal(50, 2):
+        found = act.active_map(z.numpy())
+        lines = zip(found.factor.tolist(), found.offset.tolist(), strict=True)
+        assert [(j, *map(Fraction, line)) for j, line in enumerate(lines)] == piece(
+            act, [*map(Fraction, z.tolist())]
+        )
 
 
 def test_slopes_of_a_spline_are_clipped_and_rounded_and_can_come_back():

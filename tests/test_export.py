@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 import torch
 from commands import content, edit, elsewhere, metrics
-from networks import ACTS, WITH_OFFSETS, groups_of, network, normal, slopes_of
+from networks import ACTS, groups_of, network, normal, slopes_of
 
-from lipexp.activations import Householder, ReLU, Tanh
+from lipexp.activations import Householder, LipschitzSpline, NActivation, ReLU, Tanh
 from lipexp.datasets.preprocessing import Column, Preprocessing, Target
 from lipexp.export import FORMATS, format_of, graph, programs
 from lipexp.export.model import Model
@@ -25,7 +25,7 @@ from lipexp.tasks import TASKS
 
 FREE = ("act=relu", "constraint=none", "loss=bce", "max_regions=0")
 
-OTHERS = WITH_OFFSETS | {"householder": Householder(), "tanh": Tanh()}  # which torch knows
+OTHERS = {"n": NActivation(), "spline": LipschitzSpline(3), "householder": Householder(), "tanh": Tanh()}
 
 # Elsewhere -------------------------------------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ def expected(network: BakedNetwork, x):
         if i:
             act = network.double.acts[i - 1]
             groups = groups_of(act, x.shape[1])
-            if groups is None and type(act) in map(type, OTHERS.values()):
+            if type(act) in map(type, OTHERS.values()):  # which torch computes
                 x = act(torch.from_numpy(x[None]))[0].numpy()
             elif groups is None:
                 below, above = map(float, slopes_of(act))
