@@ -7,7 +7,8 @@ from statistics import median
 import numpy as np
 import pytest
 import torch
-from networks import ACTS, NORMS, generator, groups_of, network, normal, pairs, scaled, slopes_of
+from acts import ACTS
+from networks import NORMS, generator, groups_of, network, normal, pairs, scaled, slopes_of
 from scipy.optimize import linprog
 
 from lipexp.activations import GroupSort, as_activation

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from networks import ACTS, NORMS, Bent, Tripled, Unlisted, gradient, network, norm_at, pairs, scaled, uniform
+from acts import ACTS, Bent, Tripled, Unlisted
+from networks import NORMS, gradient, network, norm_at, pairs, scaled, uniform
 
 from lipexp.activations import ActiveMap, Elementwise, GroupSort, NActivation, ReLU, as_activation
 from lipexp.measured.gradients import Maximum, norms, scan

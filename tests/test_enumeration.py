@@ -7,14 +7,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from acts import ACTS, PIECEWISE, Tripled, Unlisted
 from networks import (
-    ACTS,
     EACH_LIPSCHITZ,
     NORMS,
-    PIECEWISE,
     TRAINED,
-    Tripled,
-    Unlisted,
     between,
     by_hand,
     degenerate,

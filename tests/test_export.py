@@ -13,8 +13,9 @@ import onnxruntime
 import pandas as pd
 import pytest
 import torch
+from acts import ACTS
 from commands import content, edit, elsewhere, metrics
-from networks import ACTS, groups_of, network, normal, slopes_of
+from networks import groups_of, network, normal, slopes_of
 
 from lipexp.activations import Householder, LipschitzSpline, NActivation, ReLU, Tanh
 from lipexp.datasets.preprocessing import Column, Preprocessing, Target

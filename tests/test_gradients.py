@@ -8,8 +8,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from acts import ACTS
 from networks import (
-    ACTS,
     NORMS,
     by_hand,
     exact_layers,

@@ -6,8 +6,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from acts import ACTS
 from conftest import choice_of
-from networks import ACTS, NORMS, dot, free, local_map, network, normal, power, region_gradients
+from networks import NORMS, dot, free, local_map, network, normal, power, region_gradients
 
 from lipexp import loop, members
 from lipexp.config import ConfigError

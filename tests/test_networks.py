@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from networks import PIECEWISE, Unlisted, by_hand, degenerate, dot, generator, local_map, network, normal
+from acts import PIECEWISE, Unlisted
+from networks import by_hand, degenerate, dot, generator, local_map, network, normal
 
 from lipexp.activations import GroupSort, ReLU, as_activation
 from lipexp.blocks import Affine, inputs_and_output

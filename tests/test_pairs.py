@@ -7,7 +7,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from networks import ACTS, EACH_LIPSCHITZ, NORMS, SEVERAL, between, by_hand, network, normal, pairs, power
+from acts import ACTS
+from networks import EACH_LIPSCHITZ, NORMS, SEVERAL, between, by_hand, network, normal, pairs, power
 
 from lipexp.activations import ALL_NORMS, as_activation
 from lipexp.constraints import LInf, Spectral, Unconstrained

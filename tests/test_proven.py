@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from networks import ACTS, EACH_LIPSCHITZ, NORMS, RELU, SEVERAL, by_hand, generator, network, normal, scaled
+from acts import ACTS, RELU
+from networks import EACH_LIPSCHITZ, NORMS, SEVERAL, by_hand, generator, network, normal, scaled
 
 from lipexp import proven
 from lipexp.activations import GroupSort, as_activation

@@ -10,22 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from networks import (
-    EACH_LIPSCHITZ,
-    NORMS,
-    PIECEWISE,
-    SEVERAL,
-    TRAINED,
-    WITH_OFFSETS,
-    Larger,
-    by_hand,
-    dot,
-    network,
-    normal,
-    scaled,
-    value,
-    values,
-)
+from acts import PIECEWISE, WITH_OFFSETS, Larger
+from networks import EACH_LIPSCHITZ, NORMS, SEVERAL, TRAINED, by_hand, dot, network, normal, scaled, value, values
 
 from lipexp import record
 from lipexp.activations import LeakyReLU, NActivation, ReLU, as_activation

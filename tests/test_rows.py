@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import ACTS, NORMS, Bent, Descending, Tripled, by_hand, network, normal, pattern_power, root
+from acts import ACTS, Bent, Descending, Tripled
+from networks import NORMS, by_hand, network, normal, pattern_power, root
 
 from lipexp.activations import Abs, GroupSort, ReLU, as_activation
 from lipexp.blocks import Affine

@@ -9,7 +9,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from networks import Bent, Tripled, dot, network, normal, pairs, pattern_power, root, scaled
+from acts import Bent, Tripled
+from networks import dot, network, normal, pairs, pattern_power, root, scaled
 
 from lipexp.activations import Abs, GroupSort, LeakyReLU, NActivation, ReLU, as_activation
 from lipexp.blocks import Affine
