@@ -29,12 +29,15 @@ class Case(NamedTuple):
 LINE, PLANE, HIGH = "|x|, 1-D", "three cones, 2-D", "one cone, 128-D"
 CASES = (
     Case("optimum_1d", LINE, {"constraint": "spectral"}, "spectral"),
+    Case("optimum_1d", LINE, {"constraint": "orthogonal"}, "ortho-\ngonal"),
     Case("optimum_1d", LINE, {"constraint": "linf"}, "linf"),
     Case("optimum_2d_spectral", PLANE, {}, "spectral"),
+    Case("optimum_2d_orthogonal", PLANE, {}, "cayley"),
     Case("optimum_2d_linf", PLANE, {"constraint.p": 2}, "linf\np = 2"),
     Case("optimum_2d_linf", PLANE, {"constraint.p": 1}, "linf\np = 1"),
     Case("optimum_2d_linf", PLANE, {"constraint.p": math.inf}, "linf\np = ∞"),
     Case("optimum_128d_spectral", HIGH, {}, "spectral"),
+    Case("optimum_128d_orthogonal", HIGH, {}, "ortho-\ngonal"),
     Case("optimum_128d_linf", HIGH, {}, "linf\np = 2"),
 )
 COLOUR = {"relu": ACT_COLOUR["relu"], "sort": ACT_COLOUR["groupsort"]}
@@ -96,7 +99,8 @@ def draw(runs: Runs) -> Figure:
 def _ceilings(ax: Axes, first_layer: float) -> None:
     for place, value, name in (
         (0, RELU_CEILING[2], "1/√3"),
-        (1, RELU_CEILING[1], "1/2"),
+        (1, RELU_CEILING[2], ""),
+        (2, RELU_CEILING[1], "1/2"),
         (len(CASES) - 1, first_layer, "E max |⟨w, x⟩|"),
     ):
         ax.plot([place - 0.35, place + 0.35], [value] * 2, color=BLACK, linewidth=1, linestyle="dotted")
@@ -105,11 +109,11 @@ def _ceilings(ax: Axes, first_layer: float) -> None:
 
 def judge(runs: Runs) -> list[Verdict]:
     """Claim 8."""
-    line_spectral, line_linf, *planes, high_spectral, high_linf = CASES
-    lines = [shares(runs, case, "sort").min() for case in (line_spectral, line_linf)]
+    line_spectral, line_orthogonal, line_linf, *planes, high_spectral, high_orthogonal, high_linf = CASES
+    lines = [shares(runs, case, "sort").min() for case in (line_spectral, line_orthogonal, line_linf)]
     high = shares(runs, high_linf, "sort")
     return [
-        verdict("8 1-D, GroupSort, both constraints: share of the optimum, smallest", min(lines)),
+        verdict("8 1-D, GroupSort, all constraints: share of the optimum, smallest", min(lines)),
         verdict(
             "8 1-D, ReLU, spectral: share of the optimum, median", shares(runs, line_spectral, "relu").median()
         ),
@@ -117,6 +121,14 @@ def judge(runs: Runs) -> list[Verdict]:
         verdict(
             "8 three cones, GroupSort: share of the optimum, median under the worst constraint and norm",
             min(shares(runs, case, "sort").median() for case in planes),
+        ),
+        verdict(
+            "8 three cones, Cayley, full sort: share of the optimum, smallest",
+            shares(runs, planes[1], "sort").min(),
+        ),
+        verdict(
+            "8 128-D cone, orthogonal, full sort: share of the optimum, smallest",
+            shares(runs, high_orthogonal, "sort").min(),
         ),
         verdict(
             "8 128-D cone, spectral, full sort: share of the optimum, smallest",
