@@ -4,7 +4,7 @@ The rule of the house: configuration group (singular) = module (plural) = test f
 
     conf/dataset/     -> lipexp/datasets/        what a run learns
     conf/act/         -> lipexp/activations/     1-Lipschitz maps between layers
-    conf/constraint/  -> lipexp/constraints.py   operator norms that bound each layer
+    conf/constraint/  -> lipexp/constraints/    operator norms that bound each layer
     conf/loss/        -> lipexp/losses/
     conf/model/       -> lipexp/models.py
     conf/optim/       -> lipexp/optim.py
