@@ -281,3 +281,11 @@ def test_the_ends_of_the_accepted_range_can_be_trained_and_baked_and_waste_nothi
             else:
                 assert is_within(constraint, layer, i, run, bound, exact)
                 assert layer.is_residual or not is_within(constraint, layer, i, run, bound / 4, exact)
+
+
+def test_a_model_without_hidden_layers_is_bounded_as_well(bounded_case, trained):
+    found = trained(*bounded_case, *act_for(bounded_case), "model.depth=0", runs=("lipschitz=3",))
+    constraint, network = found.stack.constraint, found.checkpoint.network
+    assert [layer.weight.shape for layer in network.layers] == [(1, 1, 2)]
+    length = float(torch.linalg.vector_norm(network.layers[0].weight[0, 0].double(), ord=constraint.q))
+    assert 1 < length <= 3
