@@ -30,7 +30,8 @@ from lipexp.members import Member, build, made_key
 from lipexp.norms import UNIT_ROUNDOFF
 from lipexp.proven import METHODS, Certificate, Chain, Problem, prove
 from lipexp.proven.pairs import pair_constants
-from lipexp.proven.radii import certified_radii, predicted, why_no_radii
+from lipexp.proven.radii import certified_radii, predicted
+from lipexp.proven.rounding import why_no_radii
 
 LOSSES = {"classification": "hinge", "multiclass": "multi_margin", "regression": "mse"}  # where none is named
 ROWS_AT_ONCE = 2**16  # in an evaluation, for the memory that their features take

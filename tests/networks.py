@@ -15,7 +15,8 @@ import torch
 from conftest import act_for, constraint_cases
 
 from lipexp.activations import ALL_NORMS, Abs, Activation, ActiveMap, GroupSort, LeakyReLU, ReLU
-from lipexp.blocks import Affine
+from lipexp.blocks import Affine, Residual
+from lipexp.constraints import SLL
 from lipexp.datasets import Generated
 from lipexp.losses import Loss, column
 from lipexp.models import Free
@@ -38,6 +39,11 @@ def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
     return 2 * torch.rand(*shape, generator=generator(seed), dtype=torch.float64) - 1
 
 
+def stored(*shape: int) -> torch.Tensor:
+    """Points in float64 that float32 holds exactly, as data are."""
+    return normal(*shape).float().double()
+
+
 def network(
     *sizes: int, act: Activation = RELU, runs: int = 1, seed: int = 0, bias: float = 0.5, grain: float = 0.0
 ) -> BakedNetwork:
@@ -58,6 +64,19 @@ def by_hand(*layers: tuple[list[list[float]], list[float]], act: Activation = RE
     return BakedNetwork([Affine(torch.tensor([w]), torch.tensor([[b]])) for w, b in layers], act)
 
 
+def residual(
+    *sizes: int, inside: int = 6, act: Activation = RELU, seed: int = 0, bias: float = 0.5
+) -> BakedNetwork:
+    """With two residual layers of `inside` features behind the first layer, and the proven norms of all."""
+    first, *others = network(*sizes, act=act, seed=seed, bias=bias).layers
+    layers = [first]
+    for i in range(2):
+        weight, offset = (normal(1, n, inside, seed=seed + 50 + i + n) for n in (sizes[1], 1))
+        t = 2 * (1 - 2.0**-10) / (weight.mT @ weight).abs().sum(dim=2)  # diagonally dominant
+        layers.append(Residual(weight.float(), (bias * offset).float(), t.float().unsqueeze(1)))
+    return SLL().prove(BakedNetwork([*layers, *others], act))
+
+
 def free(network: BakedNetwork) -> list[Free]:
     """The layers of a network as free parameters."""
     none = torch.empty(network.n_runs, 0)
@@ -68,6 +87,10 @@ def scaled(network: BakedNetwork, *factors: float, bias: bool = False) -> BakedN
     """With the weights of each layer times its factor; the biases, too, times those of all layers so far."""
     layers = zip(network.layers, factors, itertools.accumulate(factors, lambda a, b: a * b), strict=True)
     return replace(network, layers=[Affine(w * f, b * (p if bias else 1)) for (w, b), f, p in layers])
+
+
+def with_norms(network: BakedNetwork, *norms: float) -> BakedNetwork:
+    return replace(network, norms=[[norm] for norm in norms])
 
 
 def between(network: BakedNetwork, i: int, j: int) -> BakedNetwork:
@@ -284,18 +307,23 @@ def pieces(act: Activation, width: int) -> Iterator[Piece]:
     return (sorting(groups, orders) for orders in itertools.product(*map(itertools.permutations, groups)))
 
 
+def exact_rows(weight: torch.Tensor, bias: torch.Tensor) -> list[Form]:
+    """The rows of a weight (out, in), each with its bias (1, out)."""
+    return [[Fraction(v) for v in row] for row in torch.cat([weight, bias.mT], dim=1).double().tolist()]
+
+
 def exact_layers(network: BakedNetwork) -> list[list[Form]]:
-    """The rows of each layer's weight, each with its bias."""
-    parts = [torch.cat([weight[0], bias[0].mT], dim=1) for weight, bias in network.layers]
-    return [[[Fraction(v) for v in row] for row in part.double().tolist()] for part in parts]
+    """The rows of each affine layer."""
+    return [exact_rows(weight[0], bias[0]) for weight, bias in network.layers]
 
 
 def dot(a: Sequence[Any], b: Sequence[Any]) -> Any:
     return sum(x * y for x, y in zip(a, b, strict=True))
 
 
-def behind(rows: list[Form], forms: Sequence[Form], chosen: Piece) -> list[Form]:
-    """The affine functions behind an activation and a layer."""
+def behind(rows: list[Form], forms: Sequence[Form], chosen: Piece | None = None) -> list[Form]:
+    """The affine functions behind an activation, if there is one, and a layer."""
+    chosen = chosen or [(j, Fraction(1)) for j in range(len(forms))]
     columns = list(zip(*([factor * v for v in forms[j]] for j, factor in chosen), strict=True))
     found = [[dot(row[:-1], column) for column in columns] for row in rows]
     return [[*form[:-1], form[-1] + row[-1]] for form, row in zip(found, rows, strict=True)]
@@ -303,11 +331,22 @@ def behind(rows: list[Form], forms: Sequence[Form], chosen: Piece) -> list[Form]
 
 def local_map(network: BakedNetwork, point: Any) -> tuple[list[Form], list[Piece]]:
     """The affine map of each output near a point that is on no breakpoint, and the pieces that lead to it."""
-    x, chosen = [*(Fraction(float(v)) for v in point), Fraction(1)], []
-    forms, *layers = exact_layers(network)
-    for rows in layers:
+    x, chosen = [*(Fraction(float(v)) for v in point), Fraction(1)], list[Piece]()
+    forms = [[Fraction(i == j) for i in range(len(x))] for j in range(len(x) - 1)]
+
+    def activated(forms: list[Form]) -> Piece:
         chosen.append(piece(network.act, [dot(form, x) for form in forms]))
-        forms = behind(rows, forms, chosen[-1])
+        return chosen[-1]
+
+    for i, layer in enumerate(network.layers):
+        if layer.is_residual:
+            inside = behind(exact_rows(layer.weight[0].mT, layer.bias[0]), forms)
+            back = -layer.weight[0].double() * layer.t[0].double()  # the product of two float32 numbers is exact
+            change = behind(exact_rows(back, back.new_zeros(1, len(back))), inside, activated(inside))
+            forms = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(forms, change, strict=True)]
+            continue
+        beside = i > 0 and not network.layers[i - 1].is_residual
+        forms = behind(exact_rows(layer.weight[0], layer.bias[0]), forms, activated(forms) if beside else None)
     return forms, chosen
 
 
@@ -353,48 +392,3 @@ def pattern_power(network: BakedNetwork, q: float) -> Fraction:
     for rows in layers:
         found = [behind(rows, forms, chosen) for forms in found for chosen in pieces(network.act, len(forms))]
     return max(power(forms[0][:-1], q) for forms in found)
-
-
-def region_gradients(network: BakedNetwork, box: Any = None) -> set[tuple[Fraction, ...]]:
-    """The gradients on all linear regions of two inputs with an interior in the box (low, high), or the plane.
-
-    Layer by layer, the lines of all breakpoints cut polygons of homogeneous corners (x, y, t), which are integers.
-    """
-    start = [[(s, 0, 0), (0, t, 0), (0, 0, 1)] for s in (1, -1) for t in (1, -1)]
-    if box is not None:
-        (x0, y0), (x1, y1) = ([int(v) for v in end] for end in box)
-        start = [[(x0, y0, 1), (x1, y0, 1), (x1, y1, 1), (x0, y1, 1)]]
-    forms, *layers = exact_layers(network)
-    parts = [(polygon, forms) for polygon in start]
-    for rows in layers:
-        groups = groups_of(network.act, len(rows[0]) - 1) or []
-        pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
-        cut = []
-        for polygon, forms in parts:
-            gaps = [[a - b for a, b in zip(forms[i], forms[j], strict=True)] for i, j in pairs] or forms
-            polygons = [polygon]
-            for gap in gaps:
-                polygons = [side for part in polygons for side in sides(part, gap)]
-            for part in polygons:
-                middle = [sum(column) for column in zip(*part, strict=True)]
-                cut.append((part, behind(rows, forms, piece(network.act, [dot(form, middle) for form in forms]))))
-        parts = cut
-    return {tuple(forms[0][:2]) for _, forms in parts}
-
-
-def sides(polygon: list[Any], form: Form) -> list[Any]:
-    """The polygon, cut where the form is 0."""
-    scale = math.lcm(*(v.denominator for v in form))
-    values = [dot([int(v * scale) for v in form], corner) for corner in polygon]
-    if not min(values) < 0 < max(values):
-        return [polygon]
-    found: list[list[Any]] = [[], []]
-    around = list(zip(polygon, values, strict=True))
-    for (corner, v), (after, w) in zip(around, [*around[1:], around[0]], strict=True):
-        for sign, side in zip((1, -1), found, strict=True):
-            if sign * v >= 0:
-                side.append(corner)
-            if v * w < 0:
-                between = [abs(w) * a + abs(v) * b for a, b in zip(corner, after, strict=True)]
-                side.append(tuple(entry // math.gcd(*between) for entry in between))
-    return found

@@ -24,11 +24,11 @@ from networks import (
     norm_at,
     pairs,
     power,
-    region_gradients,
     root,
     scaled,
     uniform,
 )
+from polygons import region_gradients
 
 from lipexp.activations import ActiveMap, as_activation
 from lipexp.measured.gradients import norms, operator_norms, scan

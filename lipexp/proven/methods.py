@@ -81,18 +81,24 @@ class Problem(NamedTuple):
 
 
 def by_product(problem: Problem) -> Proof:
-    """The product of the layers' norms, for activations that are 1-Lipschitz in the norm of the hidden spaces."""
+    """The product of the layers' norms, for activations that are 1-Lipschitz in the norm of the hidden spaces.
+
+    The norm of a residual layer is proven for slopes in [0, 1].
+    """
+    if not problem.network.is_plain and (reason := semidefinite.why_no_slopes(problem.network.act)):
+        return Proof(None, reason)
     if problem.chain.hidden_p not in problem.network.act.norms:
         return Proof(None, f"the activation declares no bound in the {problem.chain.hidden_p:g}-norm")
     return Proof(product_bound([norm for (norm,) in problem.network.norms]))
 
 
 def by_multipliers(problem: Problem) -> Proof:
-    """What the constraint has proven of the network as a whole, everywhere, by multipliers that it has found."""
+    """What the constraint has proven of the network as a whole, for slopes in [0, 1], by its own multipliers."""
     whole = problem.network.whole
     if not whole:
         return Proof(None, "the network has no multipliers of its own")
-    return Proof(whole[0])
+    reason = semidefinite.why_no_slopes(problem.network.act)
+    return Proof(None, reason) if reason else Proof(whole[0])
 
 
 def by_regions(problem: Problem) -> Proof:

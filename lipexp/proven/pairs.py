@@ -106,7 +106,7 @@ def feature_constants(network: BakedNetwork, certificate: Certificate, pairs: Pa
     bounds = [np.full((len(rounded), network.n_inputs), certificate.value)]
     if pairs is not None:
         bounds[0][:] = pairs.constants[np.triu_indices(network.n_outputs, 1)][:, None]
-    if following.why_not_applicable(network) is None:
+    if network.is_plain and following.why_not_applicable(network) is None:
         bounds.append(following.through(rounded, following.before_last(network, None), None))
     if chain.hidden_p in network.act.norms and len(layers) > 1:
         weight, exponent = integers(layers[0].weight[0].numpy())
