@@ -164,6 +164,9 @@ CASES = constraint_cases(bounded=False).values()
 TRAINED = [(*case, *act_for(case, place), "model.depth=2") for place, case in enumerate(CASES)]
 # The same with several classes: 3 in the plane, and 10 in five dimensions.
 SEVERAL = [(*case, *of_classes(*((3, 2), (10, 5))[i % 2])) for i, case in enumerate(TRAINED)]
+# One case of each kind of network that there is once training is over, where all would take minutes.
+KINDS = {f"constraint={name}" for name in ("none", "spectral", "linf", "one", "sll", "sandwich")}
+ONE_OF_EACH, SEVERAL_OF_EACH = ([case for case in cases if case[0] in KINDS] for cases in (TRAINED, SEVERAL))
 EACH_LIPSCHITZ = ("lipschitz=0.01", "lipschitz=1", "lipschitz=3", "lipschitz=100")
 
 

@@ -11,8 +11,8 @@ import torch
 from networks import (
     EACH_LIPSCHITZ,
     NORMS,
-    SEVERAL,
-    TRAINED,
+    ONE_OF_EACH,
+    SEVERAL_OF_EACH,
     by_hand,
     network,
     normal,
@@ -52,7 +52,7 @@ def test_numbers_too_large_for_float64_have_no_radius():
     assert radii.radius == radii.radius_float32 == 0
 
 
-@pytest.mark.parametrize("overrides", SEVERAL, ids=" ".join)
+@pytest.mark.parametrize("overrides", SEVERAL_OF_EACH, ids=" ".join)
 def test_networks_of_several_classes_keep_their_promises(overrides, trained):
     """r L_cj is at most f_c - f_j for every class j, decided without rounding, and nearly so for the runner-up."""
     result = trained(*overrides, runs=EACH_LIPSCHITZ)
@@ -85,7 +85,7 @@ def test_networks_of_several_classes_keep_their_promises(overrides, trained):
             assert (plain(points.float()).argmax(dim=1).numpy() == radii.prediction)[held].all()
 
 
-@pytest.mark.parametrize("overrides", TRAINED, ids=" ".join)
+@pytest.mark.parametrize("overrides", ONE_OF_EACH, ids=" ".join)
 def test_trained_networks_keep_their_promises(overrides, trained):
     """With every constraint and every activation, decided without rounding."""
     result = trained(*overrides, runs=EACH_LIPSCHITZ)

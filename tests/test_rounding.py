@@ -28,7 +28,7 @@ from lipexp.blocks import Affine, Residual
 from lipexp.constraints import SLL
 from lipexp.measured.gradients import Maximum
 from lipexp.networks import BakedNetwork, Network
-from lipexp.proven import Chain, Problem, prove
+from lipexp.proven import Chain, Problem, prove_quickly
 from lipexp.proven.radii import certified_radii
 from lipexp.proven.rounding import evaluate, float32_error, followed, why_no_float32, why_no_radii
 
@@ -207,13 +207,19 @@ def test_a_smooth_activation_in_a_residual_layer_has_radii_in_real_arithmetic():
     [("abs", "needs slopes in [0, 1]; Abs has [-1, 1]"), ("maxmin", "GroupSort declares no slopes")],
 )
 def test_residual_layers_need_slopes_in_0_to_1(name, reason):
-    """Neither a bound nor a radius is proven without them, whatever model.pt and the configuration say."""
+    """Neither norms nor radii are proven without them, whatever model.pt and the configuration say."""
     net = residual(2, 6, 1, act=ACTS[name])
     assert why_no_radii(net) == reason
     chain = Chain.of(SLL(), net.layers)
     nowhere = torch.zeros(2).double()
-    found = prove(Problem(net, chain, (nowhere, nowhere), Maximum(0.0, ()), 1000))
+    found = prove_quickly(Problem(net, chain, (nowhere, nowhere), Maximum(0.0, ()), 1000))
     assert (found.value, found.reason) == (None, reason)
+
+
+def test_a_residual_layer_whose_norm_is_not_proven_has_no_radii():
+    net = residual(2, 6, 1)
+    net.layers[2].t.mul_(3)
+    assert why_no_radii(SLL().prove(net)) == "not proven to be 1-Lipschitz: residual layer 2"
 
 
 # Where rounding is at its worst ----------------------------------------------------------------------------------

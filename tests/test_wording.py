@@ -94,10 +94,11 @@ def test_a_number_that_equals_its_limit_is_shown_as_the_limit_is():
 
 def test_the_interval_line_without_a_constraint():
     unproven = {"certified": None, "verdict": "OPEN", "reason": "no bound is declared"}
+    alone = " (training set no bound: this one is proven of this network alone)"
     for values, expected in (
-        ({}, " ≤ certified 178.5   PASS"),
-        ({"certified": 86.25, "method": "lipsdp"}, " ≤ certified 86.25 (lipsdp)   PASS"),
-        ({"open": "more than 9 regions"}, " ≤ certified 178.5   PASS (not exact: more than 9 regions)"),
+        ({}, f" ≤ certified 178.5   PASS{alone}"),
+        ({"certified": 86.25, "method": "lipsdp"}, f" ≤ certified 86.25 (lipsdp)   PASS{alone}"),
+        ({"open": "more than 9 regions"}, f" ≤ certified 178.5   PASS{alone} (not exact: more than 9 regions)"),
         (unproven, "   OPEN (no bound is declared)"),
     ):
         assert interval_line(replace(FREE, **values)) == f"‖∇f‖₂  measured 49.79{expected}"

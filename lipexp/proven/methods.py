@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -65,6 +66,10 @@ class Chain:
             constraint.names(layers),
         )
 
+    def bound_of(self, layer: Block) -> float | None:
+        """The norm that a layer may have; None: it has no bound of its own."""
+        return 1.0 if layer.is_residual else self.layer_bound
+
 
 class Problem(NamedTuple):
     """What a method may use."""
@@ -85,7 +90,8 @@ def by_product(problem: Problem) -> Proof:
 
     The norm of a residual layer is proven for slopes in [0, 1].
     """
-    if not problem.network.is_plain and (reason := semidefinite.why_no_slopes(problem.network.act)):
+    reason = semidefinite.why_no_residual_norms(problem.network)
+    if reason is not None:
         return Proof(None, reason)
     if problem.chain.hidden_p not in problem.network.act.norms:
         return Proof(None, f"the activation declares no bound in the {problem.chain.hidden_p:g}-norm")
@@ -98,6 +104,8 @@ def by_multipliers(problem: Problem) -> Proof:
     if not whole:
         return Proof(None, "the network has no multipliers of its own")
     reason = semidefinite.why_no_slopes(problem.network.act)
+    if reason is None and math.isinf(whole[0]):
+        reason = "they prove nothing of the stored weights"
     return Proof(None, reason) if reason else Proof(whole[0])
 
 

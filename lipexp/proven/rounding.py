@@ -43,11 +43,9 @@ FLOAT32 = Arithmetic(2.0**-24, 2.0**-149, 2.0**127)
 
 def why_no_radii(network: BakedNetwork) -> str | None:
     """Why no radius can be proven for the network, whatever its Lipschitz constant; None if one can."""
-    if not network.is_plain:
-        return semidefinite.why_no_slopes(network.act)
     if _spread(network) is None:
         return f"{network.act.label} declares neither norms nor slopes, which would bound its rounding errors"
-    return None
+    return semidefinite.why_no_residual_norms(network)
 
 
 def why_no_float32(network: BakedNetwork) -> str | None:

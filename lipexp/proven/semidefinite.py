@@ -60,6 +60,15 @@ def why_no_slopes(act: Activation) -> str | None:
     return None
 
 
+def why_no_residual_norms(network: BakedNetwork) -> str | None:
+    """Why the norms of its residual layers, if it has any, are no bounds; None if they are."""
+    inside = [i for i, layer in enumerate(network.layers) if layer.is_residual]
+    if inside and (reason := why_no_slopes(network.act)):
+        return reason
+    unproven = [str(i) for i in inside if math.isinf(network.norms[i][0])]
+    return f"not proven to be 1-Lipschitz: residual layer {', '.join(unproven)}" if unproven else None
+
+
 def eclipse(network: BakedNetwork) -> float | None:
     """A proven bound by the multipliers of ECLipsE-Fast, for slopes in [0, 1]; None where no proof is found.
 
