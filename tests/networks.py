@@ -335,21 +335,23 @@ def behind(rows: list[Form], forms: Sequence[Form], chosen: Piece | None = None)
 def local_map(network: BakedNetwork, point: Any) -> tuple[list[Form], list[Piece]]:
     """The affine map of each output near a point that is on no breakpoint, and the pieces that lead to it."""
     x, chosen = [*(Fraction(float(v)) for v in point), Fraction(1)], list[Piece]()
-    forms = [[Fraction(i == j) for i in range(len(x))] for j in range(len(x) - 1)]
+    first, *others = network.layers
+    forms, beside = exact_rows(first.weight[0], first.bias[0]), True
 
     def activated(forms: list[Form]) -> Piece:
         chosen.append(piece(network.act, [dot(form, x) for form in forms]))
         return chosen[-1]
 
-    for i, layer in enumerate(network.layers):
+    for layer in others:
         if layer.is_residual:
             inside = behind(exact_rows(layer.weight[0].mT, layer.bias[0]), forms)
             back = -layer.weight[0].double() * layer.t[0].double()  # the product of two float32 numbers is exact
             change = behind(exact_rows(back, back.new_zeros(1, len(back))), inside, activated(inside))
             forms = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(forms, change, strict=True)]
-            continue
-        beside = i > 0 and not network.layers[i - 1].is_residual
-        forms = behind(exact_rows(layer.weight[0], layer.bias[0]), forms, activated(forms) if beside else None)
+        else:
+            chosen_here = activated(forms) if beside else None
+            forms = behind(exact_rows(layer.weight[0], layer.bias[0]), forms, chosen_here)
+        beside = not layer.is_residual
     return forms, chosen
 
 

@@ -33,7 +33,7 @@ def test_how_numbers_look():
 BOUNDS = Interval(
     **{"p": 2, "q": 2, "target": 1.0, "measured": 0.99427, "measured_by": "exact arithmetic", "regions": None},
     **{"certified": 0.99999714, "product": 0.99999714, "method": "product", "reason": None, "verdict": "PASS"},
-    **dict.fromkeys(("exact", "exact_box", "open")),
+    **dict.fromkeys(("exact", "exact_box", "open", "whole")),
 )
 FREE = replace(BOUNDS, target=None, certified=178.41, measured=49.8)
 
@@ -90,6 +90,13 @@ def test_a_number_that_equals_its_limit_is_shown_as_the_limit_is():
         assert f" ≤ certified {limit!r} ≤ L = {limit!r} ".replace("e-07", "e-7") in line
     broken = replace(BOUNDS, measured=1.00000001, certified=1.0, verdict="FAIL")
     assert interval_line(broken) == "‖∇f‖₂  measured 1.00000001 > certified 1 ≤ L = 1   FAIL"
+
+
+def test_the_interval_line_of_a_network_that_is_proven_as_a_whole_shows_that_and_no_product():
+    found = replace(BOUNDS, certified=1.0, product=4.7, whole=1.0, method="multipliers")
+    assert interval_line(found) == "‖∇f‖₂  measured 0.9942 ≤ certified 1 (multipliers) ≤ L = 1   PASS"
+    line = "‖∇f‖₂  measured 0.9942 ≤ exact 0.9953 ≤ multipliers 1 ≤ L = 1   PASS"
+    assert interval_line(replace(found, exact=0.9952718, certified=0.9952718, method="exact")) == line
 
 
 def test_the_interval_line_without_a_constraint():

@@ -7,8 +7,9 @@ proves one for it, and the smallest is taken for each pair:
 - rows, eclipse, lipsdp: as for any network of one output, lipsdp with the multipliers of the whole network unless
   it is the method that was asked for;
 - exact: from the linear regions that were enumerated for the whole network;
-- joint: ||e_i - e_j||_h* L with L a bound of the whole network, sqrt(2) L for h = 2 and 2 L for h = inf. That is a
-  fallback for pairs of which nothing better is known.
+- joint: ||e_i - e_j||_h* L with L a bound of the whole network: sqrt(2) L for h = 2, 2 L for h = inf, and L for
+  h = 1. That is a fallback for pairs of which nothing better is known. A constraint's own multipliers are not
+  asked for each pair: with R R^T = I for the last of `Sandwich` layers they prove sqrt(2) L of it, too.
 
 The difference w_i - w_j of float32 numbers is exact in integers, and in float64 unless their exponents are far
 apart; what float64 loses is added to the bounds of eclipse and lipsdp, as the product bounds it.
