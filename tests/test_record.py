@@ -26,7 +26,7 @@ def change(folder: RunFolder, **values: object) -> None:
 def test_metrics_are_read_as_they_were_written(folder, trained_run, tmp_path):
     for run in (folder, RunFolder(trained_run("dataset=absolute_value"))):
         written = run.read_json("metrics.json")
-        assert written["schema"] == 3
+        assert written["schema"] == 4
         Metrics.read(run).write(folder)
         assert folder.read_json("metrics.json") == written
 

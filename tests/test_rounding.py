@@ -174,20 +174,38 @@ def test_the_errors_of_residual_layers_are_bounded_in_any_order_of_summation(nam
     assert worst > 1e-3  # the bound is not out of reach
 
 
-def test_a_residual_layer_loses_what_its_activation_underflows_or_overflows():
-    tiny, huge = 2.0**-140, 2.0**100
-    for scale, t in ((tiny, 1.0), (1.0, tiny)):
-        layer = Residual(*(torch.tensor([[[value]]]) for value in (scale, 0.0, t)))
-        one = torch.ones(1, 1, 1)
-        net = SLL().prove(BakedNetwork([Affine(one, 0 * one), layer, Affine(one, 0 * one)], ReLU()))
-        x = torch.tensor([[0.3], [2.0**-20]]).double()
-        check_float64(net, x)
-        bound = float32_error(net, followed(net, x), np.zeros(2))
-        for point, f, limit in zip(x, Network(net)(x.float())[:, 0].tolist(), bound[:, 0], strict=True):
-            assert abs(Fraction(f) - value(net, point)) <= Fraction(float(limit))
-    layer = Residual(*(torch.tensor([[[number]]]) for number in (huge, 0.0, huge)))
-    net = with_norms(BakedNetwork([Affine(one, 0 * one), layer, Affine(one, 0 * one)], ReLU()), 1.0, 1.0, 1.0)
-    assert float32_error(net, followed(net, x), np.zeros(2)).max() == math.inf
+def opposed(offset, weight=1.0, t=0.5, more=()):
+    """Of one feature: x - t w (relu(w x + offset) - relu(-w x + offset)), then `more` residual layers."""
+    one = torch.ones(1, 1, 1)
+    pair = Residual(torch.tensor([[[weight, -weight]]]), torch.full((1, 1, 2), offset), torch.full((1, 1, 2), t))
+    return BakedNetwork([Affine(one, 0 * one), pair, *more, Affine(one, 0 * one)], ReLU())
+
+
+def test_what_a_residual_layer_loses_is_counted_and_kept_through_the_next():
+    """Its features are large and cancel, so that float64, or float32, keeps little of x - 2 t x."""
+    next_one = Residual(torch.full((1, 1, 1), 2.0**-10), torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    x = stored(6, 1)
+    for more in ((), (next_one,)):
+        check_float64(SLL().prove(opposed(2.0**54, more=more)), x, wrong=0.1)
+        net = SLL().prove(opposed(2.0**22, more=more))
+        bound, off = float32_error(net, followed(net, x), np.zeros(6))[:, 0], []
+        for point, f, limit in zip(x, Network(net)(x.float())[:, 0].tolist(), bound, strict=True):
+            off.append(abs(Fraction(f) - value(net, point)))
+            assert off[-1] <= Fraction(float(limit)) < 10
+        assert max(off) > 0.1
+
+
+def test_a_residual_layer_loses_what_underflows_and_has_no_bound_where_it_overflows():
+    """t act(z) = 2^-152 becomes 0, and W would have made 2^-132 of it; 2^130 is beyond float32, and cancels."""
+    alone = Residual(*(torch.full((1, 1, 1), number) for number in (2.0**20, 0.0, 2.0**-40)))
+    one = torch.ones(1, 1, 1)
+    net = SLL().prove(BakedNetwork([Affine(one, 0 * one), alone, Affine(one, 0 * one)], ReLU()))
+    x = torch.tensor([[2.0**-132]]).double()
+    bound, (f,) = float32_error(net, followed(net, x), np.zeros(1)).item(), Network(net)(x.float())[0].tolist()
+    assert 2.0**-132 <= abs(Fraction(f) - value(net, x[0])) <= bound < 2.0**-125
+    net = with_norms(opposed(2.0**100, weight=2.0**-16, t=2.0**30), 1.0, 1.0, 1.0)
+    assert Network(net)(x.float()).isnan()
+    assert float32_error(net, followed(net, x), np.zeros(1)).item() == math.inf
 
 
 def test_a_smooth_activation_in_a_residual_layer_has_radii_in_real_arithmetic():
