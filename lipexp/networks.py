@@ -334,7 +334,8 @@ class Network(nn.Module):
     def __init__(self, baked: BakedNetwork) -> None:
         super().__init__()
         self.linear: Tensor | None
-        self.register_buffer("linear", None if baked.linear is None else baked.linear[0].clone())
+        for name, of_all in (("linear", baked.linear), ("multipliers", baked.multipliers)):
+            self.register_buffer(name, None if of_all is None else of_all[0].clone())
         self.layers = nn.ModuleList(
             _ResidualLayer(*layer.weight.shape[1:]) if layer.is_residual else nn.Linear(*layer.weight.shape[:0:-1])
             for layer in baked.layers
