@@ -80,15 +80,8 @@ class BakedNetwork:
         linear = None if self.linear is None else self.linear[k : k + 1]
         norms, thetas = [[per_run[k]] for per_run in self.norms], [theta[k : k + 1] for theta in self.thetas]
         multipliers = None if self.multipliers is None else self.multipliers[k : k + 1]
-        return replace(
-            self,
-            layers=layers,
-            norms=norms,
-            linear=linear,
-            thetas=thetas,
-            multipliers=multipliers,
-            whole=self.whole[k : k + 1],
-        )
+        one = replace(self, layers=layers, norms=norms, linear=linear, thetas=thetas)
+        return replace(one, multipliers=multipliers, whole=self.whole[k : k + 1])
 
     @cached_property
     def acts(self) -> Sequence[Activation]:

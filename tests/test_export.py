@@ -25,6 +25,8 @@ from lipexp.networks import BakedNetwork
 from lipexp.tasks import TASKS
 
 FREE = ("act=relu", "constraint=none", "loss=bce", "max_regions=0")
+BOUNDED = [("constraint=linf", "act=fullsort", "lipschitz=3"), ("constraint=sll", "act=relu")]
+BOUNDED += [("constraint=sandwich", "act=relu", "lipschitz=3")]
 
 OTHERS = {"n": NActivation(), "spline": LipschitzSpline(3), "householder": Householder(), "tanh": Tanh()}
 RESIDUAL = {"leaky_relu", "tuned", "groups of 3", "n", "householder"}
@@ -113,16 +115,7 @@ def test_every_activation_of_conf_is_exported_as_it_was_trained(lipexp, trained_
 
 
 @pytest.mark.parametrize("to", FORMATS)
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        FREE,
-        ("constraint=linf", "act=fullsort", "lipschitz=3"),
-        ("constraint=sll", "act=relu"),
-        ("constraint=sandwich", "act=relu", "lipschitz=3"),
-    ],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("overrides", [FREE, *BOUNDED], ids=" ".join)
 def test_what_is_written_is_said_with_the_bound_of_its_weights(lipexp, run, overrides, to):
     folder = run(*overrides)
     before, lipschitz = content(folder), metrics(folder)["lipschitz"]
