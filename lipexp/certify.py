@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -153,12 +154,14 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
 
 def _broken_layers(network: BakedNetwork, chain: Chain) -> list[str]:
     """`layer 1: spectral norm 1.5 > its bound 1`, for each layer whose norm is not proven within its bound."""
-    bound = chain.layer_bound
-    return [
+    bounds = [chain.bound_of(layer) for layer in network.layers]
+    broken = [
         f"layer {i}: {name} {above(norm, None, digits=9)} > its bound {below(bound, digits=9)}"
-        for i, (name, (norm,)) in enumerate(zip(chain.layer_norms, network.norms, strict=True))
+        for i, (name, bound, (norm,)) in enumerate(zip(chain.layer_norms, bounds, network.norms, strict=True))
         if bound is not None and norm > bound
     ]
+    whole = "the multipliers of the network prove nothing of its stored weights"
+    return [*broken, whole] if any(map(math.isinf, network.whole)) else broken
 
 
 # The verb --------------------------------------------------------------------------------------------------------
@@ -307,7 +310,9 @@ def described(folder: RunFolder, finding: Finding, radii: Sequence[float], attac
         yield "model.pt was changed: its SHA-256 is not the one that the run recorded"
     proofs = finding.certificate.proofs
     if len(proofs) > 1:
-        yield "bounds: " + "  ".join(f"{name} {_bound(proof)}" for name, proof in proofs.items())
+        yield "bounds: " + "  ".join(
+            f"{name} {_bound(proof, finding.interval.target)}" for name, proof in proofs.items()
+        )
     yield interval_line(finding.interval)
     yield from finding.broken_layers
     if finding.robustness is not None:
@@ -320,10 +325,12 @@ def described(folder: RunFolder, finding: Finding, radii: Sequence[float], attac
         yield from _attack_lines(finding.attack)
 
 
-def _bound(proof: Proof) -> str:
+def _bound(proof: Proof, target: float | None) -> str:
     if proof.value is None:
         return f"- ({proof.reason})"
-    return above(proof.value, None) + ("" if proof.everywhere else " (over the box of the data)")
+    return above(proof.value, target if proof.value == target else None) + (
+        "" if proof.everywhere else " (over the box of the data)"
+    )
 
 
 def _attack_lines(found: Attack) -> Iterator[str]:

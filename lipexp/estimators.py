@@ -8,7 +8,7 @@ the X and y that `fit` was given, and subtracting c changes no distance.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,14 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from lipexp.config import GROUPS, SETTINGS, conf_dir, one_of, whole
-from lipexp.fitting import Array, Option, Rows, in_given_units, node, number_of_python, split, trained
+from lipexp.fitting import Array, Option, Rows, node, number_of_python, proven_in_given_units, split, trained
 from lipexp.measured.gradients import Maximum
 from lipexp.members import Member, build, made_key
 from lipexp.norms import UNIT_ROUNDOFF
 from lipexp.proven import METHODS, Certificate, Chain, Problem, prove
 from lipexp.proven.pairs import pair_constants
-from lipexp.proven.radii import certified_radii, predicted, why_no_radii
+from lipexp.proven.radii import certified_radii, predicted
+from lipexp.proven.rounding import why_no_radii
 
 LOSSES = {"classification": "hinge", "multiclass": "multi_margin", "regression": "mse"}  # where none is named
 ROWS_AT_ONCE = 2**16  # in an evaluation, for the memory that their features take
@@ -43,13 +44,15 @@ class LipschitzEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn h
         act: an option of conf/act/, such as "groupsort" or "relu"; with arguments, {"option": "groupsort",
             "n_groups": 1}; or a class of your own, {"_target_": "my.Class"}. So are the next two.
         constraint: an option of conf/constraint/, such as "spectral" (radii and constants in the 2-norm), "linf"
-            ({"option": "linf", "p": "inf"}: in the inf-norm), or "none".
+            ({"option": "linf", "p": "inf"}: in the inf-norm), or "none". "sll", "cpl" and "sandwich" need
+            act="relu" or another one with slopes in [0, 1].
         loss: an option of conf/loss/ that fits the task. None: "hinge" for two classes and "multi_margin" for
             several, whose accuracy is higher than that of cross-entropy at its default temperature; "mse" for a
             regression.
         lipschitz: the bound L under which the network is trained, for standardised features (and targets).
         width: features of a hidden layer.
         depth: hidden layers.
+        widths: features of each hidden layer, such as [128, 32], instead of `width` and `depth`.
         lr: learning rate of Adam at the start; it falls to zero along a cosine.
         steps: optimiser steps.
         batch_size: rows per step; all of them if there are less.
@@ -78,6 +81,7 @@ class LipschitzEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn h
         lipschitz: float = 1.0,
         width: int = 64,
         depth: int = 2,
+        widths: Sequence[int] | None = None,
         lr: float = 0.01,
         steps: int = 300,
         batch_size: int = 256,
@@ -97,6 +101,7 @@ class LipschitzEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn h
         self.lipschitz = lipschitz
         self.width = width
         self.depth = depth
+        self.widths = widths
         self.lr = lr
         self.steps = steps
         self.batch_size = batch_size
@@ -128,16 +133,15 @@ class LipschitzEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn h
         z, t = features.transform(x), targets.transform(y.reshape(len(y), -1)).reshape(y.shape)
         member = self._member(Rows(task, n_outputs, (z[train], t[train]), (z[val], t[val])), seed)
         constraint = member.parts["constraint"]
-        network = in_given_units(trained(member), features.scale_, targets.scale_)
-        if not network.is_finite(0):
+        self.network_ = proven_in_given_units(trained(member), constraint, features.scale_, targets.scale_)
+        if not self.network_.is_finite(0):
             raise ValueError("the scales of X or y are too far from 1 for a network in float32")
-        self.network_ = constraint.prove(network)
         self.center_ = np.zeros(x.shape[1]) if features.mean_ is None else features.mean_
         self.offset_ = np.zeros(n_outputs) if targets.mean_ is None else targets.mean_
         self.p_ = float(constraint.p)
         moved = torch.from_numpy(x - self.center_)
         box = moved.amin(dim=0), moved.amax(dim=0)
-        chain = Chain.of(constraint, network.layers)
+        chain = Chain.of(constraint, self.network_.layers)
         problem = Problem(self.network_, chain, box, Maximum(0.0, ()), member.config.max_regions)
         certificate = prove(problem, method)
         self.lipschitz_ = np.inf if certificate.value is None else certificate.value
@@ -156,7 +160,7 @@ class LipschitzEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn h
             "act": self.act,
             "constraint": self.constraint,
             "loss": LOSSES[dataset.task] if self.loss is None else self.loss,
-            "model": {"option": "mlp", "width": self.width, "depth": self.depth},
+            "model": {"option": "mlp", "width": self.width, "depth": self.depth, "widths": self.widths},
             "optim": {"option": "adam", "lr": self.lr},
         }
         nodes = {group: node(group, choice, settings["lipschitz"]) for group, choice in choices.items()}
@@ -193,8 +197,8 @@ class LipschitzClassifier(ClassifierMixin, LipschitzEstimator):  # type: ignore[
     Attributes:
         classes_: the classes, in sorted order.
         lipschitz_: a proven bound on the Lipschitz constant of the decision function, for the norm `p_` in the
-            units of the X that `fit` was given. With several classes its values are vectors, in the 2-norm under
-            constraint="spectral" and in the inf-norm under "linf". inf: nothing is proven.
+            units of the X that `fit` was given. With several classes its values are vectors, in the inf-norm
+            under constraint="linf", in the 1-norm under "one", and else in the 2-norm. inf: nothing is proven.
         pair_lipschitz_: with several classes, (C, C) a bound for the difference of each two outputs, else None.
         p_: the norm in which rows move: 1, 2 or inf.
         temperature_: T of `predict_proba`.
@@ -273,8 +277,8 @@ class LipschitzRegressor(RegressorMixin, LipschitzEstimator):  # type: ignore[mi
 
     Attributes:
         lipschitz_: a proven bound on the Lipschitz constant of the map X -> y, in the units of both, for the norm
-            `p_` of a row. Several targets are vectors, in the 2-norm under constraint="spectral" and in the
-            inf-norm under "linf". inf: nothing is proven.
+            `p_` of a row. Several targets are vectors, in the inf-norm under constraint="linf", in the 1-norm
+            under "one", and else in the 2-norm. inf: nothing is proven.
         p_: the norm in which rows move: 1, 2 or inf.
         network_: f, a `lipexp.networks.BakedNetwork` of rows from which `center_` (D,) is subtracted, for targets
             from which `offset_` (C,) is subtracted.

@@ -241,7 +241,7 @@ def _layer_rows(
                 "in": layer.weight.shape[2],
                 "norm": name,
                 "operator_norm": norm,
-                "bound": 1.0 if layer.is_residual else chain.layer_bound,
+                "bound": chain.bound_of(layer),
                 "singular_min": float(singular[-1]),
                 "singular_median": float(singular.median()),
                 "singular_max": float(singular[0]),

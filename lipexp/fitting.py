@@ -5,6 +5,7 @@ Shapes: N rows, D features, C outputs.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,10 +18,12 @@ from sklearn.model_selection import train_test_split
 
 from lipexp.blocks import Affine
 from lipexp.config import ConfigError, conf_dir, number, one_of, plain
+from lipexp.constraints import Constraint
 from lipexp.datasets import Data, Dataset
 from lipexp.loop import Checkpoint, Value, fit
 from lipexp.members import Member, stack
 from lipexp.networks import BakedNetwork
+from lipexp.norms import even_split
 from lipexp.process import cpu_threads
 from lipexp.tasks import TASKS, squeezed
 
@@ -81,15 +84,46 @@ def trained(member: Member) -> BakedNetwork:
 
 
 def in_given_units(network: BakedNetwork, x_scale: Array | None, y_scale: Array | None) -> BakedNetwork:
-    """The network x -> y_scale f(x / x_scale), its weights rounded to float32; None: scales of 1."""
-    layers = list(network.affine)
+    """The network x -> y_scale f(x / x_scale), its weights rounded to float32; None: scales of 1.
+
+    Its first and its last layer are affine ones.
+    """
+    layers = list(network.layers)
     if x_scale is not None:
-        weight, bias = layers[0]
-        layers[0] = Affine((weight.double() / torch.from_numpy(x_scale)).float(), bias)
+        first = layers[0]
+        layers[0] = Affine((first.weight.double() / torch.from_numpy(x_scale)).float(), first.bias)
     if y_scale is not None:
-        (weight, bias), scale = layers[-1], torch.from_numpy(y_scale)
-        layers[-1] = Affine((weight.double() * scale[:, None]).float(), (bias.double() * scale).float())
-    return replace(network, layers=layers, norms=())
+        last, scale = layers[-1], torch.from_numpy(y_scale)
+        layers[-1] = Affine((last.weight.double() * scale[:, None]).float(), (last.bias.double() * scale).float())
+    return replace(network, layers=layers, norms=(), whole=())
+
+
+def proven_in_given_units(
+    network: BakedNetwork, constraint: Constraint, x_scale: Array | None, y_scale: Array | None
+) -> BakedNetwork:
+    """The same with what is proven of it.
+
+    Multipliers T that prove L for f prove L' = L max(y_scale) / min(x_scale) for this network once they are
+    multiplied by max(y_scale)^2, but for the rounding of its weights, which a slightly larger L' allows for. In
+    the units of a constraint they are stored as T_k / b^(2 (n - k)), b = L^(1/n).
+    """
+    network = in_given_units(network, x_scale, y_scale)
+    lipschitz, n = constraint.target(0), len(network.layers)
+    if network.multipliers is None or lipschitz is None or not network.is_finite(0):
+        return constraint.prove(network)
+    largest = 1.0 if y_scale is None else float(y_scale.max())
+    shares = [largest**2 * even_split(lipschitz, n) ** (2 * (n - k)) for k in range(1, n)]
+    for excess in (2.0**-20, 2.0**-16, 2.0**-12, 2.0**-8):
+        wider = copy.copy(constraint)
+        wider.lipschitz = (1 + excess) * lipschitz * largest / (1.0 if x_scale is None else float(x_scale.min()))
+        b = even_split(wider.lipschitz, n)
+        factors = [share / b ** (2 * (n - k)) for k, share in enumerate(shares, start=1)]
+        parts = zip(network.multipliers.double().split(network.hidden_widths, dim=1), factors, strict=True)
+        multipliers = torch.cat([part * factor for part, factor in parts], dim=1).float()
+        found = wider.prove(replace(network, multipliers=multipliers))
+        if np.isfinite(found.whole).all():
+            break
+    return found
 
 
 def node(group: str, choice: Option, lipschitz: float) -> dict[str, Any]:

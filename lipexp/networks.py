@@ -80,15 +80,8 @@ class BakedNetwork:
         linear = None if self.linear is None else self.linear[k : k + 1]
         norms, thetas = [[per_run[k]] for per_run in self.norms], [theta[k : k + 1] for theta in self.thetas]
         multipliers = None if self.multipliers is None else self.multipliers[k : k + 1]
-        return replace(
-            self,
-            layers=layers,
-            norms=norms,
-            linear=linear,
-            thetas=thetas,
-            multipliers=multipliers,
-            whole=self.whole[k : k + 1],
-        )
+        one = replace(self, layers=layers, norms=norms, linear=linear, thetas=thetas)
+        return replace(one, multipliers=multipliers, whole=self.whole[k : k + 1])
 
     @cached_property
     def acts(self) -> Sequence[Activation]:
@@ -334,7 +327,8 @@ class Network(nn.Module):
     def __init__(self, baked: BakedNetwork) -> None:
         super().__init__()
         self.linear: Tensor | None
-        self.register_buffer("linear", None if baked.linear is None else baked.linear[0].clone())
+        for name, of_all in (("linear", baked.linear), ("multipliers", baked.multipliers)):
+            self.register_buffer(name, None if of_all is None else of_all[0].clone())
         self.layers = nn.ModuleList(
             _ResidualLayer(*layer.weight.shape[1:]) if layer.is_residual else nn.Linear(*layer.weight.shape[:0:-1])
             for layer in baked.layers

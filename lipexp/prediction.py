@@ -19,7 +19,8 @@ from lipexp.datasets.preprocessing import NUMBER, Floats, Preprocessing
 from lipexp.networks import BakedNetwork
 from lipexp.proven import Certificate
 from lipexp.proven.pairs import Pairs, feature_constants, pair_constants
-from lipexp.proven.radii import certified_radii, margins, predicted, why_no_radii
+from lipexp.proven.radii import certified_radii, margins, predicted
+from lipexp.proven.rounding import why_no_radii
 
 ROUNDING = 2.0**-22  # of the two float32 numbers that a value of the table and a changed one become, relative
 

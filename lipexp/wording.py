@@ -61,7 +61,7 @@ def robustness_line(robustness: Robustness) -> str:
     line = f"{within}median radius {'infinite' if median is None else below(median)}"
     if pairs is not None:
         gain = pairs.median_gain
-        larger = "" if gain is None else f", radii {below(100 * (gain - 1), digits=2)} % larger"
+        larger = "" if gain is None or gain < 1.001 else f", radii {below(100 * (gain - 1), digits=2)} % larger"
         line += f" (pairs of outputs: {above(pairs.smallest, None)} to {above(pairs.largest, None)}{larger})"
     return line if robustness.reason is None else f"{line} (none in float32: {robustness.reason})"
 
@@ -100,6 +100,7 @@ def interval_line(lipschitz: Interval) -> str:
     Without an exact constant the certified bound is shown, with its method if that is not the product. `measured`
     is a maximum over the box of the data. Of two exact constants the first is that of the box, the second holds
     everywhere. Where a number is larger than the next one, as after a FAIL, all are shown with all their digits.
+    Without L the line says that its bound is one of this network alone.
     """
     exact, certified, target = lipschitz.exact, lipschitz.certified, lipschitz.target
     measured = lipschitz.measured
@@ -124,6 +125,8 @@ def interval_line(lipschitz: Interval) -> str:
     line = f"‖∇f‖{SUBSCRIPT[lipschitz.q]}  {_chain(links)}   {lipschitz.verdict}"
     if certified is None:
         line += f" ({lipschitz.reason})"
+    elif target is None:
+        line += " (training set no bound: this one is proven of this network alone)"
     return line if lipschitz.open is None else f"{line} (not exact: {lipschitz.open})"
 
 

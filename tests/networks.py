@@ -16,7 +16,8 @@ from acts import RELU, Bent, Descending, Handicap, Larger, Tuned
 from conftest import act_for, constraint_cases
 
 from lipexp.activations import Activation, GroupSort, Identity, LipschitzSpline, NActivation
-from lipexp.blocks import Affine
+from lipexp.blocks import Affine, Residual, act_width
+from lipexp.constraints import SLL
 from lipexp.datasets import Generated
 from lipexp.losses import Loss, column
 from lipexp.models import Free
@@ -38,6 +39,11 @@ def uniform(*shape: int, seed: int = 0) -> torch.Tensor:
     return 2 * torch.rand(*shape, generator=generator(seed), dtype=torch.float64) - 1
 
 
+def stored(*shape: int) -> torch.Tensor:
+    """Points in float64 that float32 holds exactly, as data are."""
+    return normal(*shape).float().double()
+
+
 def network(
     *sizes: int, act: Activation = RELU, runs: int = 1, seed: int = 0, bias: float = 0.5, grain: float = 0.0
 ) -> BakedNetwork:
@@ -46,25 +52,45 @@ def network(
     With a grain they, and the parameters of the activation, are multiples of it, so that breakpoints meet in one
     point.
     """
-
-    def rounded(part: torch.Tensor) -> torch.Tensor:
-        return (grain * (2 * part / grain).round() if grain else part).float()
-
     layers = []
     for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
         weight = normal(runs, n_out, n_in, seed=100 * seed + 2 * i) / math.sqrt(n_in)
         parts = (weight, bias * normal(runs, 1, n_out, seed=100 * seed + 2 * i + 1))
-        layers.append(Affine(*map(rounded, parts)))
-    thetas = []
-    for i, width in enumerate([*sizes[1:-1], 0]):
-        theta = rounded(normal(runs, act.n_parameters(width) if width else 0, seed=100 * seed + 50 + i))
+        layers.append(Affine(*(in_grains(part, grain) for part in parts)))
+    return with_parameters(BakedNetwork(layers, act), seed, grain)
+
+
+def with_parameters(network: BakedNetwork, seed: int = 0, grain: float = 0.0) -> BakedNetwork:
+    """With random parameters of the activation in each layer, if it has any."""
+    act, thetas = network.act, []
+    for i in range(len(network.layers)):
+        width = act_width(network.layers, i)
+        n = act.n_parameters(width) if width else 0
+        theta = in_grains(normal(network.n_runs, n, seed=100 * seed + 50 + i), grain)
         thetas.append(act.within(theta, torch.ones(1, 1)))
-    return BakedNetwork(layers, act, thetas=thetas if any(theta.numel() for theta in thetas) else [])
+    return replace(network, thetas=thetas if any(theta.numel() for theta in thetas) else [])
+
+
+def in_grains(part: torch.Tensor, grain: float) -> torch.Tensor:
+    return (grain * (2 * part / grain).round() if grain else part).float()
 
 
 def by_hand(*layers: tuple[list[list[float]], list[float]], act: Activation = RELU) -> BakedNetwork:
     """One network from the nested lists of its weights and biases."""
     return BakedNetwork([Affine(torch.tensor([w]), torch.tensor([[b]])) for w, b in layers], act)
+
+
+def residual(
+    *sizes: int, inside: int = 6, act: Activation = RELU, seed: int = 0, bias: float = 0.5
+) -> BakedNetwork:
+    """With two residual layers of `inside` features behind the first layer, and the proven norms of all."""
+    first, *others = network(*sizes, act=act, seed=seed, bias=bias).layers
+    layers = [first]
+    for i in range(2):
+        weight, offset = (normal(1, n, inside, seed=seed + 50 + i + n) for n in (sizes[1], 1))
+        t = 2 * (1 - 2.0**-10) / (weight.mT @ weight).abs().sum(dim=2)  # diagonally dominant
+        layers.append(Residual(weight.float(), (bias * offset).float(), t.float().unsqueeze(1)))
+    return SLL().prove(with_parameters(BakedNetwork([*layers, *others], act), seed))
 
 
 def free(network: BakedNetwork) -> list[Free]:
@@ -78,6 +104,10 @@ def scaled(network: BakedNetwork, *factors: float, bias: bool = False) -> BakedN
     """With the weights of each layer times its factor; the biases, too, times those of all layers so far."""
     layers = zip(network.layers, factors, itertools.accumulate(factors, lambda a, b: a * b), strict=True)
     return replace(network, layers=[Affine(w * f, b * (p if bias else 1)) for (w, b), f, p in layers])
+
+
+def with_norms(network: BakedNetwork, *norms: float) -> BakedNetwork:
+    return replace(network, norms=[[norm] for norm in norms])
 
 
 def between(network: BakedNetwork, i: int, j: int) -> BakedNetwork:
@@ -151,6 +181,9 @@ CASES = constraint_cases(bounded=False).values()
 TRAINED = [(*case, *act_for(case, place), "model.depth=2") for place, case in enumerate(CASES)]
 # The same with several classes: 3 in the plane, and 10 in five dimensions.
 SEVERAL = [(*case, *of_classes(*((3, 2), (10, 5))[i % 2])) for i, case in enumerate(TRAINED)]
+# One case of each kind of network that there is once training is over, where all would take minutes.
+KINDS = {f"constraint={name}" for name in ("none", "spectral", "linf", "one", "sll", "sandwich")}
+ONE_OF_EACH, SEVERAL_OF_EACH = ([case for case in cases if case[0] in KINDS] for cases in (TRAINED, SEVERAL))
 EACH_LIPSCHITZ = ("lipschitz=0.01", "lipschitz=1", "lipschitz=3", "lipschitz=100")
 
 
@@ -228,18 +261,23 @@ def pieces(act: Activation, width: int) -> Iterator[Piece]:
     return (sorting(act, groups, orders) for orders in itertools.product(*map(itertools.permutations, groups)))
 
 
+def exact_rows(weight: torch.Tensor, bias: torch.Tensor) -> list[Form]:
+    """The rows of a weight (out, in), each with its bias (1, out)."""
+    return [[Fraction(v) for v in row] for row in torch.cat([weight, bias.mT], dim=1).double().tolist()]
+
+
 def exact_layers(network: BakedNetwork) -> list[list[Form]]:
-    """The rows of each layer's weight, each with its bias."""
-    parts = [torch.cat([weight[0], bias[0].mT], dim=1) for weight, bias in network.layers]
-    return [[[Fraction(v) for v in row] for row in part.double().tolist()] for part in parts]
+    """The rows of each affine layer."""
+    return [exact_rows(weight[0], bias[0]) for weight, bias in network.layers]
 
 
 def dot(a: Sequence[Any], b: Sequence[Any]) -> Any:
     return sum(x * y for x, y in zip(a, b, strict=True))
 
 
-def behind(rows: list[Form], forms: Sequence[Form], chosen: Piece) -> list[Form]:
-    """The affine functions behind an activation and a layer."""
+def behind(rows: list[Form], forms: Sequence[Form], chosen: Piece | None = None) -> list[Form]:
+    """The affine functions behind an activation, if there is one, and a layer."""
+    chosen = chosen or [(j, Fraction(1), Fraction(0)) for j in range(len(forms))]
     out = [[factor * v for v in forms[j]] for j, factor, _ in chosen]
     out = [[*form[:-1], form[-1] + offset] for form, (_, _, offset) in zip(out, chosen, strict=True)]
     columns = list(zip(*out, strict=True))
@@ -249,11 +287,24 @@ def behind(rows: list[Form], forms: Sequence[Form], chosen: Piece) -> list[Form]
 
 def local_map(network: BakedNetwork, point: Any) -> tuple[list[Form], list[Piece]]:
     """The affine map of each output near a point that is on no breakpoint, and the pieces that lead to it."""
-    x, chosen = [*(Fraction(float(v)) for v in point), Fraction(1)], []
-    forms, *layers = exact_layers(network)
-    for act, rows in zip(network.acts, layers, strict=False):
+    x, chosen = [*(Fraction(float(v)) for v in point), Fraction(1)], list[Piece]()
+    first, *others = network.layers
+    forms, beside = exact_rows(first.weight[0], first.bias[0]), True
+
+    def activated(act: Activation, forms: list[Form]) -> Piece:
         chosen.append(piece(act, [dot(form, x) for form in forms]))
-        forms = behind(rows, forms, chosen[-1])
+        return chosen[-1]
+
+    for layer, (before, inner) in zip(others, itertools.pairwise(network.acts), strict=True):
+        if layer.is_residual:
+            inside = behind(exact_rows(layer.weight[0].mT, layer.bias[0]), forms)
+            back = -layer.weight[0].double() * layer.t[0].double()  # the product of two float32 numbers is exact
+            change = behind(exact_rows(back, back.new_zeros(1, len(back))), inside, activated(inner, inside))
+            forms = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(forms, change, strict=True)]
+        else:
+            chosen_here = activated(before, forms) if beside else None
+            forms = behind(exact_rows(layer.weight[0], layer.bias[0]), forms, chosen_here)
+        beside = not layer.is_residual
     return forms, chosen
 
 
@@ -299,54 +350,3 @@ def pattern_power(network: BakedNetwork, q: float) -> Fraction:
     for act, rows in zip(network.acts, layers, strict=False):
         found = [behind(rows, forms, chosen) for forms in found for chosen in pieces(act, len(forms))]
     return max(power(forms[0][:-1], q) for forms in found)
-
-
-def region_gradients(network: BakedNetwork, box: Any = None) -> set[tuple[Fraction, ...]]:
-    """The gradients on all linear regions of two inputs with an interior in the box (low, high), or the plane.
-
-    Layer by layer, the lines of all breakpoints cut polygons of homogeneous corners (x, y, t), which are integers.
-    """
-    start = [[(s, 0, 0), (0, t, 0), (0, 0, 1)] for s in (1, -1) for t in (1, -1)]
-    if box is not None:
-        (x0, y0), (x1, y1) = ([int(v) for v in end] for end in box)
-        start = [[(x0, y0, 1), (x1, y0, 1), (x1, y1, 1), (x0, y1, 1)]]
-    forms, *layers = exact_layers(network)
-    parts = [(polygon, forms) for polygon in start]
-    for act, rows in zip(network.acts, layers, strict=False):
-        width = len(rows[0]) - 1
-        groups = groups_of(act, width)
-        pairs = [pair for group in groups or [] for pair in itertools.combinations(group, 2)]
-        knots = [(j, knot) for j in range(width) for knot in curve(act, j, width)[0]] if groups is None else []
-        cut = []
-        for polygon, forms in parts:
-            gaps = [[a - b for a, b in zip(forms[i], forms[j], strict=True)] for i, j in pairs]
-            for gap, (i, j) in zip(gaps, pairs, strict=True):
-                gap[-1] += ahead(act, i) - ahead(act, j)
-            gaps += [[*forms[j][:-1], forms[j][-1] - knot] for j, knot in knots]
-            polygons = [polygon]
-            for gap in gaps:
-                polygons = [side for part in polygons for side in sides(part, gap)]
-            for part in polygons:
-                middle = [Fraction(sum(column)) for column in zip(*part, strict=True)]
-                z = [dot(form, middle) / middle[-1] for form in forms]
-                cut.append((part, behind(rows, forms, piece(act, z))))
-        parts = cut
-    return {tuple(forms[0][:2]) for _, forms in parts}
-
-
-def sides(polygon: list[Any], form: Form) -> list[Any]:
-    """The polygon, cut where the form is 0."""
-    scale = math.lcm(*(v.denominator for v in form))
-    values = [dot([int(v * scale) for v in form], corner) for corner in polygon]
-    if not min(values) < 0 < max(values):
-        return [polygon]
-    found: list[list[Any]] = [[], []]
-    around = list(zip(polygon, values, strict=True))
-    for (corner, v), (after, w) in zip(around, [*around[1:], around[0]], strict=True):
-        for sign, side in zip((1, -1), found, strict=True):
-            if sign * v >= 0:
-                side.append(corner)
-            if v * w < 0:
-                between = [abs(w) * a + abs(v) * b for a, b in zip(corner, after, strict=True)]
-                side.append(tuple(entry // math.gcd(*between) for entry in between))
-    return found

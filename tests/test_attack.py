@@ -9,7 +9,18 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from networks import EACH_LIPSCHITZ, NORMS, SEVERAL, TRAINED, by_hand, generator, network, normal, power, values
+from networks import (
+    EACH_LIPSCHITZ,
+    NORMS,
+    ONE_OF_EACH,
+    SEVERAL_OF_EACH,
+    by_hand,
+    generator,
+    network,
+    normal,
+    power,
+    values,
+)
 
 from lipexp.evaluate import Evaluator
 from lipexp.loop import fit
@@ -97,7 +108,7 @@ def test_a_linear_map_changes_its_class_just_beyond_its_distance_and_never_withi
     check_flips(found, net, x, right * 1.0001, p)
 
 
-@pytest.mark.parametrize("overrides", SEVERAL, ids=" ".join)
+@pytest.mark.parametrize("overrides", SEVERAL_OF_EACH, ids=" ".join)
 def test_radii_of_several_classes_are_refuted_if_and_only_if_they_are_wrong(overrides, trained, monkeypatch):
     monkeypatch.setattr("lipexp.measured.attack.BEYOND", ())
     result = trained(*overrides, runs=EACH_LIPSCHITZ)
@@ -118,7 +129,7 @@ def test_radii_of_several_classes_are_refuted_if_and_only_if_they_are_wrong(over
     check_flips(found, net, x, wrong, chain.p)
 
 
-@pytest.mark.parametrize("overrides", TRAINED, ids=" ".join)
+@pytest.mark.parametrize("overrides", ONE_OF_EACH, ids=" ".join)
 def test_radii_are_refuted_if_and_only_if_they_are_wrong(overrides, trained, monkeypatch):
     """Of trained networks, with every constraint and every activation."""
     monkeypatch.setattr("lipexp.measured.attack.BEYOND", ())

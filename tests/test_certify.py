@@ -111,6 +111,30 @@ def test_a_folder_of_runs_is_certified_run_by_run(lipexp, run, tmp_path):
 # Weights edited by hand ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("constraint", "method", "name", "said"),
+    [
+        ("sll", "product", "layers.1.t", "layer 1: residual layer infinity > its bound 1"),
+        (
+            "sandwich",
+            "multipliers",
+            "multipliers",
+            "the multipliers of the network prove nothing of its stored weights",
+        ),
+    ],
+)
+def test_numbers_that_prove_nothing_are_named(lipexp, run, constraint, method, name, said):
+    """At L < 1, which the norm of a residual layer exceeds."""
+    folder = run(f"constraint={constraint}", "act=relu", "lipschitz=0.1", "max_regions=0")
+    done = lipexp("certify", str(folder))
+    assert (done.code, done.err, "its bound" in done.out) == (0, "", False)
+    assert 0.0999 < metrics(folder)["certify"]["bounds"][method]["value"] <= 0.1
+    edit(folder, lambda state: state[name].mul_(3))
+    done = lipexp("certify", str(folder))
+    assert said in done.out.splitlines()
+    assert metrics(folder)["certify"]["bounds"][method]["value"] is None
+
+
 @pytest.mark.parametrize(("factor", "broken"), [(1.5, True), (0.5, False)])
 def test_scaled_weights_are_reported_and_fail_with_their_layer_or_are_proven(lipexp, run, factor, broken):
     folder = run("max_regions=0")

@@ -20,11 +20,12 @@ from networks import (
     norm_at,
     pairs,
     power,
-    region_gradients,
+    residual,
     root,
     scaled,
     uniform,
 )
+from polygons import region_gradients
 
 from lipexp.activations import as_activation
 from lipexp.measured.gradients import norms, operator_norms, scan
@@ -63,6 +64,14 @@ def test_all_patterns_in_rational_arithmetic_give_the_same_constants(name, kind)
     how = {"grained": {"grain": 0.5}, "without biases": {"bias": 0.0}}.get(kind, {})
     net = network(2, 6, 6, 1, act=PIECEWISE[name], seed=len(kind), **how)
     check_all_patterns(degenerate(net) if kind == "degenerate" else net)
+
+
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_residual_layers_have_the_constants_of_all_their_regions(name):
+    """Against samples, and against the gradient that rational arithmetic finds at their own points."""
+    for shape in ((2, 6, 6, 1), (1, 6, 1)):
+        net = residual(*shape, act=PIECEWISE[name])
+        check_constants(net, BOX[0][: shape[0]], BOX[1][: shape[0]])
 
 
 SHAPES = [(1, 12, 12, 1), (2, 12, 12, 12, 1), (2, 12, 12, 1)]

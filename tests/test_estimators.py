@@ -35,7 +35,8 @@ RNG = np.random.default_rng(0)
 PLANE = RNG.uniform(-1, 1, (300, 2)) * SCALES
 TARGETS = np.stack([3 * np.abs(PLANE[:, 0]), PLANE @ [100.0, 1.0], PLANE[:, 1] + 7], axis=1)
 LINF = [{"constraint": {"option": "linf", "p": p}} for p in (1, 2, "inf")]
-CHAINS = [{}, {"act": "relu"}, {"constraint": "none", "act": "relu"}, *LINF]
+RELU = [{"constraint": name, "act": "relu"} for name in ("none", "sll", "sandwich")]
+CHAINS = [{}, {"act": "relu"}, *RELU, {"constraint": "orthogonal"}, {"constraint": "one"}, *LINF]
 
 
 def points_near(x, p, length):
@@ -99,7 +100,7 @@ def test_outputs_move_by_no_more_than_the_constant_times_what_the_row_moves(x, y
     kind = LipschitzRegressor if y.ndim == 2 else LipschitzClassifier
     model = kind(**FAST, **chain).fit(x, y)
     outputs = model.predict if y.ndim == 2 else model.decision_function
-    h = 2 if "linf" not in str(chain) else np.inf
+    h = np.inf if "linf" in str(chain) else 1 if chain.get("constraint") == "one" else 2
     steepest = 0.0
     f = outputs(x).reshape(len(x), -1)
     for length in (1e-4, 1e-2, 10.0):
@@ -110,7 +111,7 @@ def test_outputs_move_by_no_more_than_the_constant_times_what_the_row_moves(x, y
     assert 0.05 * model.lipschitz_ < steepest <= model.lipschitz_ * (1 + 1e-6)  # the rounding of far-off points
 
 
-@pytest.mark.parametrize("chain", [{}, *LINF], ids=str)
+@pytest.mark.parametrize("chain", [{}, *RELU[1:], *LINF], ids=str)
 @pytest.mark.parametrize("lipschitz", [0.1, 1.0, 20.0])
 def test_the_constant_in_given_units_is_at_most_l_over_the_smallest_scale(chain, lipschitz):
     """Times the largest scale of the targets."""

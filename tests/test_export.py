@@ -15,7 +15,7 @@ import pytest
 import torch
 from acts import ACTS
 from commands import content, edit, elsewhere, metrics
-from networks import groups_of, network, normal, slopes_of
+from networks import groups_of, network, normal, residual, slopes_of
 
 from lipexp.activations import Householder, LipschitzSpline, NActivation, ReLU, Tanh
 from lipexp.datasets.preprocessing import Column, Preprocessing, Target
@@ -25,8 +25,11 @@ from lipexp.networks import BakedNetwork
 from lipexp.tasks import TASKS
 
 FREE = ("act=relu", "constraint=none", "loss=bce", "max_regions=0")
+BOUNDED = [("constraint=linf", "act=fullsort", "lipschitz=3"), ("constraint=sll", "act=relu")]
+BOUNDED += [("constraint=sandwich", "act=relu", "lipschitz=3")]
 
 OTHERS = {"n": NActivation(), "spline": LipschitzSpline(3), "householder": Householder(), "tanh": Tanh()}
+RESIDUAL = {"leaky_relu", "tuned", "groups of 3", "n", "householder"}
 
 # Elsewhere -------------------------------------------------------------------------------------------------------
 
@@ -34,19 +37,28 @@ OTHERS = {"n": NActivation(), "spline": LipschitzSpline(3), "householder": House
 def expected(network: BakedNetwork, x):
     """f (N, C) at points (N, D), in numpy and float64."""
     points = x
-    for i, (weight, bias) in enumerate(network.layers):
-        if i:
-            act = network.double.acts[i - 1]
-            groups = groups_of(act, x.shape[1])
-            if type(act) in map(type, OTHERS.values()):  # which torch computes
-                x = act(torch.from_numpy(x[None]))[0].numpy()
-            elif groups is None:
-                below, above = map(float, slopes_of(act))
-                x = np.where(x > 0, above * x, below * x)
-            for group in groups or ():
-                x[:, group] = np.sort(x[:, group], axis=1)
-        x = x @ weight[0].numpy().T.astype(np.float64) + bias[0].numpy()
+    beside = False
+    for i, (weight, bias, *t) in enumerate(network.layers):
+        matrix, acts = weight[0].double().numpy(), network.double.acts
+        if t:
+            x = x - (t[0][0].numpy() * activated(acts[i], x @ matrix + bias[0].numpy())) @ matrix.T
+        else:
+            x = (activated(acts[i - 1], x) if beside else x) @ matrix.T + bias[0].numpy()
+        beside = not t
     return x if network.linear is None else x + points @ network.linear[0].numpy().T
+
+
+def activated(act, x):
+    if type(act) in map(type, OTHERS.values()):  # which torch computes
+        return act(torch.from_numpy(x[None]))[0].numpy()
+    groups = groups_of(act, x.shape[1])
+    if groups is None:
+        below, above = map(float, slopes_of(act))
+        return np.where(x > 0, above * x, below * x)
+    x = x.copy()
+    for group in groups:
+        x[:, group] = np.sort(x[:, group], axis=1)
+    return x
 
 
 # torch.export takes seconds; the default suite has one file of it that is read elsewhere.
@@ -56,12 +68,16 @@ KINDS = [("classification", 1), ("multiclass", 10), ("regression", 1), ("regress
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_file_computes_the_same_where_there_is_no_lipexp(tmp_path, to):
-    """Every activation, with every kind of output, near and far and at a single point; one has a linear term."""
+    """Every activation, with every kind of output, near and far and at a single point.
+
+    One has a linear term, and some have residual layers.
+    """
     written, files, networks = format_of(to), [], []
     far = 10.0 ** torch.arange(-1, 4)[:, None] * normal(5, 4)
     acts = ACTS if to == "onnx" else ["leaky_relu", "abs", "maxmin", "groups of 3", "fullsort"]
     for name, (task, n_outputs) in zip([*acts, *OTHERS], itertools.cycle(KINDS), strict=False):
-        one = network(4, 12, 6, n_outputs, act=(ACTS | OTHERS)[name], seed=len(files))
+        make = residual if name in RESIDUAL else network
+        one = make(4, 12, 6, n_outputs, act=(ACTS | OTHERS)[name], seed=len(files))
         if (task, n_outputs) == ("regression", 1):
             one = replace(one, linear=normal(1, 1, 4).float())
         path = tmp_path / f"{name}{written.suffix}"
@@ -99,7 +115,7 @@ def test_every_activation_of_conf_is_exported_as_it_was_trained(lipexp, trained_
 
 
 @pytest.mark.parametrize("to", FORMATS)
-@pytest.mark.parametrize("overrides", [FREE, ("constraint=linf", "act=fullsort", "lipschitz=3")], ids=" ".join)
+@pytest.mark.parametrize("overrides", [FREE, *BOUNDED], ids=" ".join)
 def test_what_is_written_is_said_with_the_bound_of_its_weights(lipexp, run, overrides, to):
     folder = run(*overrides)
     before, lipschitz = content(folder), metrics(folder)["lipschitz"]
@@ -112,9 +128,11 @@ def test_what_is_written_is_said_with_the_bound_of_its_weights(lipexp, run, over
     assert said[1] == "input x (N, 2) of x0, x1; output f (N, 1) and prediction (N,)"
     assert said[2].startswith("equal to the run at 40 test points and 1,000 random ones in ")
     assert float(said[2].split()[-5]) < 1e-5
-    bound = float(said[3].removeprefix("proven again from the weights in the file, as for the run: product "))
-    assert bound >= lipschitz["product"]
-    assert bound == pytest.approx(lipschitz["product"], rel=1e-3)
+    name = "product" if lipschitz["whole"] is None else "multipliers"
+    bound = float(said[3].removeprefix(f"proven again from the weights in the file, as for the run: {name} "))
+    proven = lipschitz["product" if name == "product" else "whole"]
+    assert bound >= proven
+    assert bound == pytest.approx(proven, rel=1e-3)
     assert said[4].startswith("‖∇f‖₂  measured ")
     kept = description(folder / f"model{suffix}")
     assert kept["lipschitz"] == lipschitz

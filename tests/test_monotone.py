@@ -8,7 +8,8 @@ import pytest
 import torch
 from acts import ACTS
 from conftest import choice_of
-from networks import NORMS, dot, free, local_map, network, normal, power, region_gradients
+from networks import NORMS, dot, free, local_map, network, normal, power
+from polygons import region_gradients
 
 from lipexp import loop, members
 from lipexp.config import ConfigError
@@ -20,7 +21,8 @@ from lipexp.measured.gradients import Maximum, norms, scan
 from lipexp.models import MLP, signs
 from lipexp.proven import Chain, Problem, prove
 from lipexp.proven.pairs import feature_constants
-from lipexp.proven.radii import certified_radii, evaluate, float32_error
+from lipexp.proven.radii import certified_radii
+from lipexp.proven.rounding import evaluate, float32_error, followed
 
 CONSTRAINTS = {"spectral": Spectral, **{f"linf {p:g}": lambda bound, p=p: LInf(p, bound) for p in NORMS}}
 RISING = (*choice_of("dataset", "table")[:-1], "dataset.target=pressure", "loss=mse", "+model.monotone={age: 1}")
@@ -98,7 +100,7 @@ def test_radii_hold_and_float32_errs_no_more_than_is_said(kind):
     assert (f[:, 0] * np.sign(radii.f) >= -error[:, 0]).all()
     reached, unsure = evaluate(net, x)
     off = np.abs(net(x.float()[None])[0].double().numpy() - reached)
-    assert (off <= float32_error(net, x, np.zeros(len(x))) + unsure).all()
+    assert (off <= float32_error(net, followed(net, x), np.zeros(len(x))) + unsure).all()
     assert (radii.radius_float32 <= radii.radius).all()
     assert (radii.radius_float32 > 0.9 * radii.radius).mean() > 0.9
 

@@ -4,16 +4,16 @@ import io
 import math
 from dataclasses import replace
 from fractions import Fraction
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from acts import PIECEWISE, Unlisted
-from networks import by_hand, degenerate, dot, generator, local_map, network, normal
+from networks import by_hand, degenerate, dot, generator, local_map, network, norm_at, normal, residual
 
 from lipexp.activations import GroupSort, ReLU, as_activation
-from lipexp.blocks import Affine, inputs_and_output
+from lipexp.blocks import Affine, Residual, inputs_and_output
+from lipexp.constraints import SLL
 from lipexp.measured import overall, sources, steepest
 from lipexp.measured.gradients import scan
 from lipexp.networks import BakedNetwork, Network
@@ -39,7 +39,7 @@ def test_stacked_networks_and_their_gradients_equal_torchs_one_by_one(n_outputs,
     baked, x = network(2, 8, 8, n_outputs, act=act, runs=runs).double, normal(runs, BATCH, 2)
     layers = [Affine(*(part.clone().requires_grad_() for part in layer)) for layer in baked.layers]
     points = x.clone().requires_grad_()
-    out = inputs_and_output(layers, [act] * 3, points)[1]
+    out = inputs_and_output(layers, [act] * len(layers), points)[1]
     assert out.shape == (runs, BATCH, n_outputs)
     found = torch.autograd.grad(out.square().sum(), [points, *(part for layer in layers for part in layer)])
     for run in range(runs):
@@ -187,44 +187,67 @@ def test_numbers_that_are_not_finite_have_no_region():
         by_hand(([[math.inf, 1.0]], [0.0]), ([[1.0]], [0.0])).linear_region(np.ones(2))
 
 
-class Residual(NamedTuple):
-    """x -> x - W diag(t) act(W^T x + b), 1-Lipschitz for slopes in [0, 1] if 2 diag(1/t) >= W^T W."""
-
-    weight: torch.Tensor  # (K, H, H)
-    scale: torch.Tensor  # (K, 1, H)
-    bias: torch.Tensor  # (K, 1, H)
-
-    is_residual = True
-
-    def __call__(self, x, act):
-        return x - (self.scale * act(x @ self.weight + self.bias)) @ self.weight.mT
+# Residual layers -------------------------------------------------------------------------------------------------
 
 
-def test_a_residual_layer_is_measured_and_evaluated_as_it_is():
-    """Nothing but its own class knows of it; what needs affine layers says so in words."""
-    first, last = network(2, 4, 1, act=ReLU(), runs=2).layers
-    weight = normal(2, 4, 4).float()
-    scale = (2 / weight.mT.abs().matmul(weight.abs()).sum(dim=-1)).unsqueeze(1)
-    layers = [first, Residual(weight, scale, normal(2, 1, 4).float()), last]
-    both = BakedNetwork(layers, ReLU(), norms=[[10.0, 10.0], [1.0, 1.0], [10.0, 10.0]])
-    x = normal(1, 50, 2).expand(2, -1, -1)
-    hidden = first(x.float(), both.act)
-    by_hand = hidden - (scale * torch.relu(hidden @ weight + layers[1].bias)) @ weight.mT
-    assert torch.equal(both(x.float()), last(by_hand, both.act))  # with no activation beside the residual layer
-    found, step = scan(both, x), 1e-6
-    for axis, unit in enumerate(torch.eye(2, dtype=torch.float64)):
-        slope = (scan(both, x + step * unit).f - scan(both, x - step * unit).f) / (2 * step)
-        assert torch.quantile((slope - found.gradient[..., axis]).abs(), 0.95) < 1e-6
-    points = sources(both, x, found, 2.0, [generator(), generator()])
-    for run in range(2):
-        one = both.run(run)
-        assert torch.equal(one(x[:1].float()), both(x.float())[run : run + 1])
-        measured = overall(steepest(one, points, run, 2.0))
-        assert (measured.exact, measured.value > 0) == (False, True)
-        box = x[run].amin(dim=0), x[run].amax(dim=0)
-        chain = Chain(2.0, 2.0, 2.0, None, None, ("spectral norm",) * 3)
-        certificate = prove(Problem(one, chain, box, measured, 1000))
-        assert (certificate.value, certificate.method) == (100.0, "product")
-        assert {proof.reason for proof in certificate.proofs.values()} == {None, "is for affine layers"}
-        radii = assess(one, {"test": (x[run], torch.zeros(50))}, certificate)
-        assert radii.reason == "rounding errors are followed through affine layers only"
+def test_a_residual_layer_is_the_map_that_it_says_with_no_activation_beside_it():
+    """Evaluated, stacked, saved, as a module of torch, and differentiated."""
+    one, other = (residual(2, 8, 4, 3, act=ReLU(), inside=5, seed=seed) for seed in (0, 9))
+    layers = [
+        type(a)(*map(torch.cat, zip(a, b, strict=True))) for a, b in zip(one.layers, other.layers, strict=True)
+    ]
+    both, x = BakedNetwork(layers, ReLU()), normal(2, BATCH, 2).float()
+    assert (both.hidden_widths, both.is_plain) == ([8, 8, 8, 4], False)
+    h = x @ layers[0].weight.mT + layers[0].bias
+    for layer in layers[1:3]:
+        h = h - (layer.t * torch.relu(h @ layer.weight + layer.bias)) @ layer.weight.mT
+    out = torch.relu(h @ layers[3].weight.mT + layers[3].bias) @ layers[4].weight.mT + layers[4].bias
+    torch.testing.assert_close(both(x), out, rtol=1e-5, atol=1e-5)
+    for run, alone in enumerate((one, other)):
+        state = both.state_dict(run)
+        assert "layers.1.t" in state
+        assert state.keys() == Network(alone).state_dict().keys()
+        again = BakedNetwork.from_state_dict(state, ReLU())
+        assert torch.equal(again(x[run : run + 1]), alone(x[run : run + 1]))
+        torch.testing.assert_close(Network(again)(x[run]), out[run], rtol=1e-5, atol=1e-5)
+    parts = [part.double().requires_grad_() for part in layers[1]]
+    points = normal(2, BATCH, 8).requires_grad_()
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x, *parts: Residual(*parts)(x, TANH), [points, *parts])
+
+
+@pytest.mark.parametrize("sizes", [(2, 6, 1), (3, 6, 6, 2)], ids=str)
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_the_map_of_a_region_of_residual_layers_is_the_one_of_rational_arithmetic(name, sizes):
+    """Also where features are zero, or equal, in a whole neighbourhood."""
+    baked = residual(*sizes, act=PIECEWISE[name])
+    tied = [
+        Affine(*layer) if not layer.is_residual else Residual(*map(torch.clone, layer)) for layer in baked.layers
+    ]
+    tied[1].weight[..., 1:3], tied[1].bias[..., 1:3] = 0, 0
+    for net in (baked, replace(baked, layers=tied)):
+        for point in normal(6, sizes[0]):
+            assert found_map(net, point) == local_map(net, point)[0]
+
+
+def test_a_network_with_residual_layers_is_measured_exactly_and_proven_by_its_norms():
+    """What needs affine layers says so in words."""
+    net, x = residual(3, 8, 1, act=ReLU()), normal(1, 50, 3)
+    found, step = scan(net, x), 1e-6
+    for axis, unit in enumerate(torch.eye(3, dtype=torch.float64)):
+        slope = (scan(net, x + step * unit).f - scan(net, x - step * unit).f) / (2 * step)
+        assert torch.quantile((slope - found.gradient[..., axis]).abs(), 0.9) < 1e-6
+    measured = overall(steepest(net, sources(net, x, found, 2.0, [generator()]), 0, 2.0))
+    assert measured.exact
+    assert 0 < measured.value <= norm_at(net, measured.point, 2.0) <= measured.value * (1 + 1e-12)
+    constraint, box = SLL(), (x[0].amin(dim=0), x[0].amax(dim=0))
+    certificate = prove(Problem(net, Chain.of(constraint, net.layers), box, measured, 1000))
+    ends = [np.linalg.norm(net.layers[i].weight[0].numpy(), 2) for i in (0, -1)]
+    assert certificate.value == pytest.approx(np.prod(ends), rel=1e-6)
+    assert certificate.method == "product"
+    reasons = {name: proof.reason for name, proof in certificate.proofs.items() if proof.value is None}
+    assert reasons.pop("exact") == "is for one or two inputs"
+    assert set(reasons.values()) == {"is for affine layers"}
+    radii = assess(net, {split: (x[0], torch.zeros(50)) for split in ("val", "test")}, certificate)
+    assert radii.reason is None
+    assert (radii.columns["radius_float32"] > 0).mean() > 0.9

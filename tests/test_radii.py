@@ -2,44 +2,38 @@
 
 import json
 import math
-from dataclasses import replace
-from decimal import Decimal, localcontext
 from fractions import Fraction
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from acts import PIECEWISE, WITH_OFFSETS, Larger
-from networks import EACH_LIPSCHITZ, NORMS, SEVERAL, TRAINED, by_hand, dot, network, normal, scaled, value, values
+from networks import (
+    EACH_LIPSCHITZ,
+    NORMS,
+    ONE_OF_EACH,
+    SEVERAL_OF_EACH,
+    by_hand,
+    network,
+    normal,
+    stored,
+    value,
+    values,
+    with_norms,
+)
+from test_rounding import SMOOTH, check_float64
 
 from lipexp import record
-from lipexp.activations import LeakyReLU, NActivation, ReLU, as_activation
+from lipexp.activations import NActivation, ReLU, as_activation
 from lipexp.measured.gradients import Maximum
 from lipexp.networks import Network
 from lipexp.norms import dual, product_bound
 from lipexp.proven import Certificate, Chain, Problem, Proof, prove_quickly
 from lipexp.proven.pairs import pair_constants
-from lipexp.proven.radii import (
-    Robustness,
-    assess,
-    certified_radii,
-    evaluate,
-    float32_error,
-    why_no_float32,
-    why_no_radii,
-)
+from lipexp.proven.radii import Robustness, assess, certified_radii
+from lipexp.proven.rounding import float32_error, followed, why_no_radii
 from lipexp.runs import RunFolder
 from lipexp.wording import below, robustness_line
-
-
-def stored(*shape):
-    """Points in float64 that float32 holds exactly, as data are."""
-    return normal(*shape).float().double()
-
-
-def with_norms(net, *norms):
-    return replace(net, norms=[[norm] for norm in norms])
 
 
 def float32_points(x, radius, p, seed):
@@ -52,102 +46,13 @@ def float32_points(x, radius, p, seed):
     return torch.where(inside.unsqueeze(1), near, x)
 
 
-def check_float64(net, x, wrong=0.0):
-    """The error is bounded, and one of them is above `wrong`."""
-    f, error = evaluate(net, x)
-    exactly = [v for point in x for v in values(net, point)]
-    off = [abs(Fraction(float(v)) - e) for v, e in zip(f.flat, exactly, strict=True)]
-    assert all(one <= Fraction(float(bound)) for one, bound in zip(off, error.flat, strict=True))
-    assert max(off) >= wrong
-    return error
-
-
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])
-@pytest.mark.parametrize("name", ["relu", "maxmin", "fullsort", "bent", *WITH_OFFSETS])
-def test_the_float64_error_of_random_networks_is_bounded(name, scale):
-    for sizes in ((1, 4, 1), (3, 16, 16, 4), (40, 8, 8, 8, 1), (2, 3)):
-        net, x = network(*sizes, act=PIECEWISE[name], bias=1.0), stored(5, sizes[0])
-        net = scaled(net, *[scale] * len(net.layers))
-        size = math.prod(1 + float(weight.abs().sum(dim=2).amax()) for weight, _ in net.layers)
-        assert check_float64(net, x).max() <= 1e-11 * size * (1 + float(x.abs().max()))  # it says something
-
-
-class Smooth(torch.nn.Module):
-    """Maps of a user, in torch and in 60 digits."""
-
-    def __init__(self, map, digits, norms=(), slopes=None):
-        super().__init__()
-        self.map, self.digits, self.norms, self.slopes = map, digits, norms, slopes
-
-    def forward(self, z):
-        return self.map(z)
-
-
-SMOOTH = {
-    "tanh": Smooth(torch.tanh, lambda z: [1 - 2 / ((2 * v).exp() + 1) for v in z], norms=NORMS),
-    "naive elu": Smooth(
-        lambda z: torch.where(z > 0, z, z.exp() - 1), lambda z: [v if v > 0 else v.exp() - 1 for v in z], (1,)
-    ),
-    "steep softplus": Smooth(
-        lambda z: 3 * torch.logaddexp(z, 0 * z), lambda z: [3 * (v.exp() + 1).ln() for v in z], slopes=(0, 3)
-    ),
-    "ball": Smooth(
-        lambda z: z / z.norm(dim=-1, keepdim=True).clamp_min(1),
-        lambda z: [v / max(Decimal(1), dot(z, z).sqrt()) for v in z],
-        norms=(2,),
-    ),
-}
-
-
-def in_digits(net, point, act):
-    """f at a point in 60 digits."""
-    with localcontext(prec=60):
-        z = [Decimal(float(v)) for v in point]
-        for i, (weight, bias) in enumerate(net.layers):
-            x = act.digits(z) if i else z
-            rows = zip(weight[0].tolist(), bias[0, 0].tolist(), strict=True)
-            z = [dot(map(Decimal, row), x) + Decimal(b) for row, b in rows]
-        return z[0]
-
-
-@pytest.mark.parametrize("scale", [1e-9, 1.0, 10.0])
-@pytest.mark.parametrize("name", SMOOTH)
-def test_an_activation_that_declares_no_linear_maps_has_radii_in_real_arithmetic(name, scale):
-    """Where its rounding errors in float64 are followed in a norm in which it does not enlarge them much."""
-    act = SMOOTH[name]
-    for sizes in ((1, 8, 1), (3, 16, 16, 1), (20, 8, 8, 8, 1)):
-        net, x = scaled(network(*sizes, act=as_activation(act)), *[scale] * (len(sizes) - 1)), stored(8, sizes[0])
-        assert why_no_radii(net) is None
-        f, error = (part[:, 0] for part in evaluate(net, x))
-        exactly = [in_digits(net, point, act) for point in x]
-        assert all(abs(Decimal(v) - e) <= Decimal(bound) for v, e, bound in zip(f, exactly, error, strict=True))
-        size = math.prod(1 + 3 * float(weight.square().sum().sqrt()) for weight, _ in net.layers)
-        assert error.max() <= 1e-12 * math.sqrt(max(sizes)) * size
-        radii = certified_radii(net, x, 3.0)
-        assert all(Decimal(r) * 3 <= abs(e) for r, e in zip(radii.radius, exactly, strict=True))
-        assert radii.radius_float32 is None
-    assert (radii.radius > 0).all()
-    assert why_no_float32(net) == "nothing is known about the rounding errors of Smooth in float32"
-
-
-def test_the_float64_error_is_bounded_where_everything_cancels_or_underflows():
-    """f is a difference of two large numbers: what is left of it in float64 is mostly error."""
-    huge = 2.0**60
-    net = by_hand(([[1.0], [1.0], [1 / 3]], [huge, -huge, 0.1]), ([[1.0, 1.0, 1 / 7]], [-huge]))
-    x = torch.tensor([[0.1], [3.3], [-5.0], [100.7]]).double()
-    check_float64(net, x, wrong=1)
-    assert (certified_radii(with_norms(net, 1.0, 1.0), x, 1.0).radius == 0).all()
-    small = torch.tensor([[1e-300, 3e-280], [1e-281, 1e-290], [5e-324, 5e-324]], dtype=torch.float64)
-    check_float64(by_hand(([[1e-42, -1e-44]], [1e-45]), ([[1e-40]], [0.0])), small)
-
-
 def test_numbers_too_large_for_float64_have_no_radius():
     net = with_norms(by_hand(*[([[1e38]], [0.0])] * 10), *[1e38] * 10)
     radii = certified_radii(net, torch.ones(1, 1).double(), 1.0)
     assert radii.radius == radii.radius_float32 == 0
 
 
-@pytest.mark.parametrize("overrides", SEVERAL, ids=" ".join)
+@pytest.mark.parametrize("overrides", SEVERAL_OF_EACH, ids=" ".join)
 def test_networks_of_several_classes_keep_their_promises(overrides, trained):
     """r L_cj is at most f_c - f_j for every class j, decided without rounding, and nearly so for the runner-up."""
     result = trained(*overrides, runs=EACH_LIPSCHITZ)
@@ -167,7 +72,7 @@ def test_networks_of_several_classes_keep_their_promises(overrides, trained):
             assert all(bound <= margin for bound, margin in zip(bounds, margins, strict=True))
             assert float(bounds[rival]) >= float(margins[rival]) * (1 - 1e-9) - 1e-9
         # A network in float32 errs by no more than its bound within the ball, and keeps its class within its own.
-        plain, bound = Network(net), float32_error(net, x, radii.radius)
+        plain, bound = Network(net), float32_error(net, followed(net, x), radii.radius)
         points = float32_points(x, radii.radius, chain.p, seed=0)
         for point, f, limits in zip(points, plain(points.float()).tolist(), bound, strict=True):
             for found, exactly, limit in zip(f, values(net, point), limits, strict=True):
@@ -180,7 +85,7 @@ def test_networks_of_several_classes_keep_their_promises(overrides, trained):
             assert (plain(points.float()).argmax(dim=1).numpy() == radii.prediction)[held].all()
 
 
-@pytest.mark.parametrize("overrides", TRAINED, ids=" ".join)
+@pytest.mark.parametrize("overrides", ONE_OF_EACH, ids=" ".join)
 def test_trained_networks_keep_their_promises(overrides, trained):
     """With every constraint and every activation, decided without rounding."""
     result = trained(*overrides, runs=EACH_LIPSCHITZ)
@@ -198,7 +103,7 @@ def test_trained_networks_keep_their_promises(overrides, trained):
             assert Fraction(float(radius)) * Fraction(lipschitz) <= exactly
             assert float(radius) * lipschitz >= float(exactly) * (1 - 1e-9) - 1e-9
         # A network in float32, as users have it, errs by no more than its bound within the ball,
-        plain, bound = Network(net), float32_error(net, x, radii.radius)[:, 0]
+        plain, bound = Network(net), float32_error(net, followed(net, x), radii.radius)[:, 0]
         assert (bound < 1e-2 * (1 + np.abs(radii.f))).all()  # it says something
         points = float32_points(x, radii.radius, p, seed=0)
         assert (points != x).any()
@@ -210,29 +115,6 @@ def test_trained_networks_keep_their_promises(overrides, trained):
         for seed in range(20):
             points = float32_points(x, radii.radius_float32, p, seed)
             assert (np.sign(plain(points.float())[:, 0].numpy()) == np.sign(radii.f))[held].all()
-
-
-def test_the_float32_error_grows_with_the_ball():
-    """f = x/3 + 0.1 - x/3 hardly moves, but its features do."""
-    net = by_hand(([[1 / 3], [-1 / 3]], [0.1, 0.0]), ([[1.0, 1.0]], [0.0]), act=LeakyReLU(1))
-    centre, points = torch.zeros(2, 1).double(), torch.linspace(-1e3, 1e3, 1001).unsqueeze(1)
-    small, large = float32_error(with_norms(net, 1.0, 2.0), centre, np.array([1e-3, 1e3]))[:, 0].tolist()
-    found = zip(points, Network(net)(points)[:, 0].tolist(), strict=True)
-    assert small < max(abs(Fraction(f) - value(net, point)) for point, f in found) <= large
-
-
-def test_the_float32_error_covers_an_activation_that_is_1_lipschitz_in_the_inf_norm_alone():
-    """Both features become the larger one, and a rotation makes sqrt(2) times it of both: 2^8 after 16 layers."""
-    act, root = Larger(), math.sqrt(0.5)
-    act.norms = {math.inf}
-    turns = [([[root, root], [-root, root]], [0.1, 0.1])] * 16
-    net = with_norms(by_hand(([[1.0], [0.0]], [0.0, 0.0]), *turns, ([[1.0, 0.0]], [0.0]), act=act), *[1.0] * 18)
-    points = torch.linspace(-1e3, 1e3, 101).unsqueeze(1)
-    bound = float32_error(net, torch.zeros(1, 1).double(), np.array([1e3])).item()
-    found = zip(points, Network(net)(points)[:, 0].tolist(), strict=True)
-    assert 1e-4 < max(abs(Fraction(f) - value(net, point)) for point, f in found) <= bound
-    act.norms = NORMS  # with which the features would move no further than the inputs
-    assert bound > 2 * float32_error(net, torch.zeros(1, 1).double(), np.array([1e3])).item()
 
 
 @pytest.mark.parametrize("p", NORMS)

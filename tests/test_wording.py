@@ -99,12 +99,20 @@ def test_a_number_that_equals_its_limit_is_shown_as_the_limit_is():
     assert interval_line(broken) == "‖∇f‖₂  measured 1.00000001 > certified 1 ≤ L = 1   FAIL"
 
 
+def test_the_interval_line_of_a_network_that_is_proven_as_a_whole_shows_that_and_no_product():
+    found = replace(BOUNDS, certified=1.0, product=4.7, whole=1.0, method="multipliers")
+    assert interval_line(found) == "‖∇f‖₂  measured 0.9942 ≤ certified 1 (multipliers) ≤ L = 1   PASS"
+    line = "‖∇f‖₂  measured 0.9942 ≤ exact 0.9953 ≤ multipliers 1 ≤ L = 1   PASS"
+    assert interval_line(replace(found, exact=0.9952718, certified=0.9952718, method="exact")) == line
+
+
 def test_the_interval_line_without_a_constraint():
     unproven = {"certified": None, "verdict": "OPEN", "reason": "no bound is declared"}
+    alone = " (training set no bound: this one is proven of this network alone)"
     for values, expected in (
-        ({}, " ≤ certified 178.5   PASS"),
-        ({"certified": 86.25, "method": "lipsdp"}, " ≤ certified 86.25 (lipsdp)   PASS"),
-        ({"open": "more than 9 regions"}, " ≤ certified 178.5   PASS (not exact: more than 9 regions)"),
+        ({}, f" ≤ certified 178.5   PASS{alone}"),
+        ({"certified": 86.25, "method": "lipsdp"}, f" ≤ certified 86.25 (lipsdp)   PASS{alone}"),
+        ({"open": "more than 9 regions"}, f" ≤ certified 178.5   PASS{alone} (not exact: more than 9 regions)"),
         (unproven, "   OPEN (no bound is declared)"),
     ):
         assert interval_line(replace(FREE, **values)) == f"‖∇f‖₂  measured 49.79{expected}"

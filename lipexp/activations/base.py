@@ -74,8 +74,8 @@ class Activation(nn.Module):
     Of `forward` is asked: it treats every run and point alone, works in float32 and float64, leaves its input as
     it is, and has no parameters or buffers of torch. Certified radii rely on how it rounds: with an `active_map`
     and no `thresholds`, on `forward(0) = 0` and no more than one rounding error in each feature; otherwise on 43
-    correct bits in float64, see `radii.evaluate`. A class that declares nothing trains with constraint=none, and
-    is measured in float64. An ONNX file holds no code: without `onnx`, `lipexp export` writes into it what is
+    correct bits in float64, see `rounding.evaluate`. A class that declares nothing trains with constraint=none,
+    and is measured in float64. An ONNX file holds no code: without `onnx`, `lipexp export` writes into it what is
     declared, either `groups`, or the three `slopes`, `active_map` and `breakpoints` where all features have the
     same slopes below and above 0. `norms`, `slopes`, `groups` and `breakpoints` hold for any parameters, and are
     asked for without them. What a class inherits describes the map of its base: a class that overrides `forward`

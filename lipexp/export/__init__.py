@@ -149,7 +149,8 @@ def export(run: LoadedRun, to: Format, path: Path) -> list[str]:
     write_file(path, save)
     quick = interval.product if interval.whole is None else interval.whole
     name = "product" if interval.whole is None else "multipliers"
-    bound = interval.reason if quick is None else f"{name} {above(quick, interval.target)}"
+    none = interval.reason or "no product of norms"
+    bound = none if quick is None else f"{name} {above(quick, interval.target)}"
     behind = "" if model.preprocessing is None else " (of the network, behind the preprocessing)"
     return [
         f"{shown_path(path)}  {to.name}, {len(content):,} bytes",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import lipexp
 from lipexp.activations import Activation, Array
+from lipexp.blocks import act_width
 from lipexp.config import ConfigError
 from lipexp.export.model import Encoding, Model, Outputs
 from lipexp.networks import BakedNetwork
@@ -166,11 +167,16 @@ def _network(graph: Graph, network: BakedNetwork, points: str) -> str:
     """The outputs of the network, (N, C), at points (N, D)."""
     state = {name: graph.constant(part, name) for name, part in network.state_dict().items()}
     x = points
-    for i in range(len(network.layers)):
-        if i > 0:
-            theta = state.get(f"acts.{i - 1}", "")
-            x = _activation(graph, network.acts[i - 1], x, network.hidden_widths[i - 1], theta)
-        x = graph.node("Gemm", x, state[f"layers.{i}.weight"], state[f"layers.{i}.bias"], transB=1)
+    for i, layer in enumerate(network.layers):
+        weight, bias = (state[f"layers.{i}.{name}"] for name in ("weight", "bias"))
+        z = graph.node("Gemm", x, weight, bias, transB=int(not layer.is_residual))
+        width = act_width(network.layers, i)
+        theta = state.get(f"acts.{i}", "")
+        activated = _activation(graph, network.acts[i], z, width, theta) if width else z
+        if layer.is_residual:
+            inside = graph.node("Mul", activated, state[f"layers.{i}.t"])
+            activated = graph.node("Gemm", inside, weight, x, transB=1, alpha=-1.0)
+        x = activated
     linear = state.get("linear")  # the term beside the layers
     return x if linear is None else graph.node("Gemm", points, linear, x, transB=1)
 

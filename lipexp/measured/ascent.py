@@ -10,7 +10,8 @@ rest. In more dimensions the gradient norm, which is constant on each linear reg
   Adam follows while the sigmoids are sharpened;
 - *region steps*: from the ends of that climb across each of the nearest breakpoints, into the steepest of the
   neighbouring regions, until none is steeper;
-- *random steps* with a shrinking radius, which also serve where the other two do not apply.
+- *random steps* with a shrinking radius, which also serve where the other two do not apply, as for activations
+  that neither sort nor have two slopes, and for residual layers.
 """
 
 from __future__ import annotations
@@ -150,9 +151,11 @@ class Jacobian(ABC):
 
 
 def jacobians_of(network: BakedNetwork) -> list[Jacobian] | None:
-    """The Jacobian behind each hidden layer; none where the activation neither sorts nor has two slopes."""
+    """The Jacobian behind each hidden layer; None where the activation neither sorts nor has two slopes."""
+    if not network.is_plain:
+        return None
     found: list[Jacobian] = []
-    for width, act in zip(network.hidden_widths, network.acts, strict=False) if network.is_plain else []:
+    for width, act in zip(network.hidden_widths, network.acts, strict=False):
         slopes, groups = act.two_slopes(width), act.groups(width)
         if slopes is not None:
             found.append(TwoSlopes(*slopes))

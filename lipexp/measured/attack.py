@@ -24,7 +24,8 @@ from torch import Tensor
 from lipexp.measured.gradients import norms
 from lipexp.networks import BakedNetwork
 from lipexp.norms import dual
-from lipexp.proven.radii import evaluate, margins, predicted
+from lipexp.proven.radii import margins, predicted
+from lipexp.proven.rounding import evaluate
 
 STEPS = 100
 RESTARTS = 4

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lipexp.blocks import Affine, Block
 from lipexp.exact import norm_below, spectral_norm_below
 from lipexp.networks import BakedNetwork, LinearRegion
 from lipexp.norms import UNIT_ROUNDOFF, dual
@@ -142,7 +143,7 @@ def largest(
     candidates = [i for i in values.topk(min(_CANDIDATES, len(values))).indices.tolist() if values[i] >= 0]
     if not candidates:
         return None
-    if not (network.is_plain and network.act.is_piecewise_linear):
+    if not network.act.is_piecewise_linear:
         return _estimate(network, points[candidates[0]], q, h)
     best = None
     for i in candidates:
@@ -177,9 +178,17 @@ def _nearby(point: Tensor) -> Iterator[Tensor]:
 
 def _norm_product(network: BakedNetwork) -> float:
     """About what rounding errors in the gradient are relative to, in the 2-norm and in the inf-norm."""
-    matrices = [layer.weight[0].double().numpy() for layer in network.layers]
-    product = max(math.prod(float(np.linalg.norm(matrix, q)) for matrix in matrices) for q in (None, math.inf))
+    product = max(math.prod(_size(layer, q) for layer in network.layers) for q in (None, math.inf))
     return product + (0.0 if network.linear is None else float(network.linear.abs().sum()))
+
+
+def _size(layer: Block, q: float | None) -> float:
+    """At least the norm of a layer with the absolute values of its numbers, for slopes of at most 1."""
+    matrix = layer.weight[0].double().numpy()
+    norm = float(np.linalg.norm(matrix, q))
+    if isinstance(layer, Affine):
+        return norm
+    return 1 + norm * float(layer.t.max()) * float(np.linalg.norm(matrix.T, q))
 
 
 def _estimate(network: BakedNetwork, point: Tensor, q: float, h: float) -> Maximum:

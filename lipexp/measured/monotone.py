@@ -14,7 +14,7 @@ from lipexp import record
 from lipexp.measured.gradients import Points
 from lipexp.networks import BakedNetwork
 from lipexp.norms import product_bound
-from lipexp.proven.radii import evaluate
+from lipexp.proven.rounding import evaluate
 
 
 def assess(

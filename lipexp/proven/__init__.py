@@ -111,7 +111,7 @@ def prove(problem: Problem, method: str | None = None) -> Certificate:
 def _attempt(name: str, problem: Problem) -> Proof:
     """What a method proves: nothing where its bound is not finite, or where its arithmetic fails."""
     network = problem.network
-    if name not in QUICK and not network.is_plain:
+    if name not in (*QUICK, "exact") and not network.is_plain:
         return Proof(None, "is for affine layers")
     beside = 0.0
     if network.linear is not None and name != "exact":  # whose linear maps have that term

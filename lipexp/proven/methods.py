@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -65,6 +66,10 @@ class Chain:
             constraint.names(layers),
         )
 
+    def bound_of(self, layer: Block) -> float | None:
+        """The norm that a layer may have; None: it has no bound of its own."""
+        return 1.0 if layer.is_residual else self.layer_bound
+
 
 class Problem(NamedTuple):
     """What a method may use."""
@@ -81,18 +86,27 @@ class Problem(NamedTuple):
 
 
 def by_product(problem: Problem) -> Proof:
-    """The product of the layers' norms, for activations that are 1-Lipschitz in the norm of the hidden spaces."""
+    """The product of the layers' norms, for activations that are 1-Lipschitz in the norm of the hidden spaces.
+
+    The norm of a residual layer is proven for slopes in [0, 1].
+    """
+    reason = semidefinite.why_no_residual_norms(problem.network)
+    if reason is not None:
+        return Proof(None, reason)
     if problem.chain.hidden_p not in problem.network.act.norms:
         return Proof(None, f"the activation declares no bound in the {problem.chain.hidden_p:g}-norm")
     return Proof(product_bound([norm for (norm,) in problem.network.norms]))
 
 
 def by_multipliers(problem: Problem) -> Proof:
-    """What the constraint has proven of the network as a whole, everywhere, by multipliers that it has found."""
+    """What the constraint has proven of the network as a whole, for slopes in [0, 1], by its own multipliers."""
     whole = problem.network.whole
     if not whole:
         return Proof(None, "the network has no multipliers of its own")
-    return Proof(whole[0])
+    reason = semidefinite.why_no_slopes(problem.network.act)
+    if reason is None and math.isinf(whole[0]):
+        reason = "they prove nothing of the stored weights"
+    return Proof(None, reason) if reason else Proof(whole[0])
 
 
 def by_regions(problem: Problem) -> Proof:

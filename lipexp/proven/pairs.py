@@ -7,8 +7,9 @@ proves one for it, and the smallest is taken for each pair:
 - rows, eclipse, lipsdp: as for any network of one output, lipsdp with the multipliers of the whole network unless
   it is the method that was asked for;
 - exact: from the linear regions that were enumerated for the whole network;
-- joint: ||e_i - e_j||_h* L with L a bound of the whole network, sqrt(2) L for h = 2 and 2 L for h = inf. That is a
-  fallback for pairs of which nothing better is known.
+- joint: ||e_i - e_j||_h* L with L a bound of the whole network: sqrt(2) L for h = 2, 2 L for h = inf, and L for
+  h = 1. That is a fallback for pairs of which nothing better is known. A constraint's own multipliers are not
+  asked for each pair: with R R^T = I for the last of `Sandwich` layers they prove sqrt(2) L of it, too.
 
 The difference w_i - w_j of float32 numbers is exact in integers, and in float64 unless their exponents are far
 apart; what float64 loses is added to the bounds of eclipse and lipsdp, as the product bounds it.
@@ -106,7 +107,7 @@ def feature_constants(network: BakedNetwork, certificate: Certificate, pairs: Pa
     bounds = [np.full((len(rounded), network.n_inputs), certificate.value)]
     if pairs is not None:
         bounds[0][:] = pairs.constants[np.triu_indices(network.n_outputs, 1)][:, None]
-    if following.why_not_applicable(network) is None:
+    if network.is_plain and following.why_not_applicable(network) is None:
         bounds.append(following.through(rounded, following.before_last(network, None), None))
     if chain.hidden_p in network.act.norms and len(layers) > 1:
         weight, exponent = integers(layers[0].weight[0].numpy())

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lipexp.activations import Activation
 from lipexp.inequality import Array, Slopes, inequality_matrix, proves
 from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF, is_semidefinite, round_up
@@ -43,13 +44,29 @@ def why_not_applicable(network: BakedNetwork, q: float, h: float = 2.0) -> str |
         return "bounds the 2-norm of gradients only"
     if network.n_outputs > 1 and h < 2:  # a larger h makes the norm of a Jacobian no larger
         return "bounds several outputs in the 2-norm only"
-    slopes = network.act.slopes
-    if slopes is None:
-        return f"{network.act.label} declares no slopes"
-    if not 0 <= slopes[0] <= slopes[1] <= 1:
-        return f"needs slopes in [0, 1]; {network.act.label} has [{slopes[0]:g}, {slopes[1]:g}]"
+    reason = why_no_slopes(network.act)
+    if reason is not None:
+        return reason
     size = network.n_inputs + sum(network.hidden_widths)
     return f"{size:,} inputs and features, more than {LARGEST:,}: would take gigabytes" if size > LARGEST else None
+
+
+def why_no_slopes(act: Activation) -> str | None:
+    """Why the inequality for slopes in [0, 1] says nothing of this activation; None if it does."""
+    if act.slopes is None:
+        return f"{act.label} declares no slopes"
+    if not 0 <= act.slopes[0] <= act.slopes[1] <= 1:
+        return f"needs slopes in [0, 1]; {act.label} has [{act.slopes[0]:g}, {act.slopes[1]:g}]"
+    return None
+
+
+def why_no_residual_norms(network: BakedNetwork) -> str | None:
+    """Why the norms of its residual layers, if it has any, are no bounds; None if they are."""
+    inside = [i for i, layer in enumerate(network.layers) if layer.is_residual]
+    if inside and (reason := why_no_slopes(network.act)):
+        return reason
+    unproven = [str(i) for i in inside if math.isinf(network.norms[i][0])]
+    return f"not proven to be 1-Lipschitz: residual layer {', '.join(unproven)}" if unproven else None
 
 
 def eclipse(network: BakedNetwork) -> float | None:

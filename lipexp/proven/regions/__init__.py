@@ -2,7 +2,7 @@
 
 enumeration finds the regions, layer by layer; domain is the box of the data and the plane around it, polygons cuts
 them by lines with exact decisions, maps carries the affine maps of the regions with bounds on their rounding
-errors.
+errors, and layers writes residual layers as affine ones.
 """
 
 from lipexp.proven.regions.enumeration import (

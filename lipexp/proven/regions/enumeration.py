@@ -32,6 +32,7 @@ from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF
 from lipexp.proven.regions.breakpoints import Breakpoints
 from lipexp.proven.regions.domain import Domain
+from lipexp.proven.regions.layers import affine_layers
 from lipexp.proven.regions.maps import Maps
 from lipexp.proven.regions.polygons import SAFETY, TINY, ExactLine, Floats, Integers, Plane, Polygons
 
@@ -129,10 +130,10 @@ class Enumeration:
         report: Callable[[str], None] | None = None,
     ) -> None:
         self.seconds, self._end = seconds, time.monotonic() + seconds
-        self.acts = network.acts
+        layers, self.acts = affine_layers(network)
         self.dims = network.n_inputs
-        self.weights = [layer.weight[0].numpy() for layer in network.layers]
-        self.biases = [layer.bias[0, 0].numpy() for layer in network.layers]
+        self.weights = [layer.weight[0].numpy() for layer in layers]
+        self.biases = [layer.bias[0, 0].numpy() for layer in layers]
         self.linear = None if network.linear is None else network.linear[0].numpy().astype(np.float64)
         if self.dims == 1:  # a plane on which f does not depend on y
             self.weights[0] = np.concatenate([self.weights[0], np.zeros_like(self.weights[0])], axis=1)
