@@ -105,8 +105,8 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
     chain = Chain.of(constraint, network.layers)
     report("measuring")
     scanned = scan(network, x)
-    points = sources(network, x, scanned, chain.q, [generator(search)], EFFORT, chain.hidden_p)
-    by = steepest(network, points, 0, chain.q, chain.hidden_p)
+    points = sources(network, x, scanned, chain.q, [generator(search)], EFFORT, chain.output_p)
+    by = steepest(network, points, 0, chain.q, chain.output_p)
     measured = overall(by)
     max_regions = setting(run.config, "max_regions") if options.max_regions is None else options.max_regions
     problem = Problem(

@@ -76,7 +76,7 @@ class Evaluator:
                 continue
             val, network = scores[run]["val"], checkpoint.network.run(run)
             constraint = self.stack.constraint
-            steepest = largest(network, self.x[run], scanned.gradient[run], constraint.q, constraint.hidden_p)
+            steepest = largest(network, self.x[run], scanned.gradient[run], constraint.q, constraint.output_p)
             rows.append(
                 {
                     "step": checkpoint.step,
@@ -101,7 +101,7 @@ class Evaluator:
         self.report("measuring")
         scanned = self._scan(checkpoint, final=True)
         generators = [generator(s.search) for s in self.stack.streams]
-        q, h = self.stack.constraint.q, self.stack.constraint.hidden_p
+        q, h = self.stack.constraint.q, self.stack.constraint.output_p
         points = sources(checkpoint.network, self.x, scanned, q, generators, h=h)
         scores = self._scores(scanned.f)
         found: list[Evaluation | None] = []
@@ -119,8 +119,9 @@ class Evaluator:
         final = final or checkpoint.step == self.stack.steps
         network = checkpoint.network
         if self._last is None or self._last[0] is not network or (final and not self._last[1]):
-            hidden_p = self.stack.constraint.hidden_p if final else None
-            self._last = (network, final, scan(network, self.x, hidden_p))
+            constraint = self.stack.constraint
+            hidden_p = constraint.hidden_p if final else None
+            self._last = (network, final, scan(network, self.x, hidden_p, constraint.output_p))
         return self._last[2]
 
     def _scores(self, f: Tensor) -> list[dict[str, dict[str, float]]]:
@@ -160,7 +161,7 @@ class Evaluator:
         points: Points,
         scores: dict[str, dict[str, float]],
     ) -> Evaluation:
-        network, q, h = checkpoint.network.run(run), self.stack.constraint.q, self.stack.constraint.hidden_p
+        network, q, h = checkpoint.network.run(run), self.stack.constraint.q, self.stack.constraint.output_p
         by = steepest(network, points, run, q, h)
         measured = overall(by)
         signs = self.stack.constraint.signs
@@ -211,7 +212,7 @@ class Evaluator:
         low, median, high = at_data.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
         in_norm = {
             norm: by.get("data") if norm == q else largest(network, self.x[run], scanned.gradient[run], norm)
-            for norm in defined(network, self.stack.constraint.hidden_p)
+            for norm in defined(network, self.stack.constraint.output_p)
         }
         return record.GradientNorm(
             q=norm_name(q),

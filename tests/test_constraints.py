@@ -34,6 +34,7 @@ from lipexp.constraints import (
     Spectral,
     SpectralNorm,
     Unconstrained,
+    UnitRows,
 )
 from lipexp.constraints.norms import ColumnNorm, FrobeniusNorm, ProjectedRows
 from lipexp.constraints.orthogonal import AlmostOrthogonal, CayleyTransform, Exponential, PolarFactor, QRFactor
@@ -76,6 +77,7 @@ def parameters(*sizes: int, runs: int = 1) -> list[Free]:
         (LInfProjection(), 2, 2, math.inf, ["row 2-norm", "row 1-norm", "row 1-norm"]),
         (One(), 1, math.inf, 1, ["column 1-norm"] * 3),
         (Frobenius(), 2, 2, 2, ["Frobenius norm"] * 3),
+        (UnitRows(), 2, 2, 2, ["spectral norm", "spectral norm", "row 2-norm"]),
         *((kind(), 2, 2, 2, ["spectral norm"] * 3) for kind in (Orthogonal, Cayley, QR, MatrixExp, AOL)),
     ],
 )

@@ -112,7 +112,7 @@ def test_what_float64_loses_of_a_difference_is_added_to_the_bounds_of_matrix_ine
 def test_a_pair_without_a_bound_of_its_own_has_that_of_the_whole_network(method, h, square):
     """sqrt(2) L for what bounds the outputs in the 2-norm, 2 L for rows, rounded up."""
     proofs = {"product": Proof(None, "no"), method: Proof(3.0)}
-    found = Certificate(Chain(2.0, 2.0, h, None, None, ()), ([], []), 3.0, None, method, proofs)
+    found = Certificate(Chain(2.0, 2.0, h, h, None, None, ()), ([], []), 3.0, None, method, proofs)
     pairs = pair_constants(network(2, 4, 3), found)
     assert pairs.joint**2 == pytest.approx(9 * square, rel=1e-15)
     assert Fraction(pairs.joint) ** 2 >= 9 * square

@@ -23,7 +23,7 @@ from lipexp.proven.regions import Constants, Steepest
 from lipexp.proven.semidefinite import eclipse, lipsdp
 
 TANH = as_activation(torch.nn.Tanh())
-CHAIN = Chain(2.0, 2.0, 2.0, 4.5, None, ("spectral norm",) * 2)
+CHAIN = Chain(2.0, 2.0, 2.0, 2.0, 4.5, None, ("spectral norm",) * 2)
 PROOFS = {
     "loose": Proof(5.0),
     "tight": Proof(3.0),

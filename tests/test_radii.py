@@ -176,7 +176,7 @@ def test_a_float32_network_that_errs_within_the_real_radius_does_not_within_its_
 
 
 def certificate(value, reason=None):
-    chain = Chain(2.0, 2.0, 2.0, None, None, ("spectral norm",) * 2)
+    chain = Chain(2.0, 2.0, 2.0, 2.0, None, None, ("spectral norm",) * 2)
     return Certificate(chain, ([0.0] * 2, [1.0] * 2), value, reason, "product", {"product": Proof(value)})
 
 

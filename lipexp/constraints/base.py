@@ -31,8 +31,9 @@ class Constraint(ABC):
     | `p`                 | the norm in which inputs move: 1, 2 or inf; `q`, its dual, measures gradients   |
     | `hidden_p`          | the norm of the hidden spaces, in which activations must be 1-Lipschitz         |
     | `lipschitz`         | L; None: there is no bound                                                      |
+    | `output_p`          | the norm of several outputs; that of the hidden spaces by default               |
     | `norms(n_layers)`   | the operator norm of each layer, first layer first; from p to hidden_p, then    |
-    |                     | from hidden_p to hidden_p. Their product bounds the network                     |
+    |                     | from hidden_p to hidden_p, at last to output_p. Their product bounds the network|
     | `per_run`           | the arguments that may differ between the runs of a stack: each is an attribute |
     |                     | of the same name, a number that may become a (K,) tensor                        |
     | `needs_classes`     | whether it is for classifiers alone                                             |
@@ -67,6 +68,11 @@ class Constraint(ABC):
     def q(self) -> float:
         """The norm in which gradients are measured, the dual of p."""
         return dual(self.p)
+
+    @property
+    def output_p(self) -> float:
+        """The norm in which several outputs are measured."""
+        return self.hidden_p
 
     @abstractmethod
     def norms(self, n_layers: int) -> Sequence[OperatorNorm]: ...

@@ -86,3 +86,19 @@ class Frobenius(Spectral):
 
     def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
         return [FrobeniusNorm() for _ in range(n_layers)]
+
+
+class UnitRows(Spectral):
+    """||W||_2 <= b for all layers but the last, whose rows have ||w||_2 <= b: each output is L-Lipschitz.
+
+    L then bounds the 2-norm of the gradient of each output, not that of the Jacobian, so that several outputs do
+    not share it. With one output this is `Spectral`.
+
+    Reference: Singla, Singla and Feizi 2021, "Improved deterministic l2 robustness on CIFAR-10 and CIFAR-100"
+    (arXiv 2108.04062), "last layer normalization".
+    """
+
+    output_p = math.inf
+
+    def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
+        return [*(SpectralNorm() for _ in range(n_layers - 1)), RowNorm(2)]

@@ -362,7 +362,7 @@ def _legend_above(ax: Axes) -> None:
 def _norm(run: Evaluation) -> str:
     """What is measured: the norm of the gradient, or of several outputs' Jacobian J."""
     chain, several = run.certificate.chain, run.network.n_outputs > 1
-    name = "‖∇f‖" if not several else "maxᵢ ‖∇fᵢ‖" if np.isinf(chain.hidden_p) else "‖J‖"
+    name = "‖∇f‖" if not several else "maxᵢ ‖∇fᵢ‖" if np.isinf(chain.output_p) else "‖J‖"
     return name + SUBSCRIPT[norm_name(chain.q)]
 
 

@@ -51,19 +51,20 @@ class Scan(NamedTuple):
 
     f: Tensor  # (K, N, C)
     gradient: Tensor  # (K, N, C, D) of each output to x
-    hidden: list[Tensor]  # (K, N) each, the norms h -> h of the Jacobians from the input of each later layer to f
+    hidden: list[Tensor]  # (K, N) each, the norms of the Jacobians from the input of each later layer to f
 
 
-def scan(network: BakedNetwork, x: Tensor, hidden_p: float | None = None) -> Scan:
+def scan(network: BakedNetwork, x: Tensor, hidden_p: float | None = None, output_p: float | None = None) -> Scan:
     """f and its gradients at points x (K, N, D), by one backward pass for each output.
 
     Args:
-        hidden_p: h, the norm of the hidden spaces, if the Jacobians there are to be measured as well.
+        hidden_p: the norm of the hidden spaces, if the Jacobians there are to be measured as well.
+        output_p: the norm of several outputs; None: the same.
     """
     double = network.double
     features = max([1, *network.hidden_widths]) * (1 if hidden_p is None else network.n_outputs)
     parts = [
-        _scan_part(double, part, hidden_p)
+        _scan_part(double, part, hidden_p, hidden_p if output_p is None else output_p)
         for part in x.double().split(max(1, _CHUNK // (features * x.shape[0])), dim=1)
     ]
     f, gradient, hidden = zip(*parts, strict=True)
@@ -71,13 +72,15 @@ def scan(network: BakedNetwork, x: Tensor, hidden_p: float | None = None) -> Sca
     return Scan(torch.cat(f, dim=1), torch.cat(gradient, dim=1), along)
 
 
-def _scan_part(network: BakedNetwork, x: Tensor, hidden_p: float | None) -> Scan:
+def _scan_part(network: BakedNetwork, x: Tensor, hidden_p: float | None, output_p: float | None) -> Scan:
     with torch.enable_grad():
         inputs, f = network.inputs_and_output(x.requires_grad_())
         wanted, last = inputs[:1] if hidden_p is None else inputs, f.shape[-1] - 1
         rows = [torch.autograd.grad(f[..., c].sum(), wanted, retain_graph=c < last) for c in range(last + 1)]
     gradient, *others = (torch.stack(each, dim=2) for each in zip(*rows, strict=True))
-    hidden = [] if hidden_p is None else [operator_norms(each, dual(hidden_p), hidden_p) for each in others]
+    hidden = []
+    if hidden_p is not None and output_p is not None:
+        hidden = [operator_norms(each, dual(hidden_p), output_p) for each in others]
     return Scan(f.detach(), gradient, hidden)
 
 

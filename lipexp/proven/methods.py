@@ -49,6 +49,7 @@ class Chain:
     p: float  # inputs move in this norm
     q: float  # gradients are measured in this one, its dual
     hidden_p: float  # the norm of the hidden spaces
+    output_p: float  # that of several outputs
     target: float | None  # L; None without a constraint
     layer_bound: float | None  # b
     layer_norms: tuple[str, ...]  # what the norm of each layer is called
@@ -61,6 +62,7 @@ class Chain:
             constraint.p,
             constraint.q,
             constraint.hidden_p,
+            constraint.output_p,
             constraint.target(run),
             None if bound is None else float(bound[run if len(bound) > 1 else 0]),
             constraint.names(layers),
@@ -123,7 +125,7 @@ def by_regions(problem: Problem) -> Proof:
             problem.max_regions,
             problem.seconds,
             problem.report,
-            problem.chain.hidden_p,
+            problem.chain.output_p,
         )
     except TooManyRegions as limit:
         return Proof(None, str(limit), gave_up=True)
@@ -137,12 +139,12 @@ def by_rows(problem: Problem) -> Proof:
     reason = rows.why_not_applicable(problem.network)
     if reason is not None:
         return Proof(None, reason)
-    return Proof(rows.bound(problem.network, problem.chain.q, problem.chain.hidden_p))
+    return Proof(rows.bound(problem.network, problem.chain.q, problem.chain.output_p))
 
 
 def by_eclipse(problem: Problem) -> Proof:
     """ECLipsE-Fast, for slopes in [0, 1] and the 2-norm, everywhere; see `semidefinite`."""
-    reason = semidefinite.why_not_applicable(problem.network, problem.chain.q, problem.chain.hidden_p)
+    reason = semidefinite.why_not_applicable(problem.network, problem.chain.q, problem.chain.output_p)
     return Proof(None, reason) if reason else _semidefinite(semidefinite.eclipse(problem.network))
 
 
@@ -152,7 +154,7 @@ def by_lipsdp(problem: Problem) -> Proof:
     Unless it is asked for alone, only where the gap is above 10 % and the matrix of moderate size: the time grows
     with the cube of that.
     """
-    reason = semidefinite.why_not_applicable(problem.network, problem.chain.q, problem.chain.hidden_p)
+    reason = semidefinite.why_not_applicable(problem.network, problem.chain.q, problem.chain.output_p)
     measured, size = problem.measured.value, semidefinite.size(problem.network)
     if reason is None and problem.best is not None:
         if problem.best <= WORTHWHILE * measured:

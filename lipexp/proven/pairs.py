@@ -141,7 +141,7 @@ def _differences(network: BakedNetwork) -> tuple[Exact, Floats]:
 
 def _apart(method: str, chain: Chain) -> float:
     """||e_i - e_j||_h* for the norm h in which a method bounds the outputs, which is 2 for matrix inequalities."""
-    h = 2.0 if method in ("eclipse", "lipsdp") else chain.hidden_p
+    h = 2.0 if method in ("eclipse", "lipsdp") else chain.output_p
     return norm_above(np.array([1, -1]), 0, dual(h))
 
 
