@@ -27,7 +27,6 @@ from lipexp.tasks import TASKS
 FREE = ("act=relu", "constraint=none", "loss=bce", "max_regions=0")
 BOUNDED = [("constraint=linf", "act=fullsort", "lipschitz=3"), ("constraint=sll", "act=relu")]
 BOUNDED += [("constraint=sandwich", "act=relu", "lipschitz=3")]
-
 OTHERS = {"n": NActivation(), "spline": LipschitzSpline(3), "householder": Householder(), "tanh": Tanh()}
 RESIDUAL = {"leaky_relu", "tuned", "groups of 3", "n", "householder"}
 
@@ -36,10 +35,9 @@ RESIDUAL = {"leaky_relu", "tuned", "groups of 3", "n", "householder"}
 
 def expected(network: BakedNetwork, x):
     """f (N, C) at points (N, D), in numpy and float64."""
-    points = x
-    beside = False
+    points, beside, acts = x, False, network.double.acts
     for i, (weight, bias, *t) in enumerate(network.layers):
-        matrix, acts = weight[0].double().numpy(), network.double.acts
+        matrix = weight[0].double().numpy()
         if t:
             x = x - (t[0][0].numpy() * activated(acts[i], x @ matrix + bias[0].numpy())) @ matrix.T
         else:
@@ -68,10 +66,7 @@ KINDS = [("classification", 1), ("multiclass", 10), ("regression", 1), ("regress
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_file_computes_the_same_where_there_is_no_lipexp(tmp_path, to):
-    """Every activation, with every kind of output, near and far and at a single point.
-
-    One has a linear term, and some have residual layers.
-    """
+    """Every activation and kind of output, near, far and at one point; with a linear term, and residual layers."""
     written, files, networks = format_of(to), [], []
     far = 10.0 ** torch.arange(-1, 4)[:, None] * normal(5, 4)
     acts = ACTS if to == "onnx" else ["leaky_relu", "abs", "maxmin", "groups of 3", "fullsort"]

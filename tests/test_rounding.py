@@ -219,6 +219,18 @@ def test_a_smooth_activation_in_a_residual_layer_has_radii_in_real_arithmetic():
     assert why_no_float32(net) == "nothing is known about the rounding errors of Smooth in float32"
 
 
+def test_an_activation_with_offsets_has_wider_bounds_and_none_in_float32():
+    class Shifted(ReLU):
+        def thresholds(self, width):
+            return np.zeros(width)
+
+    for make in (network, residual):
+        narrow, wide = (evaluate(make(3, 6, 1, act=act), stored(8, 3))[1] for act in (ReLU(), Shifted()))
+        assert (wide > 10 * narrow).all()
+        reason = "nothing is known about the rounding errors of Shifted in float32"
+        assert [why_no_float32(make(3, 6, 1, act=act)) for act in (ReLU(), Shifted())] == [None, reason]
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [("abs", "needs slopes in [0, 1]; Abs has [-1, 1]"), ("maxmin", "GroupSort declares no slopes")],

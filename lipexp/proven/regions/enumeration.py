@@ -27,6 +27,7 @@ import numpy as np
 
 from lipexp.activations import ActiveMap
 from lipexp.activations.ties import untied
+from lipexp.blocks import act_width
 from lipexp.exact import Exact, ExactArray, add, integers
 from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF
@@ -78,7 +79,8 @@ def why_not_enumerable(network: BakedNetwork) -> str | None:
         return "is for one or two inputs"
     if not network.act.is_piecewise_linear:
         return f"{network.act.label} does not declare its active linear map"
-    if network.hidden_widths and network.act.breakpoints(network.hidden_widths[0]) is None:
+    widths = filter(None, (act_width(network.layers, i) for i in range(len(network.layers))))
+    if any(network.act.breakpoints(width) is None for width in widths):
         return f"{network.act.label} does not declare its breakpoints"
     return None
 
