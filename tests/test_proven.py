@@ -111,7 +111,7 @@ def test_what_is_measured_of_several_outputs_is_below_every_bound_after_training
     """Of a stack, in its own chain; the search finds no less than the data show."""
     result = trained(*overrides, runs=EACH_LIPSCHITZ)
     for found in Evaluator(result.stack).final(result.checkpoint):
-        h, interval = found.certificate.chain.hidden_p, found.certificate.interval(found.measured)
+        h, interval = found.certificate.chain.output_p, found.certificate.interval(found.measured)
         assert interval.verdict == "PASS"
         assert 0 < found.gradient_norm.by["data"] <= found.gradient_norm.by["search"] * (1 + 1e-9)
         x = torch.from_numpy(np.stack([found.gradients[f"x{i}"] for i in range(found.network.n_inputs)], axis=1))
