@@ -148,7 +148,8 @@ def peer_networks(console: Console, width: int = WIDTH) -> dict[str, nn.Module]:
         return mlp(linear, lambda: library.GroupSort(width // 2), width)
 
     own = mlp(lambda n_in, n_out: spectral_norm(nn.Linear(n_in, n_out)), MinimumMaximum, width)
-    networks, missing = {"torch spectral_norm + MaxMin": own}, []
+    networks: dict[str, nn.Module] = {"torch spectral_norm + MaxMin": own}
+    missing = []
     for name, module, package, network in (
         ("torchlip Spectral + GroupSort2", "deel.torchlip", "deel-torchlip", torchlip),
         ("MonotonicNetworks inf + GroupSort", "monotonicnetworks", "monotonicnetworks", monotonic),
