@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from lipexp.arguments import Parser
-from lipexp.bench import accuracy, predict, steps, sweep
+from lipexp.bench import accuracy, peers, predict, steps, sweep
 from lipexp.config import ConfigError, no_such, whole
 from lipexp.process import cpu_threads
 
@@ -19,6 +19,7 @@ SECTIONS = {
     "commands": steps.commands,
     "sweep": sweep.sweep,
     "accuracy": accuracy.accuracy,
+    "peers": peers.peers,
     "predict": predict.predict,
 }
 DEFAULT = ("step", "activation", "commands")  # the others take minutes
@@ -30,9 +31,10 @@ sections:
   commands    lipexp --help against an empty Python, lipexp train against its imports
   sweep       runs of a stack against single ones
   accuracy    test scores on real data, against the same network without a bound and scikit-learn's models
+  peers       bounded networks of other libraries: scores, Lipschitz constants and step times, against the same here
   predict     2 million rows of a table, against pandas alone reading and writing them
 
-The last three take minutes, so they run only when they are named. A time is CPU time, user and system, unless it
+The last four take minutes, so they run only when they are named. A time is CPU time, user and system, unless it
 says wall. Targets are aims: missing one is no error."""
 
 

@@ -9,7 +9,7 @@ import importlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from lipexp.bench.timing import Case, table, take_turns
 from lipexp.config import conf_dir
 from lipexp.hydra_app import register_schemas
 from lipexp.loop import Stack, Trainer, batch_indices
+from lipexp.losses import Hinge
 from lipexp.members import build, stack
 
 WIDTH, DEPTH, BATCH = 128, 2, 256
-MARGIN = 0.5  # of the hinge loss
+MARGIN = Hinge().margin
 STEP_CALLS, ACTIVATION_CALLS = 10, 50  # in a round
 COMMAND_ROUNDS = 6  # a command takes seconds: it has one round where others have this many
 LIPEXP = str(Path(sys.executable).with_name("lipexp"))
@@ -95,7 +96,7 @@ def command(folder: str, *words: str) -> Callable[[], object]:
 def composed(*overrides: str) -> DictConfig:
     """The configuration of `lipexp train` with these overrides, and with steps that never run out."""
     register_schemas()
-    shape = (f"model.width={WIDTH}", f"model.depth={DEPTH}", f"batch_size={BATCH}", f"loss.margin={MARGIN}")
+    shape = (f"model.width={WIDTH}", f"model.depth={DEPTH}", f"batch_size={BATCH}")
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("config", overrides=[*shape, "steps=1000000", *overrides])
 
@@ -124,7 +125,9 @@ def torch_step(network: nn.Module, runs: Stack) -> Callable[[], object]:
     return step
 
 
-def mlp(linear: Callable[[int, int], nn.Module], act: Callable[[], nn.Module], width: int = WIDTH) -> nn.Module:
+def mlp(
+    linear: Callable[[int, int], nn.Module], act: Callable[[], nn.Module], width: int = WIDTH
+) -> nn.Sequential:
     """The benchmark's network out of other libraries' parts."""
     parts: list[nn.Module] = []
     for n_in, n_out in pairwise([2, *[width] * DEPTH, 1]):
@@ -145,7 +148,8 @@ def peer_networks(console: Console, width: int = WIDTH) -> dict[str, nn.Module]:
         return mlp(linear, lambda: library.GroupSort(width // 2), width)
 
     own = mlp(lambda n_in, n_out: spectral_norm(nn.Linear(n_in, n_out)), MinimumMaximum, width)
-    networks, missing = {"torch spectral_norm + MaxMin": own}, []
+    networks: dict[str, nn.Module] = {"torch spectral_norm + MaxMin": own}
+    missing = []
     for name, module, package, network in (
         ("torchlip Spectral + GroupSort2", "deel.torchlip", "deel-torchlip", torchlip),
         ("MonotonicNetworks inf + GroupSort", "monotonicnetworks", "monotonicnetworks", monotonic),
@@ -154,9 +158,15 @@ def peer_networks(console: Console, width: int = WIDTH) -> dict[str, nn.Module]:
             networks[name] = network(importlib.import_module(module))
         except ImportError:
             missing.append(package)
-    if missing:
-        console.print(f"not installed: {', '.join(missing)} (pip install {' '.join(missing)})", soft_wrap=True)
+    say_missing(console, missing)
     return networks
+
+
+def say_missing(console: Console, packages: Sequence[str]) -> None:
+    """One line, if any package is not installed."""
+    if packages:
+        names = ", ".join(packages)
+        console.print(f"not installed: {names} (pip install {' '.join(packages)})", soft_wrap=True)
 
 
 class SortedPairs(nn.Module):

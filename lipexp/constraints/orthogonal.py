@@ -78,13 +78,16 @@ class PolarFactor(SpectralNorm):
 
     def _towards(self, weight: Tensor) -> Tensor:
         """`weight` (K, out, in), out >= in, after the iterations."""
+        if weight.shape[2] == 1:  # the polar factor of a vector needs no iterations
+            return torch.nn.functional.normalize(weight, dim=1)
         gram = weight.mT @ weight
         fourth = gram @ gram
         fourth = fourth @ fourth
         # (sum of sigma^16)^(1/16) is at least the largest singular value, and for many equal ones hardly more.
         largest = torch.linalg.matrix_norm(fourth, keepdim=True) ** 0.125
-        weight = weight / largest.clamp_min(1)
-        for _ in range(self.iterations):
+        scale = largest.clamp_min(1)
+        weight = self.iterate(weight / scale, gram / scale.square())
+        for _ in range(self.iterations - 1):
             weight = self.iterate(weight, weight.mT @ weight)
         return weight
 
