@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
 from lipexp.bench.steps import DEPTH, MinimumMaximum, mlp, say_missing
-from lipexp.config import conf_dir
 
 WIDTH = 64
 HALF = 0.5  # of the time of their step: the aim for layers that they make orthogonal
@@ -64,7 +63,7 @@ def column_sum(layer: nn.Linear) -> Tensor:
 
 
 def residual(layer: Any) -> Tensor:
-    """A bound for x - 2 W^T diag(t) relu(W x + b): max(1, 2 s - 1), with s the largest eigenvalue of W^T diag(t) W.
+    """max(1, 2 s - 1) for x - 2 W^T diag(t) relu(W x + b), with s the largest eigenvalue of W^T diag(t) W.
 
     Its Jacobian I - 2 W^T diag(t) D W with 0 <= D <= I is symmetric, and its eigenvalues are in [1 - 2 s, 1].
     """
@@ -109,9 +108,8 @@ def of_torchlip(library: Any) -> Iterator[Rival]:
     yield Rival("torchlip Spectral + GroupSort2", network(linear, pairs), with_pairs, SPECTRAL, HALF)
     sorting = ["orthogonal act=fullsort"]
     yield Rival("torchlip Spectral + FullSort", network(linear, library.FullSort), sorting, SPECTRAL, HALF)
-    if (conf_dir() / "act" / "householder.yaml").exists():
-        made = network(linear, partial(library.HouseHolder, WIDTH))
-        yield Rival("torchlip Spectral + HouseHolder", made, ["orthogonal act=householder"], SPECTRAL, HALF)
+    made = network(linear, partial(library.HouseHolder, WIDTH))
+    yield Rival("torchlip Spectral + HouseHolder", made, ["orthogonal act=householder"], SPECTRAL, HALF)
     made = network(linear, pairs, eps_bjorck=None)
     yield Rival("torchlip Spectral, no Björck", made, ["spectral"], SPECTRAL)
     made = network(library.FrobeniusLinear, pairs, disjoint_neurons=False)
