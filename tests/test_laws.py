@@ -61,7 +61,7 @@ def nearest(choice):
 def drawn(choice):
     """A row with this option whose others are drawn at random, the same at every call.
 
-    The optimiser stays Adam. Steps in proportion to the gradient are unstable where a loss is steep for their rate,
+    The optimiser stays Adam. Steps in proportion to the gradient are unstable where a loss is too steep for them,
     and rounding errors then grow from step to step.
     """
     rng = random.Random(spelled(choice))
