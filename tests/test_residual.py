@@ -127,6 +127,16 @@ def test_the_best_multipliers_prove_hardly_less_than_those_of_the_sandwich(lipsc
     assert not np.isfinite(Sandwich(lipschitz).prove(broken).whole).any()
 
 
+@pytest.mark.parametrize("kind", [SLL, Sandwich])
+def test_scales_that_have_run_away_are_baked_within_the_bound(kind):
+    layers, _ = started(kind(2.0), [(6, 2), (6, 6), (1, 6)], ReLU())
+    layers = [layer._replace(own=1e4 * layer.own) for layer in layers]
+    net = kind(2.0).bake(layers, ReLU())
+    assert all(net.is_finite(run) for run in range(RUNS))
+    assert net.whole in ((), [2.0] * RUNS)
+    assert all(np.isfinite(norm) for of_layer in net.norms for norm in of_layer)
+
+
 @pytest.mark.parametrize("kind", [SLL, CPL, Sandwich])
 def test_what_sorts_is_refused(kind):
     with pytest.raises(

@@ -27,6 +27,7 @@ from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF, is_semidefinite
 
 SMALLEST = 1e-30  # of 2 / t
+FARTHEST = 20.0  # a learnt scale is within exp(-20) and exp(20), so that float32 holds what is made of it
 
 
 class ResidualLayers(Spectral):
@@ -183,7 +184,7 @@ class SLL(ResidualLayers):
     own_numbers = True
 
     def inverse_of_half(self, weight: Tensor, own: Tensor, state: Any) -> Tensor:
-        q = own.exp()
+        q = own.clamp(-FARTHEST, FARTHEST).exp()
         sums = (weight.mT @ weight).abs() @ q.unsqueeze(-1)  # (K, H, 1)
         return (sums.squeeze(-1) / q).clamp_min(SMALLEST).unsqueeze(1)
 

@@ -19,6 +19,7 @@ from lipexp.constraints.base import check_slopes
 from lipexp.constraints.chains import Spectral
 from lipexp.constraints.norms import SPECTRAL_SHRINK, OperatorNorm, SpectralNorm
 from lipexp.constraints.orthogonal import CayleyTransform
+from lipexp.constraints.residual import FARTHEST
 from lipexp.inequality import Array, proves
 from lipexp.models import Free, Layout, Shapes
 from lipexp.networks import BakedNetwork
@@ -137,7 +138,7 @@ def _merged(layers: Sequence[Free], rho: float) -> tuple[list[Tensor], Tensor]:
         n_out, n_both = layer.weight.shape[1:]
         rows = rho * cayley.within_one(layer.weight, None)
         b, a = rows.split([n_both - n_out, n_out], dim=2)
-        psi = layer.own.exp().unsqueeze(-1)  # (K, n, 1)
+        psi = layer.own.clamp(-FARTHEST, FARTHEST).exp().unsqueeze(-1)  # (K, n, 1)
         w = math.sqrt(2) * b / psi
         merged.append(w if out is None else w @ out)
         out = math.sqrt(2) * (psi * a).mT
