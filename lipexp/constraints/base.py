@@ -227,4 +227,6 @@ def check_slopes(act: Activation, name: str, what: str) -> None:
     slopes = act.slopes
     if slopes is None or not 0 <= slopes[0] <= slopes[1] <= 1:
         found = "none" if slopes is None else f"[{slopes[0]:g}, {slopes[1]:g}]"
-        raise ConfigError("act", name, f"must declare slopes in [0, 1] for {what}; it declares {found}")
+        raise ConfigError(
+            "act", name, f"must declare slopes in [0, 1] for {what}, as relu does; it declares {found}"
+        )
