@@ -117,7 +117,7 @@ def test_an_activation_has_to_be_1_lipschitz_in_the_norm_of_the_hidden_space(bou
     suits = constraint.hidden_p in map(float, norms) and not by_slopes
     message = rf"^act=mine: .* in the {constraint.hidden_p:g}-norm .* declares norms: {declared} \("
     if by_slopes:
-        message = r"^act=mine: must declare slopes in \[0, 1\] for .* layers; it declares none$"
+        message = r"^act=mine: must declare slopes in \[0, 1\] for .* layers, as relu does; it declares none$"
     with contextlib.nullcontext() if suits else pytest.raises(ConfigError, match=message):
         constraint.check(as_activation(act), "mine")
     Unconstrained().check(as_activation(act), "mine")
