@@ -349,7 +349,7 @@ def test_the_groups_of_the_groupsort_figure_are_sorted():
 def test_every_claim_of_every_figure_holds(lipexp):
     result = lipexp("figures")
     assert result.code == 0, result.out + result.err
-    for name in figures.FIGURES:
+    for name in figures.FIGURES.keys() - figures.LONG:
         assert {path.suffix for path in OUTPUT.glob(f"{name}.*")} == {".png", ".svg"}
     claims_made = {entry["claim"] for entry in json.loads((OUTPUT / "claims.json").read_text())}
-    assert claims_made == set(claims.THRESHOLDS)
+    assert claims_made == {claim for claim in claims.THRESHOLDS if not claim.startswith("9 ")}  # of compare
