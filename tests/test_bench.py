@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,7 @@ from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
 from lipexp import loop
 from lipexp.activations import GroupSort
-from lipexp.bench import accuracy, main, steps, sweep, timing
+from lipexp.bench import accuracy, libraries, main, peers, steps, sweep, timing
 from lipexp.bench.timing import Case
 from lipexp.datasets import Data
 from lipexp.loading import load_run
@@ -202,3 +204,107 @@ def test_an_experiment_on_real_data_is_as_good_as_the_best_of_the_others(name, t
     for seed, score in enumerate(found.scores[accuracy.OWN]):
         assert metrics(tmp_path / name / str(seed))["test"][found.metric] == score
     assert found.met
+
+
+# Peers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_peers(monkeypatch):
+    """Networks of width 8, three steps and two seeds, and no library but torch."""
+    for module in (libraries, peers):
+        monkeypatch.setattr(module, "WIDTH", 8)
+    for name, value in (("SEEDS", 2), ("STEPS", 3), ("LOOK_EVERY", 2)):
+        monkeypatch.setattr(peers, name, value)
+    monkeypatch.setattr(libraries, "LIBRARIES", {"absent": ("no_such_module", None)})
+
+
+def test_the_peers_that_are_installed_have_a_row_each_and_the_others_are_named(small_peers, capsys):
+    assert main(["peers", "--rounds", "1"]) == 0
+    missing, *lines = capsys.readouterr().out.splitlines()
+    assert missing == "not installed: absent (pip install absent)"
+    rows = [re.split("  +", line.strip()) for line in lines]
+    rows = [cells for cells in rows if len(cells) > 5 and "±" in cells[1]]
+    own = ["spectral", "qr", "orthogonal", "cayley", "matrix_exp"]
+    for name, *_, constant, alone, in_stack, aims in (cells for cells in rows if cells[0] in own):
+        assert float(constant) <= 0, name
+        assert min(float(alone), float(in_stack)) > 0
+        assert re.fullmatch(r"met|missed: (accuracy|loss|share)(, (loss|share))*", aims)
+    theirs = {name: cells for name, *cells in rows if name not in own}
+    assert [name for name, *_ in rows if name in own] == ["spectral", "qr", *own[2:]]
+    assert list(theirs) == [f"torch {map_} + MaxMin" for map_ in ("spectral_norm", "householder", *own[3:])]
+    for name, (*_, constant, in_training, time) in theirs.items():
+        assert abs(float(constant)) < (1 if "spectral" in name else 1e-5), name
+        assert float(in_training) > -0.5
+        assert re.fullmatch(rf"{NUMBER} (µs|ms)", time)
+
+
+@pytest.mark.parametrize("problem", peers.PROBLEMS)
+def test_other_networks_learn_by_the_same_batches_loss_and_schedule(problem, small_peers):
+    runs = peers.stacked(problem, "none act=relu", 2)
+    trainer = loop.Trainer(runs)
+    networks = [steps.mlp(torch.nn.Linear, torch.nn.ReLU, 8) for _ in range(2)]
+    for run, network in enumerate(networks):
+        for part, layer in zip([part for part in network if hasattr(part, "weight")], trainer.layers, strict=True):
+            part.weight.data.copy_(layer.weight[run])
+            part.bias.data.copy_(layer.bias[run, 0])
+    learners = [peers.torch_step(network, runs, run) for run, network in enumerate(networks)]
+    for _ in range(peers.STEPS):
+        trainer.step()
+        for learn in learners:
+            learn()
+    for run, network in enumerate(networks):
+        found = torch.cat([part.flatten() for part in network.parameters()])
+        assert torch.allclose(found, trainer.parameters[run], rtol=0, atol=1e-5)  # a step has the size 1e-2
+
+
+def test_the_constant_of_a_network_is_the_product_of_its_layers_norms():
+    act = torch.nn.ReLU
+    network = steps.mlp(torch.nn.Linear, act, 8)
+    first, second, third = (part.weight.detach().double().numpy() for part in network[::2])
+    norms = (libraries.longest_row, libraries.row_sum, libraries.column_sum)
+    expected = max(map(np.linalg.norm, first)) * abs(second).sum(axis=1).max() * abs(third).sum(axis=0).max()
+    rival = libraries.Rival("name", lambda: network, ["none"], norms)
+    assert libraries.constant(rival, network) == pytest.approx(expected)
+    spectral = libraries.Rival(
+        "name", lambda: network, ["none"], (libraries.spectral, *(libraries.frobenius,) * 2)
+    )
+    expected = np.linalg.svd(first)[1][0] * np.sqrt((second**2).sum()) * np.sqrt((third**2).sum())
+    assert libraries.constant(spectral, network) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("size", [0.3, 1.0, 2.0])
+def test_the_bound_of_a_residual_layer_is_the_largest_norm_of_its_jacobians(size):
+    """Over the 2^M patterns of active features, of which each Jacobian has one."""
+    draw = torch.Generator().manual_seed(0)
+    weight, t = size * torch.randn(6, 4, generator=draw), torch.rand(6, generator=draw)
+    layer = SimpleNamespace(weight=weight, compute_t=lambda: t)
+    patterns = itertools.product([0.0, 1.0], repeat=6)
+    jacobians = [
+        torch.eye(4) - 2 * weight.T @ torch.diag(t * torch.tensor(active)) @ weight for active in patterns
+    ]
+    largest = float(torch.linalg.matrix_norm(torch.stack(jacobians), ord=2).max())
+    assert float(libraries.residual(layer)) == pytest.approx(largest, rel=1e-5)
+
+
+def test_outputs_are_scored_as_those_of_a_network_that_keeps_the_bound(small_peers):
+    runs = peers.stacked(peers.MOONS, "spectral", 1)
+    f = torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    above, scaled, below = (peers.Learnt() for _ in range(3))
+    above.note(peers.MOONS, runs, 0, f, 4.0)
+    scaled.note(peers.MOONS, runs, 0, f / 4, 1.0)
+    below.note(peers.MOONS, runs, 0, f, 0.25)
+    assert above.scores == scaled.scores != below.scores
+    y = 2 * runs.data[0].test_y - 1
+    assert below.scores[peers.LOSS] == [pytest.approx(np.maximum(0, steps.MARGIN - y * f.numpy()).mean())]
+    assert below.scores[peers.ACCURACY] == [np.mean(y * f.numpy() > 0)]
+
+
+def test_worse_is_what_lies_behind_by_more_than_the_standard_error_of_the_difference():
+    def learnt(accuracy: list[float], loss: list[float], share: list[float]) -> peers.Learnt:
+        return peers.Learnt(dict(zip(peers.MEASURES, (accuracy, loss, share), strict=True)))
+
+    theirs = learnt([0.9, 1.0], [0.1, 0.2], [0.5, 0.7])
+    assert peers.worse(theirs, theirs) == []
+    assert peers.worse(learnt([0.89, 0.99], [0.11, 0.21], [0.49, 0.69]), theirs) == ["accuracy", "loss", "share"]
+    assert peers.worse(learnt([0.88, 1.01], [0.09, 0.19], [0.51, 0.71]), theirs) == []  # -0.005 +- 0.015

@@ -43,6 +43,16 @@ def test_the_iterations_lead_to_the_polar_factor_and_write_it_back(norm, shape):
     np.testing.assert_allclose(norm.scaled(normal(1, *shape), torch.ones(1))[0], expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1)], ids=str)
+def test_a_vector_becomes_the_unit_vector_in_one_iteration(shape):
+    vector = 0.1 * normal(1, *shape)
+    expected = vector / vector.square().sum().sqrt()
+    for method in ("newton_schulz", "bjorck"):
+        weight = vector.clone()
+        PolarFactor(method, 1).restore(weight)
+        torch.testing.assert_close(weight, expected)
+
+
 @pytest.mark.parametrize("size", [1e-3, 0.3, 1.0, 7.0, 300.0])
 @pytest.mark.parametrize("method", ["newton_schulz", "bjorck"])
 def test_no_number_of_iterations_takes_a_singular_value_above_one_but_by_rounding(method, size):

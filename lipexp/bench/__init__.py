@@ -31,7 +31,7 @@ sections:
   commands    lipexp --help against an empty Python, lipexp train against its imports
   sweep       runs of a stack against single ones
   accuracy    test scores on real data, against the same network without a bound and scikit-learn's models
-  peers       bounded networks of other libraries: scores, Lipschitz constants, step times, against the same here
+  peers       other libraries' bounded networks, against the same ones here: scores, constants, step times
   predict     2 million rows of a table, against pandas alone reading and writing them
 
 The last four take minutes, so they run only when they are named. A time is CPU time, user and system, unless it

@@ -63,7 +63,7 @@ def column_sum(layer: nn.Linear) -> Tensor:
 
 
 def residual(layer: Any) -> Tensor:
-    """max(1, 2 s - 1) for x - 2 W^T diag(t) relu(W x + b), with s the largest eigenvalue of W^T diag(t) W.
+    """The bound max(1, 2 s - 1) of x - 2 W^T diag(t) relu(W x + b), s the largest eigenvalue of W^T diag(t) W.
 
     Its Jacobian I - 2 W^T diag(t) D W with 0 <= D <= I is symmetric, and its eigenvalues are in [1 - 2 s, 1].
     """
