@@ -54,8 +54,8 @@ LEGEND = (
     "the Kantorovich dual. Outputs are divided by the Lipschitz constant where that is above 1. The constant is "
     "the largest of the seeds: for lipexp the proven one, for others the product of their layers' norms in "
     f"float64; in training: the largest at every {LOOK_EVERY}th step, had it been the last. Step: CPU time over "
-    "that of the other library, of a run alone and of one in a stack. Missed: what is worse by more than one standard "
-    "error of the difference, seed by seed; a step of a run alone above the aim."
+    "that of the other library, of a run alone and of one in a stack. Missed: what is worse by more than one "
+    "standard error of the difference, seed by seed; a step of a run alone above the aim."
 )
 
 
