@@ -131,6 +131,11 @@ class Layout(NamedTuple):
     widths: Sequence[int]  # features of the activation of each layer; 0: it has none
     theta: Sequence[int]  # its parameters
 
+    @classmethod
+    def of(cls, shapes: Shapes, own: Sequence[int], widths: Sequence[int], act: Activation) -> Layout:
+        """The layout with what `act` learns for each of these widths."""
+        return cls(shapes, own, widths, [act.n_parameters(width) if width else 0 for width in widths])
+
     @property
     def sizes(self) -> list[int]:
         """The lengths of the parts of a row."""

@@ -102,12 +102,11 @@ def report(options: argparse.Namespace) -> int:
         further = ["sd"] if by else [key for key in rows if key not in chosen]
         table = rows[unique(columns, further, (key for key in own if key in rows))]
         write(options.csv, table.rename(columns={key: f"{key}.{how}" for key, how in FOLDED_AS.items() if by}))
+    root = os.path.commonpath([os.path.dirname(run) for run in runs["run"]])
     if options.format is not None and options.csv != "-":
-        root = os.path.commonpath([os.path.dirname(run) for run in runs["run"]])
         same, pastable = shown(rows, columns, by, root)
         print(pasted(options.format, pastable, same))
     elif options.csv != "-":
-        root = os.path.commonpath([os.path.dirname(run) for run in runs["run"]])
         counts = [f"{(runs['status'] == status).sum()} {status}" for status in ["failed", *UNFINISHED]]
         counts = [text for text in counts if text.endswith("failed") or not text.startswith("0 ")]
         # Printed as it is: a full disk or a reader that has gone ends this command, whose result is the table.

@@ -63,6 +63,6 @@ def formatted(
 def pasted(form: str, table: Table, above: str = "") -> str:
     """A table of the screen as text in one of `FORMATS`."""
     columns = [[str(cell) for cell in column.cells] for column in table.columns]
-    headings = [str(column.header).replace("\n", " ") for column in table.columns]
+    headings = [str(column.header).replace("-\n", "").replace("\n", " ") for column in table.columns]
     numbers = [column.justify == "right" for column in table.columns]
     return formatted(form, headings, list(zip(*columns, strict=True)), numbers, above)

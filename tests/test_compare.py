@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from lipexp.figures import compare
+from lipexp.figures import compare, experiments, main
 from lipexp.figures.compare import KINDS, PROBLEMS, draw, folded, judge, kind, ranked, summary
 from lipexp.tables import pasted
 
@@ -54,6 +54,18 @@ def test_the_table_to_be_pasted_has_every_pair_with_its_standard_error(runs):
     lines = pasted("csv", summary(runs).full).splitlines()
     assert [tuple(line.split(",")[:2]) for line in lines[1:]] == sorted(PAIRS)
     assert lines[1].split(",")[2] == "0.560 ± 0.01"  # of 0.55 and 0.57
+
+
+def test_only_the_table_goes_to_standard_output(runs, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments, "train", lambda *how: print("trained") or 0)
+    monkeypatch.setattr(experiments, "read", lambda folder: runs[folder.name])
+    monkeypatch.setattr(compare, "chosen_of_both", lambda rows: ["groupsort", "relu"])
+    assert main(["compare", "--format", "csv"]) == 1  # one half is too few for the claim
+    printed = capsys.readouterr()
+    assert printed.out == pasted("csv", summary(runs).full) + "\n"
+    assert printed.err.count("trained\n") == len(PROBLEMS)
+    assert "1 claims do not hold" in printed.err
 
 
 def test_the_sentences_count_and_name(runs, monkeypatch):

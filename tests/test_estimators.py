@@ -299,6 +299,12 @@ def test_parameters_are_searched_within_a_pipeline():
     assert len({*search.cv_results_["mean_test_score"]}) > 1
 
 
+@pytest.mark.parametrize("widths", [[12, 6], (12, 6)], ids=str)
+def test_hidden_layers_may_differ_in_width(widths):
+    model = LipschitzClassifier(**FAST, widths=widths).fit(*MOONS)
+    assert model.network_.hidden_widths == [12, 6]
+
+
 def test_one_seed_gives_one_network_and_another_one_another():
     first, same, other = (LipschitzClassifier(**FAST | {"random_state": seed}).fit(*IRIS) for seed in (0, 0, 1))
     f = first.decision_function(IRIS[0])
@@ -327,6 +333,8 @@ def test_fitting_leaves_no_files_and_the_global_random_numbers(tmp_path, monkeyp
             "loss=mse: is for numbers to fit, but dataset=X has two classes: take loss=bce or loss=",
         ),
         ({"width": 7}, "model.width=7: must be a multiple of act's group size, 2"),
+        ({"widths": [12, 7]}, "model.width=7: must be a multiple of act's group size, 2"),
+        ({"widths": "12"}, "model.widths=12: must be null, or a list of whole numbers such as [64, 32]"),
         ({"steps": -1}, "steps=-1: must be a whole number, at least 0"),
         ({"batch_size": 0}, "batch_size=0: must be a whole number, at least 1"),
         ({"lipschitz": 0}, "lipschitz=0: must be a finite number above 0"),

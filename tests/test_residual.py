@@ -7,7 +7,8 @@ import pytest
 import torch
 from networks import generator, normal
 
-from lipexp.activations import GroupSort, LeakyReLU, ReLU
+from lipexp.activations import ALL_NORMS, Activation, GroupSort, LeakyReLU, ReLU
+from lipexp.blocks import inputs_and_output
 from lipexp.config import ConfigError
 from lipexp.constraints import CPL, SLL, Sandwich
 from lipexp.models import MLP, Free, unflatten
@@ -58,6 +59,31 @@ def test_the_rates_of_the_layers_are_those_of_their_papers():
             x = normal(RUNS, 7, 5)
             by_hand = x[run].numpy() - t * np.maximum(x[run].numpy() @ w + blocks[1].bias[run].numpy(), 0) @ w.T
             np.testing.assert_allclose(blocks[1](x, ReLU())[run], by_hand, atol=1e-12)
+
+
+class Knee(Activation):
+    """The larger of z and a length that each feature learns."""
+
+    norms, slopes = ALL_NORMS, (0.0, 1.0)
+
+    def n_parameters(self, width):
+        return width
+
+    def within(self, theta, scale):
+        return scale * theta
+
+    def forward(self, z):
+        return torch.maximum(z, self.theta.unsqueeze(1))
+
+
+@pytest.mark.parametrize("kind", [SLL, CPL, Sandwich])
+def test_what_is_stored_is_what_training_worked_with(kind):
+    """Learned lengths are in the unit of the features, which only affine layers change."""
+    constraint, act = kind(9.0), Knee()
+    layers, blocks = started(constraint, [(6, 2), (6, 6), (4, 6), (1, 4)], act)
+    x = normal(RUNS, 100, 2)
+    trained = inputs_and_output(blocks, constraint.acts(layers, act), x)[1]
+    torch.testing.assert_close(constraint.bake(layers, act).double(x), trained, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("act", [ReLU(), LeakyReLU(0.3)], ids=["relu", "leaky_relu"])

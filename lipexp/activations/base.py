@@ -169,6 +169,11 @@ class Activation(nn.Module):
         return type(self).__name__
 
     @property
+    def has_unit_slopes(self) -> bool:
+        """Whether it declares slopes in [0, 1], which the inequalities of residual and sandwich layers need."""
+        return self.slopes is not None and 0 <= self.slopes[0] <= self.slopes[1] <= 1
+
+    @property
     def is_piecewise_linear(self) -> bool:
         """Whether it declares its active map."""
         return type(self).active_map is not Activation.active_map

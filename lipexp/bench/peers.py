@@ -158,7 +158,8 @@ def torch_step(network: nn.Module, runs: Stack, run: int) -> Callable[[], object
     x, y = torch.from_numpy(data.train_x), torch.from_numpy(data.train_y)
     batches = batch_indices(len(x), runs.batch_size, [generator(runs.streams[run].batches)])
     rate = float(torch.as_tensor(optim.lr).reshape(-1)[run])
-    optimiser = torch.optim.Adam(network.parameters(), rate, tuple(optim.betas), optim.eps)  # type: ignore[arg-type]
+    first, second = optim.betas
+    optimiser = torch.optim.Adam(network.parameters(), rate, (first, second), optim.eps)
     decay = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda done: SCHEDULES[optim.schedule](done / runs.steps, optim)
     )

@@ -131,8 +131,7 @@ class Constraint(ABC):
     def layout(self, shapes: Shapes, act: Activation) -> Layout:
         """The free parameters for weight matrices (out, in), the activation standing between two."""
         widths = [*(n_out for n_out, _ in shapes[:-1]), 0]
-        thetas = [act.n_parameters(width) if width else 0 for width in widths]
-        return Layout(shapes, [0] * len(shapes), widths, thetas)
+        return Layout.of(shapes, [0] * len(shapes), widths, act)
 
     def start(self, layers: Sequence[Free]) -> None:
         bound = self.bound(len(layers))
@@ -166,12 +165,16 @@ class Constraint(ABC):
 
     def acts(self, layers: Sequence[Free], act: Activation) -> Sequence[Activation]:
         """The activation of each layer, with the parameters that `act.within` makes of the free ones."""
-        if not any(layer.theta.numel() for layer in layers):
-            return [act] * len(layers)
-        one = layers[0].weight.new_ones(1, 1)
-        scale = one if self._scale is None else self._scale.view(-1, 1)
-        depths = self.depths(layers)
-        return [act.at(act.within(layer.theta, scale**n)) for layer, n in zip(layers, depths, strict=True)]
+        scale = layers[0].weight.new_ones(1) if self._scale is None else self._scale
+        thetas = self._thetas([layer.theta for layer in layers], self.depths(layers), act, scale)
+        return [act.at(theta) for theta in thetas] or [act] * len(layers)
+
+    @staticmethod
+    def _thetas(free: list[Tensor], depths: Sequence[int], act: Activation, scale: Tensor) -> list[Tensor]:
+        """What `act.within` makes of the free parameters of each layer; none where no layer has any."""
+        if not any(theta.numel() for theta in free):
+            return []
+        return [act.within(theta, scale.view(-1, 1) ** n) for theta, n in zip(free, depths, strict=True)]
 
     def depths(self, layers: Sequence[Free]) -> Sequence[int]:
         """The power of b that is the scale of the features behind each layer."""
@@ -196,21 +199,13 @@ class Constraint(ABC):
 
     def baked(self, blocks: Sequence[Block], layers: Sequence[Free], act: Activation) -> BakedNetwork:
         """The network of these stored blocks, with all else that free parameters say."""
-        runs, linear = len(layers[0].weight), self.linear()
-        bound = self.bound(len(layers))
-        scale = torch.ones(1, 1, dtype=torch.float64) if bound is None else bound.view(-1, 1)
-        thetas = [layer.theta.detach().cpu().double() for layer in layers]
-        if any(theta.numel() for theta in thetas):
-            depths = self.depths(layers)
-            thetas = [act.within(theta, scale**n).float() for theta, n in zip(thetas, depths, strict=True)]
-        else:
-            thetas = []
-        return BakedNetwork(
-            blocks,
-            act,
-            linear=None if linear is None else linear.expand(runs, -1, -1),
-            thetas=thetas,
-        )
+        runs, linear, depths = len(layers[0].weight), self.linear(), self.depths(layers)
+        bound = self.bound(depths[-1])
+        scale = torch.ones(1, dtype=torch.float64) if bound is None else bound
+        free = [layer.theta.detach().cpu().double() for layer in layers]
+        thetas = [theta.float() for theta in self._thetas(free, depths, act, scale)]
+        linear = None if linear is None else linear.expand(runs, -1, -1)
+        return BakedNetwork(blocks, act, linear=linear, thetas=thetas)
 
     def prove(self, network: BakedNetwork) -> BakedNetwork:
         """`network` with the norms of its layers proven from the stored numbers; inf for those of a broken run."""
@@ -224,9 +219,8 @@ class Constraint(ABC):
 
 def check_slopes(act: Activation, name: str, what: str) -> None:
     """Raise ConfigError if the activation `act`, called `name`, has not slopes in [0, 1], which `what` needs."""
-    slopes = act.slopes
-    if slopes is None or not 0 <= slopes[0] <= slopes[1] <= 1:
-        found = "none" if slopes is None else f"[{slopes[0]:g}, {slopes[1]:g}]"
+    if not act.has_unit_slopes:
+        found = "none" if act.slopes is None else f"[{act.slopes[0]:g}, {act.slopes[1]:g}]"
         raise ConfigError(
             "act", name, f"must declare slopes in [0, 1] for {what}, as relu does; it declares {found}"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lipexp.config import lipschitz_constant, norm_order
 from lipexp.constraints.base import Constraint
@@ -24,12 +24,13 @@ class Spectral(Constraint):
     """
 
     per_run = ("lipschitz",)
+    layer_norm: Callable[[], OperatorNorm] = SpectralNorm  # of every layer
 
     def __init__(self, lipschitz: float = 1.0) -> None:
         self.lipschitz = lipschitz_constant("lipschitz", lipschitz)
 
     def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
-        return [SpectralNorm() for _ in range(n_layers)]
+        return [self.layer_norm() for _ in range(n_layers)]
 
 
 class LInf(Constraint):
@@ -72,9 +73,7 @@ class One(Spectral):
     """
 
     p = hidden_p = 1.0
-
-    def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
-        return [ColumnNorm() for _ in range(n_layers)]
+    layer_norm = ColumnNorm
 
 
 class Frobenius(Spectral):
@@ -84,8 +83,7 @@ class Frobenius(Spectral):
     their gradient.
     """
 
-    def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
-        return [FrobeniusNorm() for _ in range(n_layers)]
+    layer_norm = FrobeniusNorm
 
 
 class UnitRows(Spectral):
@@ -101,4 +99,4 @@ class UnitRows(Spectral):
     output_p = math.inf
 
     def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
-        return [*(SpectralNorm() for _ in range(n_layers - 1)), RowNorm(2)]
+        return [*super().norms(n_layers - 1), RowNorm(2)]

@@ -40,8 +40,8 @@ class OperatorNorm(ABC):
     def start(self, weight: Tensor) -> Any:
         return None
 
-    def restore(self, weight: Tensor) -> None:  # noqa: B027, since most norms take any parameters
-        pass
+    def restore(self, weight: Tensor) -> None:
+        return None  # most norms take any parameters
 
     @abstractmethod
     def within_one(self, weight: Tensor, state: Any) -> Tensor: ...

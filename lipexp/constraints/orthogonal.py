@@ -9,7 +9,7 @@ Shapes: K runs, weights (K, out, in).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -187,8 +187,8 @@ class Orthogonal(Spectral):
         self.method = one_of("method", method, list(METHODS))
         self.iterations = whole("iterations", iterations, least=1)
 
-    def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
-        return [PolarFactor(self.method, self.iterations) for _ in range(n_layers)]
+    def layer_norm(self) -> OperatorNorm:
+        return PolarFactor(self.method, self.iterations)
 
 
 class Cayley(Spectral):
@@ -199,8 +199,7 @@ class Cayley(Spectral):
     (arXiv 2104.07167), and Wang and Manchester 2023 (arXiv 2301.11526) for matrices that are not square.
     """
 
-    def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
-        return [CayleyTransform() for _ in range(n_layers)]
+    layer_norm = CayleyTransform
 
 
 class QR(Spectral):
@@ -211,8 +210,7 @@ class QR(Spectral):
     Reference: Golub and Van Loan 2013, "Matrix computations", section 5.2.
     """
 
-    def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
-        return [QRFactor() for _ in range(n_layers)]
+    layer_norm = QRFactor
 
 
 class MatrixExp(Spectral):
@@ -222,8 +220,7 @@ class MatrixExp(Spectral):
     1901.08428).
     """
 
-    def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
-        return [Exponential() for _ in range(n_layers)]
+    layer_norm = Exponential
 
 
 class AOL(Spectral):
@@ -233,5 +230,4 @@ class AOL(Spectral):
     (arXiv 2208.03160), theorem 1, here for rows as well as for columns, whichever are fewer.
     """
 
-    def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
-        return [AlmostOrthogonal() for _ in range(n_layers)]
+    layer_norm = AlmostOrthogonal

@@ -68,10 +68,10 @@ class ResidualLayers(Spectral):
             n_out if n_out == n_in and 0 < i < len(found) - 1 else 0 for i, (n_out, n_in) in enumerate(found)
         ]
         own = [width if self.own_numbers else 0 for width in inside]
-        return Layout(found, own, inside, [act.n_parameters(width) if width else 0 for width in inside])
+        return Layout.of(found, own, inside, act)
 
-    def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
-        return [PolarFactor("newton_schulz", 4) for _ in range(n_layers)]
+    def layer_norm(self) -> OperatorNorm:
+        return PolarFactor("newton_schulz", 4)
 
     def names(self, layers: Sequence[Block]) -> tuple[str, ...]:
         return tuple("residual layer" if layer.is_residual else SpectralNorm.name for layer in layers)
@@ -118,7 +118,7 @@ class ResidualLayers(Spectral):
                 t = torch.stack([_largest_t(w, h) for w, h in zip(weight, half, strict=True)])
                 blocks.append(Residual(weight, bias, t))
             else:
-                blocks.append(Affine(self.norms(1)[0].bake(weight, bound)[0], bias))
+                blocks.append(Affine(self.layer_norm().bake(weight, bound)[0], bias))
         return self.prove(self.baked(blocks, layers, act))
 
     def prove(self, network: BakedNetwork) -> BakedNetwork:

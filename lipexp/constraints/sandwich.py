@@ -17,7 +17,7 @@ from lipexp.activations import Activation
 from lipexp.blocks import Affine, Block
 from lipexp.constraints.base import check_slopes
 from lipexp.constraints.chains import Spectral
-from lipexp.constraints.norms import SPECTRAL_SHRINK, OperatorNorm, SpectralNorm
+from lipexp.constraints.norms import SPECTRAL_SHRINK, SpectralNorm
 from lipexp.constraints.orthogonal import CayleyTransform
 from lipexp.constraints.residual import FARTHEST
 from lipexp.inequality import Array, proves
@@ -58,11 +58,7 @@ class Sandwich(Spectral):
         *hidden, last = shapes
         widths = [*(n_out for n_out, _ in hidden), 0]
         matrices = [(n_out, n_in + n_out) for n_out, n_in in hidden]
-        thetas = [act.n_parameters(width) if width else 0 for width in widths]
-        return Layout([*matrices, last], widths, widths, thetas)
-
-    def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
-        return [SpectralNorm() for _ in range(n_layers)]
+        return Layout.of([*matrices, last], widths, widths, act)
 
     def names(self, layers: Sequence[Block]) -> tuple[str, ...]:
         return ("spectral norm, not bounded",) * len(layers)

@@ -39,11 +39,11 @@ class AbsoluteValue(Curve):
 class NShape(Curve):
     """The function x - 2 clip(x, -1/2, 1/2), shaped like an N, with x uniform on [-3, 3].
 
-    It is x + 1 up to -1/2, then -x, and x - 1 from 1/2 on, so 1-Lipschitz with the slope 1 or -1 everywhere. With
-    layers of spectral norm 1 no network of MaxMin, or of an activation with two linear pieces, is equal to it.
+    It is x + 1 up to -1/2, then -x, and x - 1 from 1/2 on, so 1-Lipschitz with the slope 1 or -1 everywhere.
 
     Reference: Prach and Lampert 2023, "1-Lipschitz neural networks are more expressive with N-activations",
-    arXiv 2311.06103, which trains on 1,000 points.
+    arXiv 2311.06103, which trains on 1,000 points, and shows that with layers of spectral norm 1 no network of
+    MaxMin, or of an activation with two linear pieces, is equal to it.
     """
 
     low = -3.0

@@ -10,6 +10,7 @@ import importlib
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,7 +93,8 @@ def draw_all(names: Sequence[str], fresh: bool, form: str | None = None) -> int:
             if experiment not in trained:
                 from lipexp.figures.experiments import train
 
-                status = train(experiment, OUTPUT / "runs" / experiment, fresh)
+                with redirect_stdout(sys.stderr if form else sys.stdout):  # the table shall stand alone
+                    status = train(experiment, OUTPUT / "runs" / experiment, fresh)
                 if status:
                     print(f"lipexp: {name}: not drawn, experiment={experiment} has not finished", file=sys.stderr)
                     return status
@@ -126,9 +128,9 @@ def _draw(name: str, story: Story, screen: Screen, form: str | None) -> int:
     claims.write(OUTPUT / "claims.json", verdicts)
     if summary is not None and form is not None:
         print(pasted(form, summary.full))
-        return 0
-    screen.show(f"  {'  '.join(str(file) for file in files)}", bold=name)
-    if summary is not None:
-        screen.show(summary.short, *summary.sentences)
-    screen.show(claims.table(verdicts))
+    else:
+        screen.show(f"  {'  '.join(str(file) for file in files)}", bold=name)
+        if summary is not None:
+            screen.show(summary.short, *summary.sentences)
+        screen.show(claims.table(verdicts))
     return sum(not verdict.holds for verdict in verdicts)

@@ -136,12 +136,17 @@ def step_times(pairs: tuple[tuple[str, str], ...]) -> pd.Series:
     return pd.Series(ratios)
 
 
+def keeps_bound(rows: pd.DataFrame) -> pd.Series:
+    """Whether each constraint has kept L."""
+    return rows["bounded"].groupby(level="constraint").all()
+
+
 def ranked(rows: pd.DataFrame) -> list[str]:
     """The constraints by their mean rank over the problems, each by its best activation; the best first.
 
     Those that keep no bound follow the others.
     """
-    ranks, bounded = [], rows["bounded"].groupby(level="constraint").all()
+    ranks, bounded = [], keeps_bound(rows)
     for problem in PROBLEMS:
         values = best(rows, problem)[problem.test].droplevel("act")
         ranks.append(values.rank(ascending=not problem.larger_is_better))
@@ -175,7 +180,7 @@ def draw(runs: Runs) -> Figure:
     last.set(title="step time", xlabel="plain network = 1", xlim=(0, None))
     axes[0].set_yticks(range(len(order)), order)
     axes[0].set_ylim(-0.7, len(order) - 0.3)
-    n_unbounded = int((~rows["bounded"].groupby(level="constraint").all()).sum())
+    n_unbounded = int((~keeps_bound(rows)).sum())
     for ax in axes:
         ax.axhline(n_unbounded - 0.5, color=BLACK, linewidth=0.7)
         ax.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.5)
@@ -184,9 +189,8 @@ def draw(runs: Runs) -> Figure:
     return figure
 
 
-def long_table(runs: Runs) -> Table:
+def long_table(rows: pd.DataFrame) -> Table:
     """A row for each pair, a column for each measure."""
-    rows = folded(runs)
     pairs: list[tuple[str, str]] = [*rows.index]
     times, table = step_times(tuple(pairs)), _table(["constraint", "act"])
     for pair in pairs:
@@ -195,12 +199,11 @@ def long_table(runs: Runs) -> Table:
     return table
 
 
-def short_table(runs: Runs) -> Table:
+def short_table(rows: pd.DataFrame) -> Table:
     """A row for each constraint: of each problem the test value of the activation that is best on validation.
 
     The other columns are medians over its activations.
     """
-    rows = folded(runs)
     times, chosen = step_times(tuple(rows.index)), {problem: best(rows, problem) for problem in PROBLEMS}
     table = _table(["constraint"])
     for constraint in ranked(rows):
@@ -236,49 +239,50 @@ def _rest(row: Any, time: float) -> list[str]:
     return [f"{row['tightness']:.2f}", f"{row['gradient']:.2f}", f"{time:.2f}"]
 
 
-def sentences(runs: Runs) -> list[str]:
+def sentences(rows: pd.DataFrame) -> list[str]:
     """What the numbers say of activations, of constraints, and of what constraints cost."""
-    rows = folded(runs)
-    times = step_times(tuple(rows.index))
-    rows = rows[rows["bounded"]]
+    times, rows = step_times(tuple(rows.index)), rows[rows["bounded"]]
     cells = chosen_of_both(rows)
     keeping = sum(act in KEEPING for act in cells)
-    first, *_ = order = ranked(rows)
-    level = []  # constraints that are within one standard error of the best everywhere but once
-    for constraint in order:
-        behind = 0
-        for problem in PROBLEMS:
-            chosen = best(rows, problem).droplevel("act")
-            values, errors = chosen[problem.test].to_dict(), chosen[problem.error].to_dict()
-            top = (max if problem.larger_is_better else min)(values, key=lambda name: values[name])
-            gap = abs(values[top] - values.get(constraint, np.nan))
-            behind += not gap <= np.hypot(errors[top], errors.get(constraint, np.nan))
-        level.append(behind)
+    order = ranked(rows)
+    first, second = order[:2]
     by_cost = times.groupby(level=0).median()
     tight = rows["tightness"].groupby(level="constraint").median()
     return [
         f"Where a constraint takes every kind of activation, the one that is best on validation can keep the "
         f"gradient norm in {keeping} of {len(cells)} cells (a constraint on a problem).",
         f"By the mean rank over the problems {', '.join(order[:3])} come first; {first} is within one standard "
-        f"error of the best on {len(PROBLEMS) - level[0]} of {len(PROBLEMS)}, {order[1]} on "
-        f"{len(PROBLEMS) - level[1]}.",
+        f"error of the best on {near_best(rows, first)} of {len(PROBLEMS)}, {second} on "
+        f"{near_best(rows, second)}.",
         f"A train step costs {by_cost.min():.2f} ({by_cost.idxmin()}) to {by_cost.max():.2f} ({by_cost.idxmax()}) "
         f"times one of a plain network; the median of measured over certified is {tight.max():.2f} at most "
         f"({tight.idxmax()}) and {tight.min():.2f} at least ({tight.idxmin()}).",
     ]
 
 
+def near_best(rows: pd.DataFrame, constraint: str) -> int:
+    """On how many problems it is within the standard error of the difference from the best constraint."""
+    found = 0
+    for problem in PROBLEMS:
+        chosen = best(rows, problem).droplevel("act")
+        values, errors = chosen[problem.test], chosen[problem.error]
+        top: Any = values.idxmax() if problem.larger_is_better else values.idxmin()
+        gap = abs(values[top] - values[constraint])
+        found += bool(gap <= np.hypot(errors[top], errors[constraint]))
+    return found
+
+
 def chosen_of_both(rows: pd.DataFrame) -> list[str]:
     """The activation that is best on validation of each problem, for each constraint that takes all kinds."""
-    takes_all = {
-        name for name, group in rows.groupby(level="constraint") if len({*map(kind, group.xs(name).index)}) > 3
-    }
+    kinds = {name: {*map(kind, group.xs(name).index)} for name, group in rows.groupby(level="constraint")}
+    takes_all = {name for name, found in kinds.items() if len(found) == len(KINDS)}
     pairs = [pair for problem in PROBLEMS for pair in best(rows, problem).index]
     return [act for constraint, act in pairs if constraint in takes_all]
 
 
 def summary(runs: Runs) -> Summary:
-    return Summary(short_table(runs), long_table(runs), sentences(runs))
+    rows = folded(runs)
+    return Summary(short_table(rows), long_table(rows), sentences(rows))
 
 
 def judge(runs: Runs) -> list[Verdict]:

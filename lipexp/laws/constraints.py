@@ -93,6 +93,10 @@ def training_works_with_what_is_baked(subject: Subject) -> str | None:
             off = float((one - other).detach().abs().max() / other.abs().max().clamp_min(1e-30))
             if off > 2e-5:
                 raise Broken(f"{name} of layer {i} differs by {off:.3g} of its largest entry")
+    acts = runs.constraint.acts(layers, runs.act)
+    for i, theta in enumerate(network.thetas):
+        if not torch.allclose(acts[i].theta, theta, rtol=2e-5, atol=0):
+            raise Broken(f"the activation of layer {i} has other parameters")
     return None
 
 

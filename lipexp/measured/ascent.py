@@ -155,7 +155,7 @@ def jacobians_of(network: BakedNetwork) -> list[Jacobian] | None:
     if not network.is_plain:
         return None
     found: list[Jacobian] = []
-    for width, act in zip(network.hidden_widths, network.acts, strict=False):
+    for width, act in zip(network.hidden_widths, network.acts[:-1], strict=True):
         slopes, groups = act.two_slopes(width), act.groups(width)
         if slopes is not None:
             found.append(TwoSlopes(*slopes))

@@ -55,7 +55,7 @@ def why_no_slopes(act: Activation) -> str | None:
     """Why the inequality for slopes in [0, 1] says nothing of this activation; None if it does."""
     if act.slopes is None:
         return f"{act.label} declares no slopes"
-    if not 0 <= act.slopes[0] <= act.slopes[1] <= 1:
+    if not act.has_unit_slopes:
         return f"needs slopes in [0, 1]; {act.label} has [{act.slopes[0]:g}, {act.slopes[1]:g}]"
     return None
 
