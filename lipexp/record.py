@@ -55,7 +55,7 @@ class Interval:
     q: Norm  # gradients are measured in this one, its dual
     target: float | None  # L; None without a constraint
     measured: float
-    measured_by: str  # "exact arithmetic" or "float64 estimate"
+    measured_by: str  # "exact arithmetic", "interval arithmetic" or "float64 estimate"
     certified: float | None  # the smallest bound proven to hold everywhere
     method: str  # behind `certified`, an identifier; "none" where nothing is certified
     reason: str | None  # why nothing is certified

@@ -14,9 +14,10 @@ from acts import ACTS, Bent, Tripled, Unlisted
 from networks import NORMS, gradient, network, norm_at, pairs, scaled, uniform
 
 from lipexp.activations import ActiveMap, Elementwise, GroupSort, NActivation, ReLU, as_activation
+from lipexp.jacobians import IntervalNetwork
 from lipexp.measured.gradients import Maximum, norms, scan
 from lipexp.proven import branching
-from lipexp.proven.branching import branch_and_bound, why_not_applicable
+from lipexp.proven.branching import Domain, branch_and_bound, why_not_applicable
 from lipexp.proven.regions import constants
 
 NOTHING = Maximum(0.0, ())
@@ -41,7 +42,7 @@ def clock(monkeypatch):
 
 def searched(net, q=2.0, best=NOTHING, root=None, gap=1e-3, seconds=math.inf, report=None):
     box = tuple(torch.full((net.n_inputs,), end).double() for end in (-2, 2))
-    return branch_and_bound(net, box, q, root, best, gap, seconds, report)
+    return branch_and_bound(net, Domain(box, q), root, best, gap, seconds, report)
 
 
 def sampled(net, q=2.0):
@@ -69,11 +70,11 @@ class Steep(Elementwise):
 
 def test_the_rounding_errors_of_a_single_region_grow_with_the_slopes():
     net = network(3, 12, 12, 12, 1, act=Steep())
-    own = branching._network(net)
+    own = IntervalNetwork(net)
     for point in uniform(100, 3):
         inputs, _ = net.double.inputs_and_output(point.view(1, 1, -1))
         z = [layer(x, net.act)[0] for layer, x in zip(net.double.layers[:-1], inputs, strict=False)]
-        found = branching._gradients(own, [part.sign() for part in z])
+        found = branching._single(own, [part.sign() for part in z])
         sides = (part[0, 0].tolist() for part in found)
         for centre, radius, exactly in zip(*sides, gradient(net, point), strict=True):
             assert abs(Fraction(centre) - exactly) <= Fraction(radius)
@@ -92,12 +93,14 @@ def test_more_dimensions_close_on_small_networks(name, dims):
 def test_bounds_of_boxes_hold_at_all_their_points(name, side):
     """Of boxes anywhere, with 50 points each: the states of breakpoints, and the norms."""
     net = network(3, 12, 12, 1, act=ACTS[name])
-    own, low = branching._network(net), 2 * uniform(100, 3) - side / 2
+    own, low = IntervalNetwork(net), 2 * uniform(100, 3) - side / 2
     x = low.unsqueeze(1) + side * uniform(100, 50, 3, seed=1).abs()
     gradients = scan(net, x.view(1, -1, 3)).gradient.view(100, 50, 3)
     for q in NORMS:
-        assert (norms(gradients, q).amax(dim=1) <= branching._bound(own, low, low + side, q)[0]).all()
-    states, _, hull = branching._forward(own, low, low + side)
+        assert (
+            norms(gradients, q).amax(dim=1) <= branching._bound(own, low, low + side, Domain((low, low), q))[0]
+        ).all()
+    states, _, hull = own.over(low, low + side)
     assert ((gradients - hull.centre).abs() <= hull.radius).all()
     inputs, _ = net.double.inputs_and_output(x.view(1, -1, 3))
     for layer, received, hidden, state in zip(net.double.layers, inputs, own.hidden, states, strict=False):
@@ -125,7 +128,7 @@ def test_a_known_point_and_a_known_bound_are_used():
 
 def test_a_box_without_interior_is_bounded_at_once():
     net, point = network(2, 8, 8, 1), torch.tensor([0.3, 0.4]).double()
-    found = branch_and_bound(net, (point, point), 2.0, None, NOTHING, 1e-6, math.inf)
+    found = branch_and_bound(net, Domain((point, point), 2.0), None, NOTHING, 1e-6, math.inf)
     slope = float(scan(net, point.view(1, 1, 2)).gradient.norm())
     assert slope <= found.upper <= slope * (1 + 1e-9)
 

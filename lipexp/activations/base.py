@@ -21,7 +21,9 @@ from lipexp.config import ConfigError
 Array = np.ndarray[Any, Any]
 
 ALL_NORMS = frozenset({1.0, 2.0, math.inf})
-LOST_BITS = 10  # of 53, which an activation may lose to rounding that says nothing of it: see `Activation.enclosed`
+LOST_BITS = (
+    10  # of 53, which an activation may lose to rounding that says nothing of it: see `Activation.enclosed`
+)
 
 
 @dataclass(frozen=True)

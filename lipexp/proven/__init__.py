@@ -36,8 +36,8 @@ class Certificate:
     def verdict(self, measured: Maximum) -> str:
         """PASS, or FAIL when the exact comparison measured <= certified <= L does not hold; OPEN: no bound.
 
-        A bound over the box of the data counts as well, for a point inside. Where `measured` comes from exact
-        arithmetic both sides are rigorous, and a FAIL is a bug in lipexp.
+        A bound over the box of the data counts as well, for a point inside. Where `measured` is no estimate, both
+        sides are rigorous, and a FAIL is a bug in lipexp.
         """
         if self.value is None:
             return "OPEN"
@@ -59,7 +59,7 @@ class Certificate:
             q=norm_name(self.chain.q),
             target=self.chain.target,
             measured=measured.value,
-            measured_by="exact arithmetic" if measured.exact else "float64 estimate",
+            measured_by=measured.by,
             certified=self.value,
             method=self.method,
             reason=self.reason,

@@ -173,14 +173,14 @@ def _semidefinite(value: float | None) -> Proof:
 
 
 def by_branching(problem: Problem) -> Proof:
-    """Branch and bound over the box of the data, for up to four inputs; see `branching`."""
-    reason = branching.why_not_applicable(problem.network)
+    """Branch and bound over the box of the data, for up to six inputs; see `branching`."""
+    chain = problem.chain
+    reason = branching.why_not_applicable(problem.network, chain.q, chain.output_p)
     if reason is not None:
         return Proof(None, reason)
     found = branching.branch_and_bound(
         problem.network,
-        problem.box,
-        problem.chain.q,
+        branching.Domain(problem.box, chain.q, chain.output_p),
         problem.best,
         problem.measured,
         problem.gap,
