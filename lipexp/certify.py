@@ -30,11 +30,13 @@ from lipexp.measured.gradients import Maximum, scan
 from lipexp.networks import BakedNetwork
 from lipexp.process import cpu_threads
 from lipexp.proven import METHODS, Certificate, Chain, Problem, Proof, prove
+from lipexp.proven.balls import bound_on
+from lipexp.proven.branching import Ball
 from lipexp.proven.radii import Robustness, assess, decided
 from lipexp.runs import RunFolder, find
 from lipexp.screen import Screen
 from lipexp.tasks import TASKS
-from lipexp.wording import above, below, broken_bound, interval_line, monotone_line, robustness_line
+from lipexp.wording import above, below, broken_bound, interval_line, local_line, monotone_line, robustness_line
 
 CONTENTS = conf_dir() / "config.yaml"
 PAIRS = 100_000  # compared in an attack on a monotone network
@@ -46,7 +48,9 @@ section `certify` of its metrics.json, and certify_radii.csv.
 
 exit status: 0; 1 if a bound is broken or a radius refuted; 2 if a run cannot be read or is not trusted
 
-example: lipexp certify outputs/2026-01-31 --attack"""
+examples:
+  lipexp certify outputs/2026-01-31 --attack
+  lipexp certify outputs/2026-01-31 --method bnb --around=-0.5,0.25 --within 0.1"""
 
 
 # One run ---------------------------------------------------------------------------------------------------------
@@ -65,11 +69,17 @@ class Finding:
     robustness: Robustness | None  # None where nothing is classified
     monotone: record.Monotone | None  # None where it need not be
     attack: Attack | None
+    local: record.LocalInterval | None = None  # over the ball that was asked for
 
     @property
     def refuted(self) -> bool:
         found = self.attack is not None and bool(self.attack.flips)
-        return self.interval.verdict == "FAIL" or found or self.breaks_direction
+        return self.interval.verdict == "FAIL" or found or self.breaks_direction or self.breaks_ball
+
+    @property
+    def breaks_ball(self) -> bool:
+        """Whether a steeper point was found in the ball than is proven."""
+        return self.local is not None and self.local.measured > self.local.certified
 
     @property
     def breaks_direction(self) -> bool:
@@ -89,6 +99,7 @@ class Finding:
             robustness=None if self.robustness is None else self.robustness.summary(radii),
             monotone=self.monotone,
             attack=None if self.attack is None else self.attack.record(),
+            local=self.local,
         )
 
 
@@ -119,7 +130,8 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
         seconds=options.max_seconds,
         report=report,
     )
-    certificate = prove(problem, options.method)
+    certificate = prove(problem, None if options.around else options.method)
+    local = None if options.around is None else _on_ball(options, problem._replace(best=certificate.value))
     for name, proof in certificate.proofs.items():
         if proof.best is not None and proof.best.value > measured.value:  # a search came across a steeper point
             by[name] = measured = proof.best
@@ -149,7 +161,16 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
         robustness,
         directions,
         attacked,
+        local,
     )
+
+
+def _on_ball(options: argparse.Namespace, problem: Problem) -> record.LocalInterval:
+    """The local constant over the ball that is asked for."""
+    if len(options.around) != problem.network.n_inputs:
+        wanted = f"must be {problem.network.n_inputs} numbers, the coordinates of a point"
+        raise ConfigError("--around", ",".join(f"{value:g}" for value in options.around), wanted)
+    return bound_on(Ball(torch.tensor(options.around).double(), options.within, problem.chain.p), problem)
 
 
 def _broken_layers(network: BakedNetwork, chain: Chain) -> list[str]:
@@ -179,6 +200,14 @@ def main(arguments: Sequence[str]) -> int:
         metavar="NAME",
         choices=list(METHODS),
         help=f"one of {', '.join(METHODS)}; default: all but bnb, branch and bound over the box of the data",
+    )
+    parser.add_argument(
+        "--around",
+        metavar="X,X,…",
+        help="with bnb: the constant over a ball around this point only (see --within)",
+    )
+    parser.add_argument(
+        "--within", metavar="R", type=float, help="the radius of that ball, in the norm of the run"
     )
     parser.add_argument(
         "--max-regions", metavar="N", type=int, help="linear regions to enumerate (default: the run's own)"
@@ -218,12 +247,22 @@ def check(options: argparse.Namespace) -> None:
     if options.max_regions is not None:
         whole("--max-regions", options.max_regions, least=0)
     if options.radii is not None:
-        try:
-            options.radii = [float(part) for part in options.radii.split(",")]
-        except ValueError:
-            raise ConfigError("--radii", options.radii, "must be numbers, such as 0.1,0.25") from None
-        for radius in options.radii:
-            number("--radii", radius, above=0)
+        options.radii = [number("--radii", radius, above=0) for radius in _numbers("--radii", options.radii)]
+    if (options.around is None) != (options.within is None):
+        given, missing = ("--within", "--around") if options.around is None else ("--around", "--within")
+        raise ConfigError(given, options.within or options.around, f"needs {missing} as well")
+    if options.around is not None:
+        if options.method != "bnb":
+            raise ConfigError("--around", options.around, "is for --method bnb")
+        options.around = [number("--around", value) for value in _numbers("--around", options.around)]
+        number("--within", options.within, above=0)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(option, text, "must be numbers, such as 0.1,0.25") from None
 
 
 def finished(paths: Sequence[str]) -> list[RunFolder]:
@@ -282,6 +321,10 @@ def failure(finding: Finding) -> str:
         return f"certified is above L: {', '.join(finding.broken_layers)}"
     if interval.verdict == "FAIL":
         return broken_bound(interval)
+    if finding.local is not None and finding.breaks_ball:
+        return (
+            f"{local_line(finding.local)}: a bound is broken, a bug in lipexp; please report it with this folder"
+        )
     if finding.monotone is not None and finding.breaks_direction:
         return monotone_line(finding.monotone)
     assert found is not None
@@ -314,6 +357,8 @@ def described(folder: RunFolder, finding: Finding, radii: Sequence[float], attac
             f"{name} {_bound(proof, finding.interval.target)}" for name, proof in proofs.items()
         )
     yield interval_line(finding.interval)
+    if finding.local is not None:
+        yield local_line(finding.local)
     yield from finding.broken_layers
     if finding.robustness is not None:
         yield robustness_line(finding.robustness.summary(radii))

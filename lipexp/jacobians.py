@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lipexp.activations import Activation
-from lipexp.blocks import act_width
+from lipexp.blocks import Residual, act_width
 from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF
 
@@ -83,7 +83,7 @@ class Hidden(NamedTuple):
 
     @property
     def is_free(self) -> bool:
-        """Whether any choice of sides is one linear map: not where it is curved, or sorts three features or more."""
+        """Whether any choice of sides is one linear map: not if it is curved, or sorts three or more features."""
         return self.slopes is not None or (self.groups is not None and self.groups.shape[1] <= 2)
 
     def numbers(self, dims: int) -> int:
@@ -130,7 +130,7 @@ class IntervalNetwork:
         features, layers = inputs, self.double.layers
         for i, layer in enumerate(layers):
             weight, bias = layer.weight[0], layer.bias[0, 0]
-            if layer.is_residual:
+            if isinstance(layer, Residual):
                 inside = activated(_affine(weight.T, bias, features))
                 back = -weight * layer.t[0, 0]  # the product of two float32 numbers is exact
                 features = _plus(features, _affine(back, None, inside))
@@ -220,7 +220,7 @@ def _activated(hidden: Hidden, features: Features, reach: Tensor) -> tuple[Featu
 
 
 def _around(features: Features, reach: Tensor) -> tuple[Tensor, Tensor]:
-    """(P, H) how far each feature may be from its value at the centre on the whole box, rounded up; and its largest
+    """(P, H) how far each feature may get from its value at the centre of its box, rounded up; and its largest
     slopes (P, H, D)."""
     z, error, jacobian = features
     slope = jacobian.sizes

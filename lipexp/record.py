@@ -69,6 +69,20 @@ class Interval:
 
 
 @dataclass
+class LocalInterval:
+    """What is known of the Lipschitz constant over a ball only: measured <= local constant <= certified."""
+
+    around: list[float]
+    within: float  # the radius, in p
+    p: Norm
+    q: Norm
+    measured: float
+    measured_by: str
+    point: list[float]  # that has `measured`; empty if none was looked at
+    certified: float
+
+
+@dataclass
 class Certified:
     """Certified accuracy of some points: the fraction whose class is right, and stays so within a radius."""
 
@@ -140,6 +154,7 @@ class Certification:
     robustness: Robustness | None
     monotone: Monotone | None
     attack: dict[str, Any] | None = None
+    local: LocalInterval | None = None  # over the ball that was asked for last
 
 
 @dataclass(repr=False)
@@ -218,6 +233,7 @@ def certify(folder: RunFolder, found: Certification) -> bool:
                 broken_layers=found.broken_layers,
                 monotone=directions,
                 attack=attack,
+                local=found.local or old.local,
             )
         dataclasses.replace(metrics, certify=found).write(folder)
         return best is not old

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lipexp.record import GradientNorm, Interval, Monotone, Robustness
+    from lipexp.record import GradientNorm, Interval, LocalInterval, Monotone, Robustness
 
 SUBSCRIPT = {1: "₁", 2: "₂", "inf": "∞"}
 Link = tuple[str, float, str, str]  # of a chain: what stands before the number, the number, its text, and after it
@@ -128,6 +128,17 @@ def interval_line(lipschitz: Interval) -> str:
     elif target is None:
         line += " (training set no bound: this one is proven of this network alone)"
     return line if lipschitz.open is None else f"{line} (not exact: {lipschitz.open})"
+
+
+def local_line(local: LocalInterval) -> str:
+    """`‖x - (0.1, 0.2)‖₂ ≤ 0.5: ‖∇f‖₂  measured 0.81 ≤ certified 0.83 (bnb, in this ball only)`."""
+    centre = ", ".join(f"{value:g}" for value in local.around)
+    links: list[Link] = [
+        ("measured ", local.measured, below(local.measured), ""),
+        ("certified ", local.certified, above(local.certified, None), ""),
+    ]
+    ball = f"‖x - ({centre})‖{SUBSCRIPT[local.p]} ≤ {local.within:g}"
+    return f"{ball}: ‖∇f‖{SUBSCRIPT[local.q]}  {_chain(links)} (bnb, in this ball only)"
 
 
 def _chain(links: Sequence[Link]) -> str:

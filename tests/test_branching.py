@@ -177,9 +177,16 @@ def test_sorted_groups_of_one_feature_have_no_breakpoints():
 
 def test_what_the_search_is_not_for_is_refused():
     assert why_not_applicable(network(4, 8, 1)) is None
-    assert why_not_applicable(network(5, 8, 1)) == "is for 4 inputs or fewer"
-    assert why_not_applicable(network(2, 8, 2)) == "is for one output"
-    for act in (Tripled(), Unlisted(), Mixed(), NActivation(), as_activation(torch.tanh)):
+    assert why_not_applicable(network(7, 8, 1)) == "is for 6 inputs or fewer"
+    reason = "knows no norm of several outputs from the inf-norm to the 2-norm"
+    assert [why_not_applicable(network(2, 8, 2), q, h) for q, h in ((2, 2), (1, math.inf), (1, 2))] == [
+        None,
+        None,
+        reason,
+    ]
+    declared = as_activation(torch.nn.Tanh())
+    declared.function.slopes = (0, 1)  # which says nothing of a small box
+    for act in (Tripled(), Unlisted(), as_activation(torch.tanh), declared):
         assert why_not_applicable(replace(network(2, 8, 1), act=act)) == f"is not for {act.label}"
 
 

@@ -7,6 +7,7 @@ needs; the plain ones are those of torch, for networks from elsewhere.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -39,7 +40,7 @@ class Smooth(Activation):
         super().__init__()
         if not isinstance(scaled, bool):
             raise ConfigError("scaled", scaled, "must be true or false")
-        self.turns, self.factor, self._size = turns, 1.0, max(1.0, *map(abs, slopes))
+        self.turns, self.factor, self._size = tuple(turns), 1.0, max(1.0, *map(abs, slopes))
         if scaled:  # rounded down to a number of float32, so that it is the same in every number type
             nearest = np.float32(1 / max(map(abs, slopes)))
             small = Fraction(float(nearest)) * max(map(Fraction, map(abs, slopes))) <= 1
@@ -73,13 +74,20 @@ class Smooth(Activation):
 
     def slopes_between(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """The least and the largest are attained at an end, or at a turn between the ends."""
-        turns = [torch.maximum(torch.minimum(high, torch.full_like(high, turn)), low) for turn in self.turns]
-        slopes = self.factor * self.curve(torch.stack([low, high, *turns]))[1]
-        (least, most), (bottom, top) = slopes.aminmax(dim=0), self._slopes
-        unsure = 2 * ERROR * self._size * self.factor
+        ends = self.curve(torch.stack([low, high]))[1]
+        (least, most), (bottom, top) = ends.aminmax(dim=0), self._slopes
+        for turn, slope in zip(self.turns, self._turning_slopes, strict=True):
+            there = torch.where((low <= turn) & (turn <= high), slope, ends[0])
+            least, most = torch.minimum(least, there), torch.maximum(most, there)
         # An end that is infinite may have no slope in float64.
-        least, most = (least - unsure).nan_to_num(nan=bottom), (most + unsure).nan_to_num(nan=top)
+        least = (self.factor * (least - 2 * ERROR * self._size)).nan_to_num(nan=bottom)
+        most = (self.factor * (most + 2 * ERROR * self._size)).nan_to_num(nan=top)
         return least.clamp(bottom, top), most.clamp(bottom, top)
+
+    @functools.cached_property
+    def _turning_slopes(self) -> list[float]:
+        slopes: list[float] = self.curve(torch.tensor(self.turns, dtype=torch.float64))[1].tolist()
+        return slopes
 
     def onnx(self, add: Callable[..., str], z: str, theta: str) -> str:
         plain = self.onnx_plain(add, z)
@@ -197,8 +205,8 @@ class SiLU(Smooth):
     """x / (1 + exp(-x)) (also called Swish), divided by its largest slope of 1.0998.
 
     Its slope s(x) (1 + x s(-x)), with s(x) = 1 / (1 + exp(-x)), is 1/2 plus an odd function. It turns where
-    x tanh(x / 2) = 2, since the slope of the slope is s(x) s(-x) (2 - x tanh(x / 2)), and x tanh(x / 2) rises from 0
-    on both sides of 0: at 2.39936 and -2.39936, where it is 1.09984 and -0.09984.
+    x tanh(x / 2) = 2, since the slope of the slope is s(x) s(-x) (2 - x tanh(x / 2)), and x tanh(x / 2) rises from
+    0 on both sides of 0: at 2.39936 and -2.39936, where it is 1.09984 and -0.09984.
 
     Args:
         scaled: False: not divided.
@@ -225,11 +233,11 @@ class SiLU(Smooth):
 class GELU(Smooth):
     """x P(x), with P the distribution function of the standard normal distribution, divided by its largest slope.
 
-    With p the density, the slope P(x) + x p(x) is 1/2 plus an odd function, and turns at sqrt(2) and -sqrt(2), since
-    the slope of the slope is (2 - x^2) p(x): it is 1.12890 and -0.12890 there.
+    With p the density, the slope P(x) + x p(x) is 1/2 plus an odd function. It turns at sqrt(2) and -sqrt(2),
+    since the slope of the slope is (2 - x^2) p(x): it is 1.12890 and -0.12890 there.
 
     The approximation x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3) has nearly the same slopes, from
-    -0.12899 to 1.12899, at -1.41850 and 1.41850. It turns nowhere else: with a = 0.044715 and c = sqrt(2 / pi), the
+    -0.12899 to 1.12899, at -1.41850 and 1.41850. It turns nowhere else: with a = 0.044715 and c = sqrt(2 / pi) the
     slope of the slope is 0 where c x (1 + 3 a x^2)^2 / (1 + 6 a x^2) tanh u = 1, and the left side rises with |x|.
 
     Args:

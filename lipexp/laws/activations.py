@@ -81,7 +81,7 @@ def has_slopes_within_its_range(subject: Subject) -> str | None:
 
 
 def has_slopes_between_two_inputs_within_their_hull(subject: Subject) -> str | None:
-    """All its difference quotients between two inputs, and its slopes there, are within the hull of these slopes."""
+    """Its slopes and difference quotients between two inputs are within the hull that it declares."""
     act = act_of(subject)
     if act.slopes is None:
         return "it declares no slopes"

@@ -5,14 +5,14 @@ float32 numbers. The gradients of all outputs at a point are the rows of the Jac
 its operator norm from the p-norm of the inputs to the h-norm of the outputs, the norm of the hidden spaces; for
 one output that is ||grad f||_q, with 1/p + 1/q = 1.
 
-Points are scanned in float64. The largest value found is then confirmed at its point, so that what is reported is
-never above the true constant, not even by rounding:
+Points are scanned in float64. The largest value found is then confirmed at its point, so that what is reported
+is never above the true constant, not even by rounding:
 
 - *exact arithmetic*, where all activations declare their active linear map: the point and the weights are rational
   numbers, so the gradient is known exactly, and only the last step, the norm, is rounded: down. A point on a
   breakpoint, where autograd can return a value that no gradient takes, is moved off it.
-- *interval arithmetic*, where some are smooth, and know the hull of their slopes between two inputs: the Jacobian at
-  the point lies within proven bounds, see `jacobians`, and of these the smallest norm counts. It is some 1e-10 less.
+- *interval arithmetic*, where some are smooth, and know the hull of their slopes between two inputs: the Jacobian
+  at the point lies within proven bounds, see `jacobians`, and of these the smallest norm counts: some 1e-11 less.
 
 For other activations the value is an estimate in float64, and is called one.
 """
@@ -180,7 +180,7 @@ def _exactly(network: BakedNetwork, point: Tensor, q: float, h: float) -> Maximu
 
 
 def _enclosed(network: BakedNetwork, point: Tensor, q: float, h: float) -> Maximum | None:
-    """At most the norm of the Jacobian at `point` (D,), or of one of those beside it if it lies on a breakpoint."""
+    """At most the norm of the Jacobian at `point` (D,), or of another one there if it lies on a breakpoint."""
     centre, radius = (part[0].numpy() for part in IntervalNetwork(network).over(point[None], point[None]).jacobian)
     if not (np.isfinite(centre).all() and np.isfinite(radius).all()):
         return None

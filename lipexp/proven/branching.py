@@ -1,8 +1,8 @@
 """Branch and bound: an upper bound on the norm of the Jacobian over a box, or a ball, of up to six dimensions.
 
 On a small box most breakpoints are out of reach and other slopes hardly vary, so that interval arithmetic bounds
-the Jacobian, see `jacobians`. A box whose bound is too large is halved; one that few breakpoints cross is settled at
-once by all combinations of their sides. Boxes that lie outside of the ball are left out.
+the Jacobian, see `jacobians`. A box whose bound is too large is halved; one that few breakpoints cross is settled
+at once by all combinations of their sides. Boxes that lie outside of the ball are left out.
 
 All of it is float64 arithmetic whose rounding errors are added to the radii, so the bound is proven. It holds over
 the box or the ball only, which are convex: there it bounds the Lipschitz constant.
@@ -97,10 +97,10 @@ def branch_and_bound(
 ) -> Found:
     """Halve boxes until upper / lower - 1 <= gap, or the time is over.
 
-    `upper` is the largest bound of all boxes, `lower` the norm of the Jacobian at the steepest point seen. A box in
-    which no slope varies is done, whatever its bound, since its halves would have the same; so is one whose bound
-    is nothing but the allowance for underflow. If the bound of the whole box overflows float64, the search ends at
-    once, with an infinite bound.
+    `upper` is the largest bound of all boxes, `lower` the norm of the Jacobian at the steepest point seen. A box
+    in which no slope varies is done, whatever its bound, since its halves would have the same; so is one whose
+    bound is nothing but the allowance for underflow. If the bound of the whole box overflows float64, the search
+    ends at once, with an infinite bound.
 
     Args:
         network: K = 1; `why_not_applicable` must be None.
@@ -151,8 +151,8 @@ def branch_and_bound(
 
 
 def _bound(network: IntervalNetwork, low: Tensor, high: Tensor, domain: Domain) -> tuple[Tensor, Tensor, Tensor]:
-    """Over boxes (P, D): bounds (P,) on the norm of the Jacobian, the side along which to halve each, that on which
-    the slopes that may vary depend most, and whether any may."""
+    """Over boxes (P, D): bounds (P,) on the norm of the Jacobian, the side along which to halve each, which is that
+    on which varying slopes depend most, and whether any varies."""
     states, sensitivity, hull = network.over(low, high)
     upper = _norm_above(hull, domain)
     side, crossed = ((high - low) * sensitivity).argmax(dim=1), sensitivity.sum(dim=1) > 0
@@ -185,11 +185,12 @@ def _combinations(states: Sequence[Tensor], n: int) -> list[Tensor]:
 def _single(network: IntervalNetwork, states: Sequence[Tensor]) -> Jacobian:
     """The Jacobians where all breakpoints have the given states, none of them open; (P, C, D).
 
-    Backwards, rows of the last layer at a time, and with one bound on all rounding errors: entries of w W_n ... W_1
+    Backwards from the rows of the last layer, and with one bound on all rounding errors: entries of w W_n ... W_1
     are at most ||w||_1 ||W_n||_inf ... ||W_1||_inf times the steepest slopes, each of the n products being off by
     gamma times that.
     """
     *weights, last = (layer.weight[0] for layer in network.double.affine)
+    linear = network.double.linear
     rows = last.expand(len(states[0]), -1, -1)
     largest_row, n = float(last.abs().sum(dim=1).max()), len(weights) + 1
     for weight, hidden, state in zip(reversed(weights), reversed(network.hidden), reversed(states), strict=True):
@@ -197,6 +198,8 @@ def _single(network: IntervalNetwork, states: Sequence[Tensor]) -> Jacobian:
         largest_row *= hidden.steepest * float(weight.abs().sum(dim=1).max())
     widest = max(max(weight.shape) for weight in (*weights, last))
     error = 4 * n * (widest + 4) * UNIT_ROUNDOFF * largest_row * UP + UNDERFLOW
+    if linear is not None:
+        rows, error = rows + linear[0], error + 4 * UNIT_ROUNDOFF * (largest_row + float(linear.abs().max()))
     return Jacobian(rows, torch.full_like(rows, error))
 
 
@@ -230,9 +233,10 @@ def _norm_above(hull: Jacobian, domain: Domain) -> Tensor:
 def _spectral_norms_above(matrices: Tensor) -> Tensor:
     """(P,) at least the largest singular values of (P, C, D), and no more than 1.0001 times them.
 
-    The Gram matrix G is squared k times, where ||G||_2 = ||G^2||_2^(1/2), and of the last power the Frobenius norm
-    is taken, which is too large by a factor of sqrt(n) at most. Each power is divided by its Frobenius norm s. The
-    errors E of a product and of that division have ||E||_F <= gamma_n ||G||_F^2 + u s, and are added on the way back.
+    The Gram matrix G is squared several times, where ||G||_2 = ||G^2||_2^(1/2), and of the last power the
+    Frobenius norm is taken, which is too large by a factor of sqrt(n) at most. Each power is divided by its
+    Frobenius norm s. The errors E of a product and of that division have ||E||_F <= gamma_n ||G||_F^2 + u s, and
+    are added on the way back.
     """
     scale = matrices.abs().amax(dim=(1, 2), keepdim=True).clamp_min(2.0**-1000)
     part = matrices / scale
