@@ -17,6 +17,7 @@ interval Jacobians these are.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF
 
 UP = 1 + 2.0**-40  # covers all rounding errors of one line of arithmetic on numbers that are not negative
+LEAP = 8  # times its distance, the slope of a feature changes by at most this as long as it changes smoothly
 UNDERFLOW = 2.0**-1000  # covers those of products that underflow
 
 
@@ -83,8 +85,8 @@ class Hidden(NamedTuple):
 
     @property
     def is_free(self) -> bool:
-        """Whether any choice of sides is one linear map: not if it is curved, or sorts three or more features."""
-        return self.slopes is not None or (self.groups is not None and self.groups.shape[1] <= 2)
+        """Whether sides may be chosen at will: not where three or more features are sorted together."""
+        return self.groups is None or self.groups.shape[1] <= 2
 
     def numbers(self, dims: int) -> int:
         """About how many numbers the largest temporary array has for each box."""
@@ -92,10 +94,32 @@ class Hidden(NamedTuple):
         return dims * max(self.width if self.pairs is None else len(self.pairs), hulls)
 
 
+class Sides(NamedTuple):
+    """What an activation may do on P boxes."""
+
+    # (P, M) the sign of each breakpoint's difference; 0: both may occur. Of a curved activation (P, H), 0 where
+    # the slope leaps, or changes so fast that on this box it is as good as that.
+    state: Tensor
+    slopes: tuple[Tensor, Tensor] | None  # (P, H) the least and the largest, if it acts on each feature alone
+
+    def chosen(self, sides: Tensor) -> Sides:
+        """With one side, -1 or 1, in place of each 0 of the state: there the least slope, or the largest."""
+        if self.slopes is None:
+            return Sides(sides, None)
+        open_, (least, most) = self.state == 0, self.slopes
+        return Sides(
+            sides, (torch.where(open_ & (sides > 0), most, least), torch.where(open_ & (sides < 0), least, most))
+        )
+
+    def of(self, boxes: Tensor) -> Sides:
+        """Of some of the boxes."""
+        return Sides(self.state[boxes], self.slopes and (self.slopes[0][boxes], self.slopes[1][boxes]))
+
+
 class Hulls(NamedTuple):
     """What is known of a network over P boxes."""
 
-    states: list[Tensor]  # (P, M) of each activation: the sign of a breakpoint's difference; 0: both may occur
+    sides: list[Sides]  # of each activation
     sensitivity: Tensor  # (P, D) how much the slopes that may vary depend on each side
     jacobian: Jacobian  # (P, C, D) of the outputs
 
@@ -112,20 +136,28 @@ class IntervalNetwork:
         self.linear = self.double.linear
         self.hidden = [hidden for hidden in _hidden(self.double) if hidden is not None]
 
-    def over(self, low: Tensor, high: Tensor) -> Hulls:
-        """The hulls over boxes from `low` to `high`, (P, D) each; points where these are equal."""
+    def over(self, low: Tensor, high: Tensor, sides: Sequence[Sides] | None = None) -> Hulls:
+        """The hulls over boxes from `low` to `high`, (P, D) each; points where these are equal.
+
+        Args:
+            sides: of each activation, if they are chosen; only the Jacobians are meant for these then.
+        """
         centre = (low + high) / 2
         reach = torch.maximum(high - centre, centre - low) * UP
         identity = torch.eye(low.shape[1], dtype=low.dtype).expand(len(low), -1, -1)
         inputs = Features(centre, torch.zeros_like(centre), Jacobian(identity, torch.zeros_like(identity)))
-        states, sensitivity, left = list[Tensor](), torch.zeros_like(low), list(self.hidden)
+        found, sensitivity, left = list[Sides](), torch.zeros_like(low), iter(self.hidden)
 
         def activated(features: Features) -> Features:
             nonlocal sensitivity
-            out, state, varying = _activated(left.pop(0), features, reach)
-            states.append(state)
-            sensitivity = sensitivity + varying
-            return out
+            hidden = next(left)
+            if sides is None:
+                seen, varying = _sides(hidden, features, reach)
+                sensitivity = sensitivity + varying
+            else:
+                seen = sides[len(found)]
+            found.append(seen)
+            return _activated(hidden, features, seen)
 
         features, layers = inputs, self.double.layers
         for i, layer in enumerate(layers):
@@ -140,7 +172,7 @@ class IntervalNetwork:
                 features = activated(features)
         if self.linear is not None:
             features = _plus(features, _affine(self.linear[0], None, inputs))
-        return Hulls(states, sensitivity, features.jacobian)
+        return Hulls(found, sensitivity, features.jacobian)
 
 
 def why_not_applicable(network: BakedNetwork) -> str | None:
@@ -189,34 +221,38 @@ def _plus(a: Features, b: Features) -> Features:
 # Activations -----------------------------------------------------------------------------------------------------
 
 
-def _activated(hidden: Hidden, features: Features, reach: Tensor) -> tuple[Features, Tensor, Tensor]:
-    """The features behind the activation, the states of its breakpoints, and how much the slopes that may vary
-    depend on each side (P, D)."""
-    z, error, jacobian = features
-    x, own = hidden.act.enclosed(z)
-    groups = hidden.groups
-    if groups is not None:
+def _sides(hidden: Hidden, features: Features, reach: Tensor) -> tuple[Sides, Tensor]:
+    """What the activation may do on each box, and how much slopes that vary depend on each side of it, (P, D)."""
+    if hidden.groups is not None:
         state, slope = _states(hidden, features, reach)
-        spread = torch.empty_like(error)
-        spread[:, groups] = error[:, groups].amax(dim=2, keepdim=True).expand(-1, -1, groups.shape[1])
-        varying = ((state == 0).to(slope.dtype).unsqueeze(-1) * slope).sum(dim=1)
-        return Features(x, spread, _sorted(groups, state, jacobian)), state, varying
-    error = hidden.steepest * error * UP + own
+        return Sides(state, None), ((state == 0).to(slope.dtype).unsqueeze(-1) * slope).sum(dim=1)
     if hidden.slopes is not None:
         state, slope = _states(hidden, features, reach)
         below, above = hidden.slopes
         least, most = (
-            torch.full_like(z, end).masked_fill(state > 0, above).masked_fill(state < 0, below)
+            torch.full_like(state, end).masked_fill(state > 0, above).masked_fill(state < 0, below)
             for end in (min(below, above), max(below, above))
         )
     else:
         around, slope = _around(features, reach)
-        bounds = hidden.act.slopes_between(z - around, z + around)
+        bounds = hidden.act.slopes_between(features.value - around, features.value + around)
         assert bounds is not None
         least, most = bounds
-        state = (least == most).to(z.dtype)
-    varying = ((most - least).unsqueeze(-1) * slope).sum(dim=1)
-    return Features(x, error, _stretched(least, most, jacobian)), state, varying
+        smoothly = hidden.steepest * (LEAP * around + 2.0**-36)
+        state = (most - least <= smoothly).to(least.dtype)
+    return Sides(state, (least, most)), ((most - least).unsqueeze(-1) * slope).sum(dim=1)
+
+
+def _activated(hidden: Hidden, features: Features, sides: Sides) -> Features:
+    """The features behind the activation."""
+    z, error, jacobian = features
+    x, own = hidden.act.enclosed(z)
+    if sides.slopes is not None:
+        return Features(x, hidden.steepest * error * UP + own, _stretched(*sides.slopes, jacobian))
+    groups, spread = hidden.groups, torch.empty_like(error)
+    assert groups is not None
+    spread[:, groups] = error[:, groups].amax(dim=2, keepdim=True).expand(-1, -1, groups.shape[1])
+    return Features(x, spread, _sorted(groups, sides.state, jacobian))
 
 
 def _around(features: Features, reach: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,40 @@ import numpy as np
 import pytest
 import torch
 from acts import ACTS, Bent, Tripled, Unlisted
-from networks import NORMS, gradient, network, norm_at, pairs, scaled, uniform
+from networks import (
+    NORMS,
+    by_hand,
+    generator,
+    gradient,
+    network,
+    norm_at,
+    normal,
+    pairs,
+    residual,
+    scaled,
+    uniform,
+)
 
-from lipexp.activations import ActiveMap, Elementwise, GroupSort, NActivation, ReLU, as_activation
+from lipexp.activations import (
+    ELU,
+    GELU,
+    ActiveMap,
+    Elementwise,
+    GroupSort,
+    LipschitzSpline,
+    NActivation,
+    ReLU,
+    Sigmoid,
+    SiLU,
+    Softplus,
+    Tanh,
+    as_activation,
+)
 from lipexp.jacobians import IntervalNetwork
-from lipexp.measured.gradients import Maximum, norms, scan
+from lipexp.measured.gradients import INTERVAL, Maximum, norms, operator_norms, scan
+from lipexp.norms import dual
 from lipexp.proven import branching
-from lipexp.proven.branching import Domain, branch_and_bound, why_not_applicable
+from lipexp.proven.branching import Ball, Domain, branch_and_bound, why_not_applicable
 from lipexp.proven.regions import constants
 
 NOTHING = Maximum(0.0, ())
@@ -100,13 +127,195 @@ def test_bounds_of_boxes_hold_at_all_their_points(name, side):
         assert (
             norms(gradients, q).amax(dim=1) <= branching._bound(own, low, low + side, Domain((low, low), q))[0]
         ).all()
-    states, _, hull = own.over(low, low + side)
+    sides, _, hull = own.over(low, low + side)
     assert ((gradients - hull.centre).abs() <= hull.radius).all()
     inputs, _ = net.double.inputs_and_output(x.view(1, -1, 3))
-    for layer, received, hidden, state in zip(net.double.layers, inputs, own.hidden, states, strict=False):
+    for layer, received, hidden, state in zip(net.double.layers, inputs, own.hidden, sides, strict=False):
         z, (first, second) = layer(received, net.act)[0].view(100, 50, -1), hidden.pairs.T
         gap = z[..., first] - torch.where(second < 0, 0.0, z[..., second])
+        state = state.state
         assert (gap.sign() == state.unsqueeze(1))[(state != 0).unsqueeze(1).expand(gap.shape)].all()
+
+
+# Other networks --------------------------------------------------------------------------------------------------
+
+
+CURVED = {
+    "tanh": Tanh(),
+    "sigmoid": Sigmoid(),
+    "softplus": Softplus(beta=2),
+    "elu": ELU(alpha=2, scaled=False),
+    "gelu": GELU("tanh", scaled=False),
+    "silu": SiLU(),
+    "n": NActivation(),
+    "spline": LipschitzSpline(5),
+}
+
+
+def steepest_seen(net, low, high, q, h=math.inf, n=20_000):
+    x = low + (high - low) * torch.rand(1, n, net.n_inputs, generator=generator(5), dtype=torch.float64)
+    return float(operator_norms(scan(net, x).gradient, q, h).max())
+
+
+@pytest.mark.parametrize("name", CURVED)
+@pytest.mark.parametrize("side", [2.0, 0.2, 1e-3])
+def test_jacobians_of_other_networks_are_within_their_hulls(name, side):
+    """Curved, residual, with several outputs and with a linear term."""
+    nets = [network(3, 8, 8, 3, act=CURVED[name]), residual(3, 8, 2, act=CURVED[name])]
+    nets.append(replace(nets[0], linear=normal(1, 3, 3).float()))
+    for net in nets:
+        own, low = IntervalNetwork(net), 2 * uniform(50, 3) - side / 2
+        x = low.unsqueeze(1) + side * uniform(50, 40, 3, seed=1).abs()
+        jacobians = scan(net, x.view(1, -1, 3)).gradient.view(50, 40, *(net.n_outputs, 3))
+        hull = own.over(low, low + side).jacobian
+        assert ((jacobians - hull.centre.unsqueeze(1)).abs() <= hull.radius.unsqueeze(1) + 1e-14).all()
+        assert side > 1e-3 or float(hull.radius.median()) < 0.05
+        for q, h in [(q, math.inf) for q in NORMS] + [(2.0, 2.0), (math.inf, 1.0)]:
+            seen = operator_norms(jacobians, q, h).amax(dim=1)
+            bound = branching._bound(own, low, low + side, Domain((low, low), q, h))[0]
+            assert (seen <= bound * (1 + 1e-14)).all()
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_the_search_closes_on_curved_networks(name):
+    for dims, gap in ((1, 1e-4), (2, 0.05)):
+        net = network(dims, 6, 6, 1, act=CURVED[name], seed=1)
+        low, high = -torch.ones(dims).double(), torch.ones(dims).double()
+        for q in NORMS:
+            found = branch_and_bound(net, Domain((low, high), q), None, NOTHING, gap, math.inf)
+            assert steepest_seen(net, low, high, q) <= found.upper <= found.best.value * (1 + gap)
+
+
+@pytest.mark.parametrize(("q", "h"), [(1.0, math.inf), (2.0, 2.0), (math.inf, 1.0)])
+@pytest.mark.parametrize("kind", ["relu", "maxmin", "tanh", "residual", "linear"])
+def test_the_search_closes_on_several_outputs_residual_layers_and_linear_terms(kind, q, h):
+    act = {"maxmin": ACTS["maxmin"], "tanh": Tanh()}.get(kind, ReLU())
+    net = residual(2, 6, 3, act=act) if kind == "residual" else network(2, 6, 6, 3, act=act)
+    net = replace(net, linear=normal(1, 3, 2).float()) if kind == "linear" else net
+    low, high = -torch.ones(2).double(), torch.ones(2).double()
+    found = branch_and_bound(net, Domain((low, high), q, h), None, NOTHING, 0.05, math.inf)
+    assert steepest_seen(net, low, high, q, h) <= found.upper <= found.best.value * 1.05
+
+
+def test_layers_may_have_different_activations():
+    net = network(2, 6, 6, 6, 1)
+    for one in (net, net.double):
+        vars(one)["acts"] = [Tanh(), GroupSort(), GELU(), Tanh()]
+    low, high = -torch.ones(2).double(), torch.ones(2).double()
+    found = branch_and_bound(net, Domain((low, high), 2.0), None, NOTHING, 0.02, math.inf)
+    assert steepest_seen(net, low, high, 2.0) <= found.upper <= found.best.value * 1.02
+    assert found.best.by == INTERVAL
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 2), (1, 4), (6, 6)], ids=str)
+def test_spectral_norms_are_bounded_closely(shape):
+    """Of random, singular, orthogonal, tiny, huge and zero matrices."""
+    matrices = normal(20, *shape)
+    matrices[0] = 1.0
+    matrices[1], matrices[2], matrices[3] = matrices[1] * 1e-200, matrices[2] * 1e200, 0
+    matrices[4] = torch.eye(*shape)
+    exactly = torch.linalg.matrix_norm(matrices, ord=2)
+    found = branching._spectral_norms_above(matrices)
+    assert (found >= exactly * (1 - 1e-14)).all()
+    assert (found <= exactly * 1.0001 + 1e-250).all()
+
+
+@pytest.mark.parametrize("dims", [5, 6])
+def test_five_and_six_inputs_are_searched(dims):
+    net = network(dims, 4, 4, 1, seed=dims)
+    found = searched(net, gap=0.01)
+    assert sampled(net) <= found.upper <= found.best.value * 1.01
+
+
+# Balls -----------------------------------------------------------------------------------------------------------
+
+# The largest slope 4 lies to the right of x = 1; it is 2 between 0 and 1, and 1 to the left of 0.
+STAIRS = by_hand(([[1.0], [1.0], [1.0], [-1.0]], [0.0, 0.0, -1.0, 0.0]), ([[1.0, 1.0, 2.0, -1.0]], [0.0]))
+
+
+def on_ball(net, centre, radius, p=2.0, gap=1e-3, **options):
+    ball = Ball(torch.tensor(centre).double(), radius, p)
+    return branch_and_bound(net, Domain(ball.box, dual(p), ball=ball), None, NOTHING, gap, math.inf, **options)
+
+
+@pytest.mark.parametrize(
+    ("centre", "radius", "constant"), [(-2.0, 1.5, 1), (0.5, 0.4, 2), (0.5, 0.6, 4), (-1, 9, 4)]
+)
+def test_a_ball_has_the_constant_of_what_it_reaches(centre, radius, constant):
+    found = on_ball(STAIRS, [centre], radius)
+    assert constant <= found.upper <= constant * (1 + 1e-9)
+    assert found.best.value == constant
+    assert abs(found.best.point[0] - centre) <= radius
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+def test_corners_of_the_box_do_not_count_for_a_round_ball(p):
+    """10 relu(x + y - 1.5) + x: the kink is in the box of the unit ball, but only for p = inf in the ball."""
+    net = by_hand(([[1.0, 1.0], [1.0, 0.0]], [-1.5, 9.0]), ([[10.0, 1.0]], [-9.0]))
+    ball = on_ball(net, [0.0, 0.0], 1.0, p)
+    steep, flat = float(np.linalg.norm([11, 10], dual(p))), 1.0
+    farther = on_ball(net, [0.0, 0.0], {1.0: 1.501, 2.0: 1.07, math.inf: 0.751}[p], p)
+    nearer = on_ball(net, [0.0, 0.0], {1.0: 1.499, 2.0: 1.05, math.inf: 0.749}[p], p)
+    assert ball.upper == pytest.approx(steep if math.isinf(p) else flat, rel=1e-9)
+    assert farther.upper == pytest.approx(steep, rel=1e-9)
+    assert nearer.upper == pytest.approx(flat, rel=1e-9)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("name", ["relu", "maxmin", "tanh"])
+def test_the_constant_of_a_ball_is_above_all_that_is_seen_in_it(name, p):
+    net = network(3, 8, 8, 1, act=(ACTS | CURVED)[name])
+    for centre in normal(3, 3).tolist():
+        found = on_ball(net, centre, 0.3, p, gap=0.05)
+        away = uniform(100_000, 3)
+        x = torch.tensor(centre) + 0.3 * away[torch.linalg.vector_norm(away, ord=p, dim=1) <= 1]
+        assert float(norms(scan(net, x.unsqueeze(0)).gradient, dual(p)).max()) <= found.upper
+        assert found.upper <= found.best.value * 1.05
+        inside = np.linalg.norm(np.array(found.best.point) - centre, p) <= 0.3
+        assert inside
+        assert found.upper <= searched(net, dual(p), gap=0.05).upper * 1.05
+
+
+def test_certify_bounds_the_constant_in_a_ball(lipexp, run):
+    folder = run("act=tanh", "constraint=linf", "model.width=8")
+    before = lipexp("certify", str(folder)).out
+    options = ("--method", "bnb", "--around=-0.5,0.25", "--within", "0.1", "--gap", "0.01")
+    done = lipexp("certify", str(folder), *options)
+    assert (done.code, done.err) == (0, "")
+    line = next(line for line in done.out.splitlines() if "in this ball only" in line)
+    assert line.startswith("‖x - (-0.5, 0.25)‖₂ ≤ 0.1: ‖∇f‖₂  measured ")
+    assert before.splitlines()[1:] == [row for row in done.out.splitlines()[1:] if row != line]
+    local = json.loads((folder / "metrics.json").read_text())["certify"]["local"]
+    assert local["measured"] <= local["certified"] <= local["measured"] * 1.01
+    assert (local["around"], local["within"], local["measured_by"]) == ([-0.5, 0.25], 0.1, "interval arithmetic")
+    assert math.dist(local["point"], local["around"]) <= 0.1
+    lipexp("certify", str(folder))  # which asks for none, and leaves what is known
+    assert json.loads((folder / "metrics.json").read_text())["certify"]["local"] == local
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--around=1,2", "--within", "1"), "--around=1,2: is for --method bnb"),
+        (("--method", "rows", "--around=1,2", "--within", "1"), "--around=1,2: is for --method bnb"),
+        (("--method", "bnb", "--around=1,2"), "--around=1,2: needs --within as well"),
+        (("--method", "bnb", "--within=1"), "--within=1.0: needs --around as well"),
+        (("--method", "bnb", "--around=1,x", "--within=1"), "--around=1,x: must be numbers, such as 0.1,0.25"),
+        (("--method", "bnb", "--around=1,inf", "--within=1"), "--around=inf: must be a finite number"),
+        (("--method", "bnb", "--around=1,2", "--within=0"), "--within=0.0: must be a finite number above 0"),
+        (
+            ("--method", "bnb", "--around=1,2,3", "--within=1"),
+            "--around=1,2,3: must be 2 numbers, the coordinates",
+        ),
+    ],
+)
+def test_a_ball_that_is_none_is_refused(lipexp, run, options, said):
+    done = lipexp("certify", str(run("max_regions=0")), *options)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert said in done.err
+
+
+# Limits ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_time_limit_leaves_a_valid_interval_below_the_root():

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lipexp import jacobians
-from lipexp.jacobians import UNDERFLOW, UP, Hidden, IntervalNetwork, Jacobian
+from lipexp.jacobians import UNDERFLOW, UP, Hidden, IntervalNetwork, Jacobian, Sides
 from lipexp.measured.gradients import Maximum, largest, operator_norms, scan
 from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF, dual
@@ -151,25 +151,42 @@ def branch_and_bound(
 
 
 def _bound(network: IntervalNetwork, low: Tensor, high: Tensor, domain: Domain) -> tuple[Tensor, Tensor, Tensor]:
-    """Over boxes (P, D): bounds (P,) on the norm of the Jacobian, the side along which to halve each, which is that
-    on which varying slopes depend most, and whether any varies."""
-    states, sensitivity, hull = network.over(low, high)
+    """Over boxes (P, D): bounds (P,) on the norm of the Jacobian, the side of each on which varying slopes depend
+    most, along which to halve it, and whether any slope varies."""
+    sides, sensitivity, hull = network.over(low, high)
     upper = _norm_above(hull, domain)
     side, crossed = ((high - low) * sensitivity).argmax(dim=1), sensitivity.sum(dim=1) > 0
-    if not states or not network.double.is_plain or not all(hidden.is_free for hidden in network.hidden):
+    if not sides or not all(hidden.is_free for hidden in network.hidden):
         return upper, side, crossed
-    n_open = torch.stack([(state == 0).sum(dim=1) for state in states]).sum(dim=0)
-    layers = network.double.affine
-    widest = max(layer.weight.shape[1] for layer in layers) * layers[-1].weight.shape[1]
-    for n in range(1, LEAF + 1):
+    single = network.double.is_plain and all(hidden.pairs is not None for hidden in network.hidden)
+    n_open = torch.stack([(part.state == 0).sum(dim=1) for part in sides]).sum(dim=0)
+    widest = max(layer.weight.shape[1] for layer in network.double.layers) * hull.centre.shape[1]
+    numbers = widest if single else widest * low.shape[1]
+    for n in range(1, (LEAF if single else LEAF // 2) + 1):
         leaves = (n_open == n).nonzero().squeeze(1)
         if not len(leaves):
             continue
-        for part in leaves.split(max(1, _CHUNK // (2**n * widest))):
-            hull = _single(network, _combinations([state[part] for state in states], n))
+        for part in leaves.split(max(1, _CHUNK // (2**n * numbers))):
+            some = [of_all.of(part) for of_all in sides]
+            states = _combinations([of_part.state for of_part in some], n)
+            hull = _single(network, states) if single else _chosen(network, low[part], high[part], some, states)
             tight = _norm_above(hull, domain).view(len(part), -1).amax(dim=1)
             upper[part] = torch.minimum(upper[part], tight)
     return upper, side, crossed
+
+
+def _chosen(
+    network: IntervalNetwork, low: Tensor, high: Tensor, sides: Sequence[Sides], states: Sequence[Tensor]
+) -> Jacobian:
+    """The hulls over P boxes for 2^n choices of the sides of each, (P 2^n, C, D).
+
+    The Jacobian is affine in each slope alone, so that its norm, which is convex, is largest at the least or at
+    the largest of each, even if no point has these together.
+    """
+    n = len(states[0]) // len(low)
+    again = torch.arange(len(low)).repeat_interleave(n)
+    chosen = [part.of(again).chosen(state) for part, state in zip(sides, states, strict=True)]
+    return network.over(low[again], high[again], chosen).jacobian
 
 
 def _combinations(states: Sequence[Tensor], n: int) -> list[Tensor]:
