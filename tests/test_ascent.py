@@ -11,7 +11,7 @@ from acts import ACTS
 from networks import NORMS, generator, groups_of, network, normal, pairs, scaled, slopes_of, uniform
 from scipy.optimize import linprog, minimize
 
-from lipexp.activations import GELU, GroupSort, SiLU, Softplus, Tanh, as_activation
+from lipexp.activations import GroupSort, SiLU, Tanh, as_activation
 from lipexp.evaluate import Evaluator
 from lipexp.loop import fit
 from lipexp.measured import ascent as module
@@ -60,7 +60,7 @@ def test_random_steps_climb_from_every_start(q, monkeypatch):
     assert before.max() >= heights(net, x, q).max() * (1 - 1e-14)  # the steepest data point is a start
 
 
-@pytest.mark.parametrize("act", [Tanh(), GELU(), SiLU(), Softplus(beta=2)], ids=lambda act: act.label)
+@pytest.mark.parametrize("act", [Tanh(), SiLU()], ids=lambda act: act.label)
 def test_smooth_networks_are_climbed_as_high_as_by_a_quasi_newton_method_from_many_points(act):
     """Of -log ||grad f||_2 within the box, with gradients by automatic differentiation."""
     net, x = network(12, 16, 16, 1, act=act), 2 * uniform(1, 300, 12)

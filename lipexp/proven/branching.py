@@ -28,7 +28,8 @@ from lipexp.norms import UNIT_ROUNDOFF, dual
 
 DIMS = 6  # in more, boxes are too many
 LEAF = 8  # breakpoints whose sides are combined
-BATCH = 512  # boxes that are halved together, or fewer where the network is wide
+BATCH = 512  # boxes that are bounded together, or fewer where the network is wide
+AT_MOST = 8  # times so many are halved in one round
 MOST_BOXES = 2_000_000
 SQUARED = 13  # times, of a Gram matrix: n^(1 / 2^15) < 1.0001 for n <= 6
 _CHUNK = 2**21  # numbers in one temporary array
@@ -133,17 +134,20 @@ def branch_and_bound(
             ceiling = max(settled, float(upper.max()))
             report(f"bnb: [{best.value:.6g}, {ceiling:.6g}] after {boxes:,} boxes, {len(low):,} are open")
         order = upper.argsort(descending=True)
-        worst, rest = order[:batch], order[batch:]
+        several = batch * min(AT_MOST, max(1, len(low) // (16 * batch)))  # sorting and copying take time, too
+        worst, rest = order[:several], order[several:]
         halves = _halve(low[worst], high[worst], side[worst])
         if halves is None:  # float64 cannot halve them
             break
-        bounds, sides, crossings = _bound(own, *halves, domain)
+        parts = zip(*(end.split(2 * batch) for end in halves), strict=True)
+        found = [_bound(own, lows, highs, domain) for lows, highs in parts]
+        bounds, sides, crossings = map(torch.cat, zip(*found, strict=True))
         best = _steeper(network, *halves, domain, best, gap)
         boxes += len(bounds)
         bounds = torch.minimum(bounds, upper[worst].repeat(2))
-        parts = zip((low, high, upper, side, crossed), (*halves, bounds, sides, crossings), strict=True)
+        open_ = zip((low, high, upper, side, crossed), (*halves, bounds, sides, crossings), strict=True)
         kept = slice(None) if domain.ball is None else ~domain.ball.misses(*halves)
-        low, high, upper, side, crossed = (torch.cat([old[rest], new[kept]]) for old, new in parts)
+        low, high, upper, side, crossed = (torch.cat([old[rest], new[kept]]) for old, new in open_)
     return Found(max(settled, float(upper.max()) if len(upper) else 0.0), best, boxes)
 
 
