@@ -177,18 +177,12 @@ class IntervalNetwork:
 
 def why_not_applicable(network: BakedNetwork) -> str | None:
     """Which activation has Jacobians that are not bounded here; None: none."""
-    bounded = zip(activations(network), _hidden(network), strict=True)
-    return next((act.label for (act, _), hidden in bounded if hidden is None), None)
-
-
-def activations(network: BakedNetwork) -> list[tuple[Activation, int]]:
-    """The activation behind each layer, or inside it, with the number of its features, where there is one."""
-    widths = [act_width(network.layers, i) for i in range(len(network.layers))]
-    return [(act, width) for act, width in zip(network.acts, widths, strict=True) if width]
+    bounded = zip(network.placed, _hidden(network), strict=True)
+    return next((act.label for (_, act), hidden in bounded if hidden is None), None)
 
 
 def _hidden(network: BakedNetwork) -> list[Hidden | None]:
-    return [Hidden.of(act, width) for act, width in activations(network)]
+    return [Hidden.of(act, width) for width, act in network.placed]
 
 
 # Layers ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from acts import ACTS, Bent, Tripled, Unlisted
+from acts import ACTS, Tripled, Unlisted
 from networks import (
     NORMS,
     by_hand,
@@ -23,12 +23,12 @@ from networks import (
     residual,
     scaled,
     uniform,
+    with_act,
 )
 
 from lipexp.activations import (
     ELU,
     GELU,
-    ActiveMap,
     Elementwise,
     GroupSort,
     LipschitzSpline,
@@ -50,14 +50,6 @@ from lipexp.proven.regions import constants
 NOTHING = Maximum(0.0, ())
 # Where three features tie, the hull never shrinks to what is there, and the bound not to the constant.
 THREES = ("groups of 3", "fullsort", "descending threes")
-
-
-class Mixed(Bent):
-    """Its active map has another slope for every other feature."""
-
-    def active_map(self, z):
-        found = super().active_map(z)
-        return found and ActiveMap(found.index, found.factor * (1 + np.arange(z.shape[-1]) % 2) / 8)
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +92,7 @@ def test_the_rounding_errors_of_a_single_region_grow_with_the_slopes():
     own = IntervalNetwork(net)
     for point in uniform(100, 3):
         inputs, _ = net.double.inputs_and_output(point.view(1, 1, -1))
-        z = [layer(x, net.act)[0] for layer, x in zip(net.double.layers[:-1], inputs, strict=False)]
+        z = [layer(x, net.acts[0])[0] for layer, x in zip(net.double.layers[:-1], inputs, strict=False)]
         found = branching._single(own, [part.sign() for part in z])
         sides = (part[0, 0].tolist() for part in found)
         for centre, radius, exactly in zip(*sides, gradient(net, point), strict=True):
@@ -131,7 +123,7 @@ def test_bounds_of_boxes_hold_at_all_their_points(name, side):
     assert ((gradients - hull.centre).abs() <= hull.radius).all()
     inputs, _ = net.double.inputs_and_output(x.view(1, -1, 3))
     for layer, received, hidden, state in zip(net.double.layers, inputs, own.hidden, sides, strict=False):
-        z, (first, second) = layer(received, net.act)[0].view(100, 50, -1), hidden.pairs.T
+        z, (first, second) = layer(received, net.acts[0])[0].view(100, 50, -1), hidden.pairs.T
         gap = z[..., first] - torch.where(second < 0, 0.0, z[..., second])
         state = state.state
         assert (gap.sign() == state.unsqueeze(1))[(state != 0).unsqueeze(1).expand(gap.shape)].all()
@@ -198,9 +190,7 @@ def test_the_search_closes_on_several_outputs_residual_layers_and_linear_terms(k
 
 
 def test_layers_may_have_different_activations():
-    net = network(2, 6, 6, 6, 1)
-    for one in (net, net.double):
-        vars(one)["acts"] = [Tanh(), GroupSort(), GELU(), Tanh()]
+    net = replace(network(2, 6, 6, 6, 1), acts=[Tanh(), GroupSort(), GELU(), Tanh()])
     low, high = -torch.ones(2).double(), torch.ones(2).double()
     found = branch_and_bound(net, Domain((low, high), 2.0), None, NOTHING, 0.02, math.inf)
     assert steepest_seen(net, low, high, 2.0) <= found.upper <= found.best.value * 1.02
@@ -396,7 +386,7 @@ def test_what_the_search_is_not_for_is_refused():
     declared = as_activation(torch.nn.Tanh())
     declared.function.slopes = (0, 1)  # which says nothing of a small box
     for act in (Tripled(), Unlisted(), as_activation(torch.tanh), declared):
-        assert why_not_applicable(replace(network(2, 8, 1), act=act)) == f"is not for {act.label}"
+        assert why_not_applicable(with_act(network(2, 8, 1), act)) == f"is not for {act.label}"
 
 
 def test_certify_searches_when_it_is_asked_to(lipexp, run):

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lipexp.blocks import Affine, Block
 from lipexp.exact import ExactArray, add, integers, norm_above, norm_below, spectral_norm_below
-from lipexp.jacobians import IntervalNetwork, activations, why_not_applicable
+from lipexp.jacobians import IntervalNetwork, why_not_applicable
 from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF, dual, round_down
 
@@ -153,7 +153,7 @@ def largest(
     candidates = [i for i in values.topk(min(_CANDIDATES, len(values))).indices.tolist() if values[i] >= 0]
     if not candidates:
         return None
-    if all(act.is_piecewise_linear for act, _ in activations(network)):
+    if network.is_piecewise_linear:
         confirmed = _exactly
     elif why_not_applicable(network) is None:
         confirmed = _enclosed
