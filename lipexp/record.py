@@ -7,7 +7,7 @@ Whatever shows several runs (report, sweep.csv, search, figures) takes its rows 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, TypedDict, get_type_hints
@@ -18,7 +18,7 @@ from lipexp.runs import RunFolder, flat
 from lipexp.tasks import SPLITS, TASKS
 
 METRICS, FAILURE = "metrics.json", "failed.json"
-SCHEMA = 4  # of metrics.json; raised when its content changes
+SCHEMA = 5  # of metrics.json; raised when its content changes
 
 Norm = Annotated[int | str, (1, 2, "inf")]
 Verdict = Annotated[str, ("PASS", "FAIL", "OPEN")]
@@ -74,6 +74,8 @@ class Certified:
 
     certified_accuracy: dict[str, float] | None  # radius -> fraction
     median_radius: float | None  # None also where it is infinite
+    local_accuracy: dict[str, float] | None = None  # the same with radii by local constants
+    median_local_radius: float | None = None
 
 
 @dataclass
@@ -86,6 +88,15 @@ class Pairs:
 
 
 @dataclass
+class Tightness:
+    """The radii of test points over their exact distances from the decision boundary; medians, of finite ones."""
+
+    distance: float  # itself, in the norm p
+    radius: float
+    local: float  # of radii by local constants
+
+
+@dataclass
 class Robustness:
     """The certified radii of validation and test points."""
 
@@ -95,6 +106,7 @@ class Robustness:
     test: Certified
     reason: str | None  # why there are no radii, or none for a network evaluated in float32
     pairs: Pairs | None = None  # of several outputs
+    exact: Tightness | None = None  # of one or two inputs, where all linear regions are known
 
 
 @dataclass
@@ -273,11 +285,13 @@ def settings(folder: RunFolder) -> dict[str, Any]:
     return {printable(key): printable(v) if isinstance(v, str) else v for key, v in found.items()}
 
 
-def numeric_keys(task: str, radii: Iterable[float]) -> list[str]:
+def numeric_keys(task: str, radii: Sequence[float]) -> list[str]:
     """The dotted keys of all numbers that a finished run of this task records, for the goal of a search."""
     keys = [f"{split}.{name}" for split in SPLITS for name in ("loss", *TASKS[task].scores)]
     if TASKS[task].decides:
-        names = [f"certified_accuracy.{radius_name(radius)}" for radius in radii] + ["median_radius"]
+        parts = ("certified_accuracy", "local_accuracy")
+        names = [f"{part}.{radius_name(radius)}" for part in parts for radius in radii]
+        names += ["median_radius", "median_local_radius"]
         keys += [
             "robustness.lipschitz",
             *(f"robustness.{split}.{name}" for split in ("val", "test") for name in names),
