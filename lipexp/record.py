@@ -7,7 +7,7 @@ Whatever shows several runs (report, sweep.csv, search, figures) takes its rows 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, TypedDict, get_type_hints
@@ -285,13 +285,13 @@ def settings(folder: RunFolder) -> dict[str, Any]:
     return {printable(key): printable(v) if isinstance(v, str) else v for key, v in found.items()}
 
 
-def numeric_keys(task: str, radii: Sequence[float]) -> list[str]:
+def numeric_keys(task: str, radii: Iterable[float]) -> list[str]:
     """The dotted keys of all numbers that a finished run of this task records, for the goal of a search."""
     keys = [f"{split}.{name}" for split in SPLITS for name in ("loss", *TASKS[task].scores)]
     if TASKS[task].decides:
-        parts = ("certified_accuracy", "local_accuracy")
-        names = [f"{part}.{radius_name(radius)}" for part in parts for radius in radii]
-        names += ["median_radius", "median_local_radius"]
+        names = ["median_radius", "median_local_radius"]
+        for radius in map(radius_name, radii):
+            names += [f"certified_accuracy.{radius}", f"local_accuracy.{radius}"]
         keys += [
             "robustness.lipschitz",
             *(f"robustness.{split}.{name}" for split in ("val", "test") for name in names),

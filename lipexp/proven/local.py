@@ -2,26 +2,26 @@
 
 A network of affine layers z = W h + b bends where u = 0, with u = z_i for an activation of two slopes, and
 u = z_i - z_j for a sorted pair: h = S(u) z with a matrix S that depends on the signs of all u only. Around a point
-x, u moves by at most some m within the ball of radius s, so that the sign of each u with |u(x)| > m is known there;
-the other kinks are open. m and the margin f_c - f_j are followed outwards, from shell to shell, in two ways:
+x, u moves by at most some m within the ball of radius s, so that the sign of each u with |u(x)| > m is known. The
+other kinks are open. m and the margin f_c - f_j are followed outwards, from shell to shell, in two ways:
 
-- by local constants. Where open kinks count as halfway between their two sides, the gradient of a sum of features
-  with the weights r is that of one linear map, and off by at most sum |kappa_k| sup ||grad u_k||_q over open kinks,
-  with r h = mean + sum kappa_k |u_k|. So the margin falls by no more than L_cj(x, s) per unit of distance within
-  the ball, and the integral of that over all shells is what it can lose. A kink right before the outputs with
-  kappa > 0 may be taken as closed: kappa |u| is convex, and never below its tangent at x.
+- by local constants. If open kinks count as halfway between their two sides, the gradient of a sum r h of features
+  is that of one linear map, and off by at most sum |kappa_k| sup ||grad u_k||_q over open kinks, where
+  r h = mean + sum kappa_k |u_k|. So the margin falls by no more than L_cj(x, s) per unit of distance within the
+  ball, and by the integral of that over all shells in all. A kink right before the outputs with kappa > 0 may be
+  taken as closed: kappa |u| is convex, and never below its tangent at x.
 - by linear bounds over the whole ball: kappa |u| is at least its tangent at x where kappa > 0, and at least the
   chord between u(x) - m and u(x) + m where kappa < 0, which costs |kappa| (m - |u(x)|) at x.
 
-The first is the better one near x, and the second farther out. Both are cut short behind any layer by the product of
-the norms of the layers that are left; and no local constant is taken that is above the global one.
+The first is the better one near x, and the second farther out. Both may end behind any layer, with the product of
+the norms of the layers that are left. Where local constants are above the global one, that is taken.
 
 All of it is float64 arithmetic. What rounding may change in a row of weights is bounded through the largest
 gradients that the features can have anywhere (see `rows`), and is added to what the margin loses.
 
 References: Hein and Andriushchenko 2017 (radii from local Lipschitz constants, arXiv 1705.08475); Weng et al. 2018
-(Fast-Lip and Fast-Lin, arXiv 1804.09699); Zhang et al. 2018 (CROWN, arXiv 1811.00866). The integral over shells, and
-both for sorted pairs, are lipexp's own.
+(Fast-Lip and Fast-Lin, arXiv 1804.09699); Zhang et al. 2018 (CROWN, arXiv 1811.00866). They are about ReLU; the
+integral over shells, and both ways for sorted pairs, are lipexp's own.
 
 Shapes: N points, D inputs, H features, M kinks of a layer, R rows of weights, C classes, of one network, K = 1.
 """
@@ -248,21 +248,21 @@ def _constants(
 ) -> Tensor:
     """Bounds (N, R) on how fast r h + A x can fall per unit of distance within a ball, for (r, A) `ends`."""
     (r, beside), (q, h) = ends, norms
-    open_, least = [shell.open.unsqueeze(1) for shell in shells], math.inf
+    least = torch.full_like(r[:, :, 0], math.inf)
     beyond = _length(beside, q)
     lost = 2 * UNIT_ROUNDOFF * beyond
     for i in reversed(range(len(layers))):
         layer, here, shell = layers[i], at[i], shells[i]
         kappa = layer.kinks.kappa(r)
-        unsettled = open_[i].expand_as(kappa)
+        unsettled = shell.open.unsqueeze(1).expand_as(kappa)
         if i == len(layers) - 1:
             unsettled = unsettled & ((kappa <= 0) | (here.size <= here.error).unsqueeze(1))
         lost = lost + ((kappa.abs() * unsettled) @ shell.fastest.unsqueeze(2)).squeeze(2)
         lost = lost + layer.unsure * (r.abs() @ layer.steepest)
         r = layer.kinks.bent(r, kappa, here.sign.unsqueeze(1).masked_fill(unsettled, 0)) @ layer.weight
         if i:
-            least = torch.fmin(torch.as_tensor(least), _length(r, h) * layer.beyond + beyond + lost)
-    return torch.fmin(torch.as_tensor(least), _length(r + beside, q) + lost) * _UP + _TINY
+            least = torch.fmin(least, _length(r, h) * layer.beyond + beyond + lost)
+    return torch.fmin(least, _length(r + beside, q) + lost) * _UP + _TINY
 
 
 def _linear(
@@ -382,7 +382,7 @@ def _outwards(
         if not on.any():
             break
         active, left, tangent, reached = (part[on] for part in (active, left, tangent, radius))
-        margin, constants, *ends = (part[on] for part in (margin, constants, *ends))
+        margin, constants, ends = margin[on], constants[on], (ends[0][on], ends[1][on])
         at = [Followed(*(part[on] for part in here)) for here in at]
         moved = [shell.moved[on] for shell in shells]
     return found

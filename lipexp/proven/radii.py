@@ -89,7 +89,7 @@ def certified_radii(network: BakedNetwork, x: Tensor, constants: float | FloatAr
 def local_radii(
     network: BakedNetwork, x: Tensor, constants: float | FloatArray, norms: tuple[float, float]
 ) -> FloatArray:
-    """Radii (N,) as `certified_radii` finds them, in real arithmetic, by constants of the balls alone; see `local`.
+    """Radii (N,) as `certified_radii` finds them, in real arithmetic, by constants of the balls; see `local`.
 
     At least those by the given constants, and these where there are no local ones for the network.
 

@@ -36,7 +36,8 @@ class Boundary(NamedTuple):
     def distances(self, x: Floats, p: float) -> Floats:
         """Lower bounds (N,) on the distances in the p-norm of points x (N, D) from the boundary, hardly less.
 
-        Infinite where there is no boundary.
+        They hold for points whose class is certain: a region on all of which f is 0 has only its edges here. Infinite
+        where there is no boundary.
         """
         points = np.zeros((len(x), 2))  # one dimension is a plane in which nothing depends on y
         points[:, : x.shape[1]] = x
@@ -124,8 +125,8 @@ def _candidates(plane: Plane, cells: Polygons, maps: Maps, breakpoints: Breakpoi
         for i in range(0, len(alike), step):
             block = alike[i : i + step]
             corner = cells.corner[cells.start[block][:, None] + np.arange(n)]  # (B, n)
-            points = (plane.corners[name][corner] for name in ("value", "error"))
-            _, gap, unsure = breakpoints.gaps(*points, maps, block)
+            points, error = (plane.corners[name][corner] for name in ("value", "error"))
+            _, gap, unsure = breakpoints.gaps(points, error, maps, block)
             rows, which = np.nonzero(~((gap > unsure).all(axis=1) | (gap < -unsure).all(axis=1)))
             found.append((block[rows], which))
     where, which = (np.concatenate([part[i] for part in found]) for i in (0, 1))
@@ -165,7 +166,7 @@ def _next(start: Integers) -> Integers:
 def _largest(
     value: Floats, error: Floats, maps: Maps, regions: Integers, pairs: Integers
 ) -> tuple[Integers, Floats, Floats]:
-    """The parts of pieces z_i = z_j on which no other output is surely larger: which pieces, and all their ends."""
+    """The parts of pieces z_i = z_j on which no other output is surely larger: which, and the ends of all."""
     every = Breakpoints(pairs_of(maps.value.shape[2]), None)
     z, _, unsure = every.gaps(value, error, maps, regions)  # (K, 2, C), and (K, 2, 1)
     above = z - np.take_along_axis(z, pairs[:, None, :1], axis=2)
@@ -187,7 +188,7 @@ def _largest(
 def _measured(value: Floats, error: Floats) -> Boundary:
     """Pieces between homogeneous ends (K, 2, 3) as points and steps; those at infinity are left out.
 
-    An end that may lie at infinity for all that is known, like one that does, makes the piece a ray, which is longer.
+    An end that may lie at infinity for all that is known makes the piece a ray, which is longer.
     """
     finite = (value[..., 2] > 0) & (value[..., 2] > 2 * error[..., 2])  # (K, 2)
     kept = (value[..., 2] > 0).any(axis=1)
