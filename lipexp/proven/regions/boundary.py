@@ -36,8 +36,8 @@ class Boundary(NamedTuple):
     def distances(self, x: Floats, p: float) -> Floats:
         """Lower bounds (N,) on the distances in the p-norm of points x (N, D) from the boundary, hardly less.
 
-        They hold for points whose class is certain: a region on all of which f is 0 has only its edges here. Infinite
-        where there is no boundary.
+        They hold for points whose class is certain: a region on all of which f is 0 has only its edges here.
+        Infinite where there is no boundary.
         """
         points = np.zeros((len(x), 2))  # one dimension is a plane in which nothing depends on y
         points[:, : x.shape[1]] = x
