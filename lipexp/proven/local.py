@@ -280,7 +280,7 @@ def _linear(
     for i in reversed(range(len(layers))):
         layer, here, shell = layers[i], at[i], shells[i]
         kappa = layer.kinks.kappa(r)
-        chord = (here.size / shell.moved).clamp(max=1).masked_fill(~shell.open, 1)
+        chord = (here.size / shell.moved.clamp(min=2.0**-1000)).clamp(max=1).masked_fill(~shell.open, 1)
         falling = kappa < 0
         slope = here.sign.unsqueeze(1) * torch.where(falling, chord.unsqueeze(1), torch.ones_like(kappa))
         # |u| <= |u(x)| + slope (u - u(x)) + (m - |u(x)|), and twice the error of u(x) more.
@@ -329,8 +329,8 @@ def radii(
 
 
 def _over(value: Tensor, constant: Tensor) -> Tensor:
-    """value / constant, infinite where the constant is 0, as it is for the class itself."""
-    return torch.where(constant > 0, value / constant, math.inf).where(value > 0, torch.zeros_like(value))
+    """value / constant; infinite where that is 0, as it is for the class itself, and NaN where it is NaN."""
+    return torch.where(constant == 0, math.inf, value / constant).where(value > 0, torch.zeros_like(value))
 
 
 def _rows(network: BakedNetwork, x: Tensor) -> tuple[Tensor, Tensor]:
