@@ -105,6 +105,10 @@ def test_a_linear_classifier_has_the_distances_of_its_closed_form(dims, outputs,
 
 
 HINGED = by_hand(([[1.0, 0.0], [-1.0, 0.0]], [0.0, 0.0]), ([[2.0, -1.0]], [0.0]))  # 2 x, or x where x < 0
+BESIDE = replace(  # the same as max(x, 0) - y with x + y beside the layers
+    by_hand(([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]], [0.0] * 3), ([[1.0, -1.0, 1.0]], [0.0])),
+    linear=torch.tensor([[[1.0, 1.0]]]),
+)
 TOUCHING = by_hand(([[1.0, 0.0], [-1.0, 0.0]], [0.0, 0.0]), ([[1.0, 1.0]], [0.0]))  # |x|
 CORNER = by_hand(  # |x| + |y|, which is 0 in one point
     ([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]], [0.0] * 4), ([[1.0] * 4], [0.0])
@@ -115,7 +119,7 @@ PLATEAU = by_hand(([[1.0, 0.0]], [-1.0]), ([[1.0]], [0.0]))  # max(x - 1, 0), wh
 @pytest.mark.parametrize("p", NORMS)
 def test_a_boundary_along_breakpoints_or_in_one_point_is_found(p):
     x = torch.tensor([[0.5, 0.2], [-0.25, 3.0], [-2.0, -1.0], [0.0, 0.0], [0.0, 1.5]]).double().numpy()
-    for net in (HINGED, TOUCHING):
+    for net in (HINGED, BESIDE, TOUCHING):
         np.testing.assert_allclose(boundary(net).distances(x, p), np.abs(x[:, 0]), rtol=1e-12)
     np.testing.assert_allclose(boundary(CORNER).distances(x, p), np.linalg.norm(x, p, axis=1), rtol=1e-12)
     flat = boundary(PLATEAU).distances(np.array([[3.0, 0.0], [1.5, -7.0]]), p)

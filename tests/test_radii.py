@@ -239,7 +239,7 @@ def test_certified_accuracy_counts_points_that_are_right_and_stay_so():
     every = {"0.05": 1.0, "0.1": 1.0, "0.2": 1.0, "1": 0.0}
     assert summary.val == record.Certified(every, 0.4, every, 0.4)
     assert summary.exact is None
-    # Of three points with a finite distance the radii are 3/4, 1/4 and 9/10 of it, the local ones 3/4, 1/2 and 9/10.
+    # Of three points with a finite distance the radii are 3/4, 1/4 and 9/10 of it, the local 3/4, 1/2 and 9/10.
     columns["radius_exact"] = np.array([0.5, 0.4, 0.4, 10.0, 0.0])
     summary = Robustness(math.inf, 2.0, columns, None).summary([])
     assert summary.exact == record.Tightness(0.4, pytest.approx(0.75), pytest.approx(0.75))

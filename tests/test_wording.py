@@ -74,12 +74,12 @@ def test_the_line_of_radii_says_what_pairs_of_outputs_gain(pairs, shown):
 def test_a_second_line_says_what_local_constants_prove_and_how_close_that_comes():
     plain, near = (
         Certified({"0.1": 0.98}, 0.5, {"0.1": 0.98}, 0.5),
-        Certified({"0.1": 0.98}, 0.5, {"0.1": 0.99}, 0.6),
+        Certified({"0.1": 0.98}, 0.5, {"0.1": 0.99}, 0.625),
     )
     first = "certified accuracy within ‖δ‖₂ ≤ 0.1: 0.98   median radius 0.5"
     exact = Tightness(0.61239, 0.90567, 0.97399)
     assert robustness_line(Robustness(2, 1.0, plain, plain, None)) == first
-    second = "by local constants  0.1: 0.99   median radius 0.6"
+    second = "by local constants  0.1: 0.99   median radius 0.625"
     assert robustness_line(Robustness(2, 1.0, near, near, None)) == f"{first}\n{second}"
     close = " (0.973 of the exact distance, without them 0.905)"
     assert robustness_line(Robustness(2, 1.0, near, near, None, exact=exact)) == f"{first}\n{second}{close}"
