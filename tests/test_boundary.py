@@ -168,3 +168,11 @@ def test_the_ends_of_pieces_have_outputs_of_zero_in_rational_arithmetic():
         for point in (start, start + step):
             (f,) = values(net, point)
             assert abs(f) < Fraction(10) ** -12 * (1 + Fraction(abs(point).max()))
+
+
+def test_signs_that_are_decided_in_integers_know_of_the_linear_term():
+    enumeration = Enumeration(BESIDE, BOX, 10**6)
+    found = enumeration._gradients(np.arange(len(enumeration.cells))).value[:, :, 0]
+    for region, expected in enumerate(found):
+        rows, exponent = enumeration._exact_map(1, region)
+        np.testing.assert_array_equal([float(v * Fraction(2) ** exponent) for v in rows[0]], expected)
