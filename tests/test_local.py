@@ -148,7 +148,7 @@ def test_radii_do_not_depend_on_the_order_of_pairs():
         layers.append(layer._replace(weight=layer.weight[:, :, order]))
     for i in (0, 1):
         layers[i] = layers[i]._replace(weight=layers[i].weight[:, order], bias=layers[i].bias[:, :, order])
-    neighbours = replace(halves, layers=layers, act=ACTS["descending pairs"])
+    neighbours = replace(halves, layers=layers, acts=[ACTS["descending pairs"]] * 3)
     x = normal(40, 3)
     np.testing.assert_allclose(neighbours.double(x[None]), halves.double(x[None]), atol=1e-12)
     one, other = (both(net, Unconstrained(), x)[1] for net in (halves, neighbours))

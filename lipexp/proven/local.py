@@ -93,6 +93,11 @@ class Kinks(NamedTuple):
         first, second = torch.from_numpy(groups.T.copy())
         return cls(width, 0.5, 0.5, (first, second))
 
+    @property
+    def steepest(self) -> float:
+        """The largest slope in size, which is the Lipschitz constant of the activation in every p-norm."""
+        return abs(self.middle) + abs(self.half)
+
     def u(self, z: Tensor) -> Tensor:
         """(..., H) -> (..., M)"""
         return z if self.pairs is None else z[..., self.pairs[0]] - z[..., self.pairs[1]]
@@ -115,7 +120,7 @@ class Kinks(NamedTuple):
     def most(self, size: Tensor) -> Tensor:
         """Bounds (..., H) behind the activation from those in front of it."""
         if self.pairs is None:
-            return size * (abs(self.middle) + abs(self.half))
+            return size * self.steepest
         largest = torch.maximum(size[..., self.pairs[0]], size[..., self.pairs[1]])
         return self._apart(largest, largest)
 
@@ -138,7 +143,7 @@ class Layer(NamedTuple):
     to_u: Tensor  # (M, in): u = to_u h + ...
     steepest: Tensor  # (H,) bounds on the q-norms of the gradients behind the activation
     unsure: float  # what rounding loses of a row of weights behind it, relative to its product with `steepest`
-    beyond: float  # a bound on how fast the layer's input moves, in the norm of the hidden spaces; may be infinite
+    beyond: float  # a bound on how fast the layer's input moves, in the norm of the hidden spaces; inf: unknown
     limit: Tensor  # (M,) bounds on the gradients of u
 
 
@@ -174,8 +179,7 @@ def _hidden(network: BakedNetwork, p: float, h: float) -> list[Layer]:
             Layer(weight, layer.bias[0, 0].double(), kinks, to_u, steepest, n * UNIT_ROUNDOFF, beyond, limit)
         )
         size = steepest.numpy()
-        known = h in network.acts[i].norms and len(network.norms) > i
-        beyond = beyond * network.norms[i][0] * _UP if known else math.inf
+        beyond = beyond * network.norms[i][0] * kinks.steepest * _UP if network.norms else math.inf
     return layers
 
 
@@ -289,7 +293,7 @@ def _linear(
         cost = cost + (kappa.abs() @ (2 * shell.open * here.error).unsqueeze(2)).squeeze(2)
         cost = (cost + layer.unsure * radius.unsqueeze(1) * (r.abs() @ layer.steepest)) * _UP
         r = layer.kinks.bent(r, kappa, slope) @ layer.weight
-        if i and math.isfinite(layer.beyond):
+        if i:
             found.append((cost, (_length(r, h) * layer.beyond + beyond) * _UP + _TINY))
     return [*found, (cost, _length(r + beside, q) * _UP + _TINY)]
 
