@@ -131,6 +131,7 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
         (x[0].amin(dim=0), x[0].amax(dim=0)),
         measured,
         whole("max_regions", max_regions, least=0),
+        decides=TASKS[dataset.task].decides,
         gap=options.gap,
         seconds=options.max_seconds,
         report=report,
@@ -143,9 +144,10 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
     robustness = attacked = None
     if TASKS[dataset.task].decides:
         parts = decided(data)
+        report("proving: radii")
         robustness = assess(network, parts, certificate)
         if options.attack and robustness.columns is not None:
-            (test_x, _), radius = parts["test"], robustness.of("test")["radius"]
+            (test_x, _), radius = parts["test"], robustness.of("test")[robustness.largest]
             report(f"attacking {len(test_x):,} points")
             attacked = attack(network, test_x, radius, chain.p, generator(search))
     directions = None

@@ -18,7 +18,7 @@ from lipexp.runs import RunFolder, flat
 from lipexp.tasks import SPLITS, TASKS
 
 METRICS, FAILURE = "metrics.json", "failed.json"
-SCHEMA = 4  # of metrics.json; raised when its content changes
+SCHEMA = 5  # of metrics.json; raised when its content changes
 
 Norm = Annotated[int | str, (1, 2, "inf")]
 Verdict = Annotated[str, ("PASS", "FAIL", "OPEN")]
@@ -88,6 +88,8 @@ class Certified:
 
     certified_accuracy: dict[str, float] | None  # radius -> fraction
     median_radius: float | None  # None also where it is infinite
+    local_accuracy: dict[str, float] | None = None  # the same with radii by local constants
+    median_local_radius: float | None = None
 
 
 @dataclass
@@ -100,6 +102,15 @@ class Pairs:
 
 
 @dataclass
+class Tightness:
+    """The radii of test points over their exact distances from the decision boundary; medians, of finite ones."""
+
+    distance: float  # itself, in the norm p
+    radius: float
+    local: float  # of radii by local constants
+
+
+@dataclass
 class Robustness:
     """The certified radii of validation and test points."""
 
@@ -109,6 +120,7 @@ class Robustness:
     test: Certified
     reason: str | None  # why there are no radii, or none for a network evaluated in float32
     pairs: Pairs | None = None  # of several outputs
+    exact: Tightness | None = None  # of one or two inputs, where all linear regions are known
 
 
 @dataclass
@@ -300,7 +312,9 @@ def numeric_keys(task: str, radii: Iterable[float]) -> list[str]:
     """The dotted keys of all numbers that a finished run of this task records, for the goal of a search."""
     keys = [f"{split}.{name}" for split in SPLITS for name in ("loss", *TASKS[task].scores)]
     if TASKS[task].decides:
-        names = [f"certified_accuracy.{radius_name(radius)}" for radius in radii] + ["median_radius"]
+        names = ["median_radius", "median_local_radius"]
+        for radius in map(radius_name, radii):
+            names += [f"certified_accuracy.{radius}", f"local_accuracy.{radius}"]
         keys += [
             "robustness.lipschitz",
             *(f"robustness.{split}.{name}" for split in ("val", "test") for name in names),

@@ -102,6 +102,7 @@ class Problem(NamedTuple):
     box: tuple[Tensor, Tensor]  # low and high (D,), of the data
     measured: Maximum
     max_regions: int  # to be enumerated; 0: none
+    decides: bool = False  # the network tells classes apart, so that the boundary between them is wanted
     best: float | None = None  # the smallest bound proven so far; None: one method alone is asked for
     gap: float = 1e-3  # a method that searches may stop where certified / measured - 1 is at most this
     seconds: float = 60.0  # after which a method must stop, with what it has
@@ -155,6 +156,7 @@ def by_regions(problem: Problem) -> Proof:
             problem.seconds,
             problem.report,
             problem.chain.output_p,
+            problem.decides,
         )
     except TooManyRegions as limit:
         return Proof(None, str(limit), gave_up=True)
