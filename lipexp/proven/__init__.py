@@ -111,10 +111,10 @@ def prove(problem: Problem, method: str | None = None) -> Certificate:
 def _attempt(name: str, problem: Problem) -> Proof:
     """What a method proves: nothing where its bound is not finite, or where its arithmetic fails."""
     network = problem.network
-    if name not in (*QUICK, "exact") and not network.is_plain:
+    if name in ("rows", *ON_REQUEST) and not network.is_plain:
         return Proof(None, "is for affine layers")
     beside = 0.0
-    if network.linear is not None and name != "exact":  # whose linear maps have that term
+    if network.linear is not None and name not in ("exact", "eclipse", "lipsdp"):  # which take that term in
         if name in ON_REQUEST:
             return Proof(None, "is for layers without a linear term beside them")
         beside = row_norm_bound(network.linear[0].numpy(), problem.chain.q)

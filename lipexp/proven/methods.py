@@ -143,18 +143,21 @@ def by_rows(problem: Problem) -> Proof:
 
 
 def by_eclipse(problem: Problem) -> Proof:
-    """ECLipsE-Fast, for slopes in [0, 1] and the 2-norm, everywhere; see `semidefinite`."""
-    reason = semidefinite.why_not_applicable(problem.network, problem.chain.q, problem.chain.output_p)
-    return Proof(None, reason) if reason else _semidefinite(semidefinite.eclipse(problem.network))
+    """Multipliers of a matrix inequality in closed form, everywhere; see `semidefinite.closed`.
+
+    The bound in the 2-norm is converted to other norms, see `semidefinite.conversion`.
+    """
+    reason = semidefinite.why_not_applicable(problem.network)
+    return Proof(None, reason) if reason else _semidefinite(problem, semidefinite.eclipse(problem.network))
 
 
 def by_lipsdp(problem: Problem) -> Proof:
-    """LipSDP, for slopes in [0, 1] and the 2-norm, everywhere; see `semidefinite`.
+    """LipSDP, everywhere; see `semidefinite`. The bound in the 2-norm is converted as that of `by_eclipse`.
 
     Unless it is asked for alone, only where the gap is above 10 % and the matrix of moderate size: the time grows
     with the cube of that.
     """
-    reason = semidefinite.why_not_applicable(problem.network, problem.chain.q, problem.chain.output_p)
+    reason = semidefinite.why_not_applicable(problem.network)
     measured, size = problem.measured.value, semidefinite.size(problem.network)
     if reason is None and problem.best is not None:
         if problem.best <= WORTHWHILE * measured:
@@ -163,13 +166,20 @@ def by_lipsdp(problem: Problem) -> Proof:
             reason = f"{size} inputs and features, more than {LARGEST}; --method lipsdp takes its time"
     if reason is not None:
         return Proof(None, reason)
-    enough = measured * (1 + problem.gap)
+    enough = measured * (1 + problem.gap) / _conversion(problem)
     value, multipliers = semidefinite.lipsdp(problem.network, enough, problem.seconds)
-    return _semidefinite(value)._replace(multipliers=multipliers)
+    return _semidefinite(problem, value)._replace(multipliers=multipliers)
 
 
-def _semidefinite(value: float | None) -> Proof:
-    return Proof(value, None if value is not None else "rounding errors leave nothing proven")
+def _semidefinite(problem: Problem, value: float | None) -> Proof:
+    if value is None:
+        return Proof(None, "rounding errors leave nothing proven")
+    return Proof(product_bound([value, _conversion(problem)]))
+
+
+def _conversion(problem: Problem) -> float:
+    network, chain = problem.network, problem.chain
+    return semidefinite.conversion(chain.p, chain.output_p, network.n_inputs, network.n_outputs)
 
 
 def by_branching(problem: Problem) -> Proof:
