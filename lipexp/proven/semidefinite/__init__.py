@@ -27,18 +27,21 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from lipexp.activations import Activation
 from lipexp.blocks import act_width
 from lipexp.inequality import Array, Inequality, inequality_matrix, proves
 from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF, root_up, round_up
-from lipexp.proven.semidefinite.closed import closed, solved
+from lipexp.proven.semidefinite.descent import descend
 from lipexp.proven.semidefinite.interior import maximise
+from lipexp.proven.semidefinite.recursion import closed
 from lipexp.proven.semidefinite.splits import why_none
 from lipexp.proven.semidefinite.stages import Stages
 
 LARGEST = 4096  # rows of a matrix that is factorised: some 1 GB, with all its copies
+INTERIOR = 1024  # variables up to which the interior-point method is taken, some 20 s of one core
 LARGEST_EXCESS = 2.0**-6  # of a proven bound over the smallest one that its multipliers allow
 
 
@@ -171,7 +174,7 @@ class Reduced(NamedTuple):
             if stages.linear is None or not stages.linear.any():
                 return None
             stages = Stages([], stages.linear, None)
-        stages, multipliers, _ = closed(stages)
+        stages, multipliers = closed(stages)
         inequality = stages.inequality()
         values, off, _ = inequality.outputs
         return cls(stages, inequality, multipliers) if values.any() or off.any() else None
@@ -225,10 +228,15 @@ class Reduced(NamedTuple):
             enough: stop at this 1 / L^2, in this unit.
         """
         found = {"closed": self.closed}
-        if len(self.closed):
-            best = maximise(self.stages.compressed().inequality(), self.closed, enough, seconds)
-            if best is not None:
-                found["best"] = best
+        if not len(self.closed):
+            return found
+        search = self.stages.compressed()
+        if self.inequality.size <= INTERIOR:
+            best = maximise(search.inequality(), self.closed, enough, seconds)
+        else:
+            best = descend(search, self.closed, enough, seconds)
+        if best is not None:
+            found["best"] = best
         return found
 
     def _excesses(self) -> Iterator[float]:
@@ -254,3 +262,9 @@ def best_outputs(inequality: Inequality, multipliers: Array) -> Array | None:
     # Where the outputs see the last variables only, so does the solution.
     half = solved(factor[on.start :, on.start :], np.pad(values, ((0, 0), (0, inequality.size - on.stop))).T)
     return np.asarray(half.T @ half)
+
+
+def solved(factor: Array, right: Array) -> Array:
+    """factor^-1 right, by substitution, which is accurate whatever the condition of a Cholesky factor."""
+    solution = torch.linalg.solve_triangular(torch.from_numpy(factor), torch.from_numpy(right), upper=False)
+    return np.asarray(solution)

@@ -74,6 +74,10 @@ class Stage(NamedTuple):
     back: Array | None = None  # W diag(t) of a residual layer
 
     @property
+    def n_in(self) -> int:
+        return self.weight.shape[1]
+
+    @property
     def n_out(self) -> int:
         return len(self.weight) if self.back is None else len(self.back)
 
@@ -167,6 +171,11 @@ class Stages(NamedTuple):
     @property
     def n_inputs(self) -> int:
         return (self.hidden[0].weight if self.hidden else self.last).shape[1]
+
+    @property
+    def n_beside(self) -> int:
+        """The inputs that a linear term needs beside the features of every stage."""
+        return 0 if self.linear is None else self.n_inputs
 
     def compressed(self) -> Stages:
         """With no more inputs than the first layer and the linear term see, and the same multipliers' best bound.
