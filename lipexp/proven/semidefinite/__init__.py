@@ -33,7 +33,7 @@ from lipexp.activations import Activation
 from lipexp.blocks import act_width
 from lipexp.inequality import Array, Inequality, inequality_matrix, proves
 from lipexp.networks import BakedNetwork
-from lipexp.norms import UNIT_ROUNDOFF, root_up, round_up
+from lipexp.norms import UNIT_ROUNDOFF, is_semidefinite, root_up, round_up
 from lipexp.proven.semidefinite.descent import descend
 from lipexp.proven.semidefinite.interior import maximise
 from lipexp.proven.semidefinite.recursion import closed
@@ -42,6 +42,7 @@ from lipexp.proven.semidefinite.stages import Stages
 
 LARGEST = 4096  # rows of a matrix that is factorised: some 1 GB, with all its copies
 INTERIOR = 1024  # variables up to which the interior-point method is taken, some 20 s of one core
+WEIGHTS = (0.0, 2.0**-20, 2.0**-16, 2.0**-12, 2.0**-8)  # of ECLipsE's multipliers among the best
 LARGEST_EXCESS = 2.0**-6  # of a proven bound over the smallest one that its multipliers allow
 
 
@@ -236,8 +237,20 @@ class Reduced(NamedTuple):
         else:
             best = descend(search, self.closed, enough, seconds)
         if best is not None:
-            found["best"] = best
+            found["best"] = self._provable(best)
         return found
+
+    def _provable(self, multipliers: Array) -> Array:
+        """The multipliers, or a mean of them and those in closed form, for which K is proven semidefinite.
+
+        At the optimum K may be so near to singular that the proof's allowance for rounding is more than is left.
+        A mean with the weight w loses at most w / 2 of L, as 1 / L^2 is concave in the multipliers.
+        """
+        for weight in WEIGHTS:
+            mean = (1 - weight) * multipliers + weight * self.closed
+            if is_semidefinite(*inequality_matrix(self.inequality, mean)):
+                return mean
+        return self.closed
 
     def _excesses(self) -> Iterator[float]:
         """By how much to try to stay away from the smallest bound.
