@@ -26,6 +26,7 @@ constants for deep neural networks" (arXiv 1906.04893), theorem 2.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -80,7 +81,8 @@ class Inequality(NamedTuple):
         """That of the single output f_i - f_j."""
         values, off, on = self.outputs
         row = values[[i]] - values[[j]]
-        return self._replace(outputs=Rows(row, (2 * off + 2 * UNIT_ROUNDOFF * np.abs(row[0])) * (1 + 2.0**-20), on))
+        off = (2 * off + 2 * UNIT_ROUNDOFF * np.abs(row[0])) * (1 + 2.0**-20)
+        return self._replace(outputs=Rows(row, off, on))
 
 
 def of_layers(weights: Sequence[Array], slopes: Slopes) -> Inequality:
@@ -91,7 +93,7 @@ def of_layers(weights: Sequence[Array], slopes: Slopes) -> Inequality:
     """
     *hidden, out = weights
     ends = np.cumsum([weights[0].shape[1], *(len(weight) for weight in hidden)])
-    blocks = [slice(0, int(ends[0])), *(slice(int(a), int(b)) for a, b in zip(ends, ends[1:], strict=False))]
+    blocks = [slice(0, int(ends[0])), *(slice(int(a), int(b)) for a, b in itertools.pairwise(ends))]
     scalars = []
     for weight, on, own in zip(hidden, blocks, blocks[1:], strict=False):
         index = np.arange(own.start - ends[0], own.stop - ends[0])

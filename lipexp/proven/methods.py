@@ -20,7 +20,7 @@ from lipexp.proven.regions import Constants, TooLarge, TooManyRegions, constants
 
 OVERFLOW = "its numbers overflow float64"
 WORTHWHILE = 1.1  # certified / measured above which LipSDP is tried without being asked for
-LARGEST = 640  # inputs and features of a network for which it is; some 5 s of one core
+UNASKED = 10.0  # seconds that it takes at most then
 
 
 class Proof(NamedTuple):
@@ -154,20 +154,18 @@ def by_eclipse(problem: Problem) -> Proof:
 def by_lipsdp(problem: Problem) -> Proof:
     """LipSDP, everywhere; see `semidefinite`. The bound in the 2-norm is converted as that of `by_eclipse`.
 
-    Unless it is asked for alone, only where the gap is above 10 % and the matrix of moderate size: the time grows
-    with the cube of that.
+    Unless it is asked for alone, only where the gap is above 10 %, and for some seconds.
     """
     reason = semidefinite.why_not_applicable(problem.network)
-    measured, size = problem.measured.value, semidefinite.size(problem.network)
+    measured, seconds = problem.measured.value, problem.seconds
     if reason is None and problem.best is not None:
+        seconds = min(seconds, UNASKED)
         if problem.best <= WORTHWHILE * measured:
             reason = "the gap is below 10 %"
-        elif size > LARGEST:
-            reason = f"{size} inputs and features, more than {LARGEST}; --method lipsdp takes its time"
     if reason is not None:
         return Proof(None, reason)
     enough = measured * (1 + problem.gap) / _conversion(problem)
-    value, multipliers = semidefinite.lipsdp(problem.network, enough, problem.seconds)
+    value, multipliers = semidefinite.lipsdp(problem.network, enough, seconds)
     return _semidefinite(problem, value)._replace(multipliers=multipliers)
 
 

@@ -7,7 +7,9 @@ What `lipexp.inequality` proves needs multipliers T, and any will do, wherever t
   features ("LipSDP-Network") prove too much (Pauli et al. 2021).
 
 Both cover activations feature by feature with any slopes, sorting and reflections of pairs (`splits`), residual
-layers and a linear term (`stages`). A network whose matrices are too large is cut into parts; see `parts`.
+layers and a linear term (`stages`). Nothing is relaxed up to LARGEST rows. A network whose
+matrix is larger is cut into parts of consecutive layers, and the bounds of the parts, from the 2-norm to the
+2-norm, are multiplied.
 
 Shapes: N variables, P multipliers, C outputs; see `lipexp.inequality`.
 
@@ -22,18 +24,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lipexp.activations import Activation
 from lipexp.blocks import act_width
 from lipexp.inequality import Array, Inequality, inequality_matrix, proves
 from lipexp.networks import BakedNetwork
-from lipexp.norms import UNIT_ROUNDOFF, is_semidefinite, root_up, round_up
+from lipexp.norms import UNIT_ROUNDOFF, is_semidefinite, product_bound, root_up, round_up
 from lipexp.proven.semidefinite.descent import descend
 from lipexp.proven.semidefinite.interior import maximise
 from lipexp.proven.semidefinite.recursion import closed
@@ -52,8 +55,13 @@ def why_not_applicable(network: BakedNetwork) -> str | None:
         width = act_width(network.layers, i)
         if width and (reason := why_none(act, width)):
             return reason
-    n = size(network)
-    return f"{n:,} inputs and features, more than {LARGEST:,}: would take gigabytes" if n > LARGEST else None
+    parts = Stages.of(network).parts(LARGEST)
+    n = max(part.size for part in parts)
+    if n > LARGEST:
+        return f"a layer of {n:,} inputs and features, more than {LARGEST:,}: would take gigabytes"
+    if len(parts) > 1 and network.linear is not None:
+        return f"{size(network):,} inputs and features beside a linear term, more than {LARGEST:,}"
+    return None
 
 
 def why_no_slopes(act: Activation) -> str | None:
@@ -91,14 +99,13 @@ def eclipse(network: BakedNetwork) -> float | None:
     Args:
         network: K = 1, float32; `why_not_applicable` must be None.
     """
-    reduced = Reduced.of(network)
-    return 0.0 if reduced is None else reduced.bound(reduced.closed)
+    return _product([part.bound(part.closed) for part in Reduced.parts(network)])
 
 
 def lipsdp(
     network: BakedNetwork, enough: float = 0.0, seconds: float = math.inf
 ) -> tuple[float | None, Array | None]:
-    """A proven bound by nearly the best multipliers, and these multipliers.
+    """A proven bound by nearly the best multipliers, and these multipliers if the network was not cut.
 
     It is never above that of `eclipse`, whose multipliers are the first that are tried. None: no proof is found.
 
@@ -107,18 +114,16 @@ def lipsdp(
         enough: the search for multipliers stops at a bound this small.
         seconds: the search stops after this time.
     """
-    reduced = Reduced.of(network)
-    if reduced is None:
-        return 0.0, None
-    with np.errstate(over="ignore"):
-        square = np.ldexp(enough, -reduced.exponent) ** 2
-    multipliers = reduced.best_multipliers(float(1 / square) if square > 0 else math.inf, seconds)
-    found = {each: reduced.bound(multipliers[each]) for each in multipliers}
-    proven = [(bound, name) for name, bound in found.items() if bound is not None]
-    if not proven:
-        return None, None
-    bound, name = min(proven)
-    return bound, multipliers[name]
+    parts = Reduced.parts(network)
+    one = len(parts) == 1
+    found = [part.best(enough if one else 0.0, seconds / len(parts)) for part in parts]
+    return _product([bound for bound, _ in found]), found[0][1] if one else None
+
+
+def _product(bounds: Sequence[float | None]) -> float | None:
+    """The bound of a network from those of its parts; no parts: it is constant."""
+    known = [bound for bound in bounds if bound is not None]
+    return None if len(known) < len(bounds) else product_bound(known) if known else 0.0
 
 
 def bounds_of_pairs(network: BakedNetwork, multipliers: Array | None = None, seconds: float = 0.0) -> Array:
@@ -131,18 +136,21 @@ def bounds_of_pairs(network: BakedNetwork, multipliers: Array | None = None, sec
         multipliers: that `lipsdp` found; None: those of ECLipsE-Fast.
         seconds: that the search for the best multipliers of every single pair may take; 0: it is left out.
     """
-    reduced, (first, second) = Reduced.of(network), np.triu_indices(network.n_outputs, 1)
-    if reduced is None:
+    parts, (first, second) = Reduced.parts(network), np.triu_indices(network.n_outputs, 1)
+    if not parts:
         return np.zeros(len(first))
+    *before, reduced = parts
     found = reduced.bounds_of_pairs(reduced.closed if multipliers is None else multipliers)
     end = time.monotonic() + seconds
     for k in range(len(first) if seconds else 0):
         left = (end - time.monotonic()) / (len(first) - k)
         if left > 0:
-            alone = reduced.of_difference(int(first[k]), int(second[k]))
-            bounds = [alone.bound(each) for each in alone.best_multipliers(seconds=left).values()]
-            found[k] = min([found[k], *(bound for bound in bounds if bound is not None)])
-    return found
+            bound, _ = reduced.of_difference(int(first[k]), int(second[k])).best(seconds=left)
+            found[k] = found[k] if bound is None else min(found[k], bound)
+    if not before:
+        return found
+    factor = _product([part.bound(part.closed) for part in before])
+    return np.array([math.inf if factor is None else product_bound([factor, bound]) for bound in found])
 
 
 def size(network: BakedNetwork) -> int:
@@ -164,17 +172,23 @@ class Reduced(NamedTuple):
     closed: Array  # (P,) the multipliers of ECLipsE-Fast
 
     @classmethod
-    def of(cls, network: BakedNetwork) -> Reduced | None:
+    def parts(cls, network: BakedNetwork) -> list[Reduced]:
+        """A network, or the parts that it is cut into as it is too large; none for a constant function."""
+        stages = Stages.of(network)
+        if not all(weight.any() for weight in (*(s.weight for s in stages.hidden if s.back is None), stages.last)):
+            if stages.linear is None:
+                return []
+            stages = Stages([], stages.linear, None)
+        found = [cls.of(part) for part in stages.parts(LARGEST)]
+        return [each for each in found if each is not None] if None not in found else []
+
+    @classmethod
+    def of(cls, stages: Stages) -> Reduced | None:
         """None for a constant function.
 
         With layers of norm 1 the multipliers would grow by up to 8 from each layer to the next, and rounding would
         leave nothing of a deep network's bound. The units are powers of two, so that nothing is rounded.
         """
-        stages = Stages.of(network)
-        if not all(weight.any() for weight in (*(s.weight for s in stages.hidden if s.back is None), stages.last)):
-            if stages.linear is None or not stages.linear.any():
-                return None
-            stages = Stages([], stages.linear, None)
         stages, multipliers = closed(stages)
         inequality = stages.inequality()
         values, off, _ = inequality.outputs
@@ -209,9 +223,7 @@ class Reduced(NamedTuple):
             raised = square + np.diag(excess * sizes)
             if proves(self.inequality, multipliers, raised):
                 unit, exact = Fraction(2) ** self.exponent, [[Fraction(v) for v in row] for row in raised.tolist()]
-                squares = (
-                    exact[i][i] - 2 * exact[i][j] + exact[j][j] for i, j in zip(first, second, strict=True)
-                )
+                squares = (exact[i][i] - 2 * exact[i][j] + exact[j][j] for i, j in zip(first, second, strict=True))
                 return np.array([round_up(Fraction(root_up(each)) * unit) for each in squares])
         return np.full(len(first), math.inf)
 
@@ -222,23 +234,33 @@ class Reduced(NamedTuple):
         stages = self.stages._replace(last=last[[i]] - last[[j]], linear=linear)
         return self._replace(stages=stages, inequality=self.inequality.of_difference(i, j))
 
-    def best_multipliers(self, enough: float = math.inf, seconds: float = math.inf) -> dict[str, Array]:
+    def best(self, enough: float = 0.0, seconds: float = math.inf) -> tuple[float | None, Array | None]:
+        """The smallest bound that is proven, and its multipliers.
+
+        Args:
+            enough: stop at this bound.
+            seconds: stop the search after this time.
+        """
+        with np.errstate(over="ignore"):
+            square = np.ldexp(enough, -self.exponent) ** 2
+        found = self._multipliers(float(1 / square) if square > 0 else math.inf, seconds)
+        bounds = [(bound, i) for i, each in enumerate(found) if (bound := self.bound(each)) is not None]
+        return (min(bounds)[0], found[min(bounds)[1]]) if bounds else (None, None)
+
+    def _multipliers(self, enough: float, seconds: float) -> list[Array]:
         """Those in closed form, and nearly the best, if the search for them finds any.
 
         Args:
             enough: stop at this 1 / L^2, in this unit.
         """
-        found = {"closed": self.closed}
         if not len(self.closed):
-            return found
+            return [self.closed]
         search = self.stages.compressed()
         if self.inequality.size <= INTERIOR:
             best = maximise(search.inequality(), self.closed, enough, seconds)
         else:
             best = descend(search, self.closed, enough, seconds)
-        if best is not None:
-            found["best"] = self._provable(best)
-        return found
+        return [self.closed] if best is None else [self.closed, self._provable(best)]
 
     def _provable(self, multipliers: Array) -> Array:
         """The multipliers, or a mean of them and those in closed form, for which K is proven semidefinite.
@@ -277,7 +299,7 @@ def best_outputs(inequality: Inequality, multipliers: Array) -> Array | None:
     return np.asarray(half.T @ half)
 
 
-def solved(factor: Array, right: Array) -> Array:
+def solved(factor: npt.NDArray[Any], right: Array) -> Array:
     """factor^-1 right, by substitution, which is accurate whatever the condition of a Cholesky factor."""
     solution = torch.linalg.solve_triangular(torch.from_numpy(factor), torch.from_numpy(right), upper=False)
     return np.asarray(solution)

@@ -66,7 +66,8 @@ class Matrices:
     """
 
     def __init__(self, inequality: Inequality) -> None:
-        self.n_inputs, self.size, self.n_multipliers = inequality.n_inputs, inequality.size, inequality.n_multipliers
+        self.n_inputs, self.size = inequality.n_inputs, inequality.size
+        self.n_multipliers = inequality.n_multipliers
         blocks, alphas, betas = [], [torch.empty(0).double()], [torch.empty(0).double()]
         for rows, own, slopes, _, factor in inequality.scalars:
             scalars = slice(own.start - self.n_inputs, own.stop - self.n_inputs)
@@ -115,7 +116,7 @@ class Matrices:
 
     def traces(self, x: Tensor) -> Tensor:
         """(P + 1,) the traces of x (N, N), symmetric, with -C^T C and with what each multiplier multiplies."""
-        n, diagonals = self.n_inputs, []
+        diagonals = []
         for rows, on, own, scalars in self.blocks:
             alpha, beta = self.alpha[scalars], self.beta[scalars]
             ew = (x[own, on] * rows).sum(dim=1)
@@ -139,9 +140,7 @@ class Matrices:
         return xw, torch.cat([block.rows @ xw[block.on] for block in self.blocks])
 
 
-def maximise(
-    given: Inequality, start: Array, enough: float = math.inf, seconds: float = math.inf
-) -> Array | None:
+def maximise(given: Inequality, start: Array, enough: float = math.inf, seconds: float = math.inf) -> Array | None:
     """The multipliers (P,) of nearly the largest sigma; None where S(0, T) is not positive definite at the start.
 
     Args:

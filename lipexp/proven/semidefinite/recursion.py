@@ -13,8 +13,8 @@ goes through, nothing is lost: its Cholesky factorisation, taken stage by stage,
 
 Shapes: H features, M scalars of a stage.
 
-References: Xu and Sivaranjani 2024, "ECLipsE: efficient compositional Lipschitz constant estimation for deep neural
-networks" (arXiv 2404.04375), for slopes in [0, 1].
+Reference: Xu and Sivaranjani 2024, "ECLipsE: efficient compositional Lipschitz constant estimation for deep
+neural networks" (arXiv 2404.04375), for slopes in [0, 1].
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lipexp.inequality import Array
+from lipexp.inequality import Array, Slopes
 from lipexp.proven.semidefinite.stages import Stage, Stages
 
 MARGIN = 2.0**-20  # by which N / r^2 stays away from R P R^T
@@ -38,29 +38,29 @@ class Maps(NamedTuple):
 
     rows: Tensor  # (M, H) R
     kept: Tensor | None  # (H', H) F; None: 0
-    changed: Tensor  # (H', M) G
-    middle: float  # m
-    half: float  # r
+    changed: Tensor | None  # (H', M) G; None: I
+    slopes: Slopes
     multiplier: Tensor  # (M,)
     factor: Tensor  # (M,)
 
     @classmethod
     def of(cls, stage: Stage, n_beside: int) -> Maps:
         """Those of a stage, with so many inputs of the network carried along behind the features."""
-        kept = stage.kept()
-        rows, changed = stage.before().values, stage.changed().values
-        through = None if kept is None else kept.values
-        if n_beside:
-            through = np.zeros((stage.n_out, stage.n_in)) if through is None else through
-            through = np.pad(through, ((0, n_beside), (0, n_beside)))
-            through[-n_beside:, -n_beside:] = np.eye(n_beside)
+        first, second, third = stage.before(), stage.kept(), stage.changed()
+        rows, kept, changed = first.values, second and second.values, third and third.values
+        if kept is None and (n_beside or stage.back is not None):
+            kept = np.zeros((stage.n_out, stage.n_in)) if stage.back is None else np.eye(stage.n_out)
+        if kept is not None and n_beside:
+            kept = np.pad(kept, ((0, n_beside), (0, n_beside)))
+            kept[-n_beside:, -n_beside:] = np.eye(n_beside)
+            changed = np.eye(stage.n_out) if changed is None else changed
             rows, changed = np.pad(rows, ((0, 0), (0, n_beside))), np.pad(changed, ((0, n_beside), (0, 0)))
         split = stage.split
-        alpha, beta = (0.0, 0.0) if split is None else split.slopes
-        index, factor = (np.arange(0), np.zeros(0)) if split is None else (split.multiplier, split.factor)
-        tensors = (None if part is None else torch.from_numpy(part) for part in (rows, through, changed))
-        numbers = ((alpha + beta) / 2, (beta - alpha) / 2, torch.from_numpy(index), torch.from_numpy(factor))
-        return cls(*tensors, *numbers)  # type: ignore[arg-type]
+        slopes, index, factor = (0.0, 0.0), np.arange(0), np.zeros(0)
+        if split is not None:
+            slopes, index, factor = split.slopes, split.multiplier, split.factor
+        tensors = [None if part is None else torch.from_numpy(part) for part in (kept, changed)]
+        return cls(torch.from_numpy(rows), *tensors, slopes, torch.from_numpy(index), torch.from_numpy(factor))
 
     @property
     def n_multipliers(self) -> int:
@@ -72,18 +72,19 @@ class Maps(NamedTuple):
         Args:
             noise: (M,) N.
         """
+        middle, half = sum(self.slopes) / 2, (self.slopes[1] - self.slopes[0]) / 2
         rp = self.rows @ p
-        bound = noise / self.half**2 if self.half else noise
+        bound = noise / half**2 if half else noise
         factor, failed = torch.linalg.cholesky_ex(torch.diag(bound) - _symmetric(rp @ self.rows.T))
         if failed:
             return None
         room = 2 * factor.diagonal().log().sum() - bound.log().sum()
-        found = (self.changed * noise) @ self.changed.T
-        if self.kept is not None or self.middle:
-            through = self.middle * self.changed @ self.rows
-            through = through if self.kept is None else self.kept + through
-            half = torch.linalg.solve_triangular(factor, rp @ through.T, upper=False)
-            found = found + through @ p @ through.T + half.T @ half
+        found = torch.diag(noise) if self.changed is None else (self.changed * noise) @ self.changed.T
+        if self.kept is not None or middle:
+            through = self.rows if self.changed is None else self.changed @ self.rows
+            through = middle * through if self.kept is None else self.kept + middle * through
+            part = torch.linalg.solve_triangular(factor, rp @ through.T, upper=False)
+            found = found + through @ p @ through.T + part.T @ part
         return _symmetric(found), room
 
 
@@ -91,7 +92,7 @@ def closed(stages: Stages) -> tuple[Stages, Array]:
     """The stages in units in which P is near 1, and for them multipliers in closed form.
 
     They minimise the largest eigenvalue of P_next over a single number a stage. With s the largest eigenvalue of
-    W P W^T that is N = max(|alpha|, |beta|) (beta - alpha) s / 2 feature by feature, which leaves P_next at most at
+    W P W^T that is N = max(|alpha|, |beta|) (beta - alpha) s / 2 feature by feature, after which P_next is at most
     max(alpha^2, beta^2) s: ECLipsE-Fast where alpha = 0, and the product of norms where alpha = -beta. For sorting
     and reflecting it is N = s / factor, with P_next <= s. For a residual layer it is N = p / (2 t), with p the
     largest eigenvalue of P, and P_next <= p where the norm of the layer is at most 1 by `blocks.Residual`.
@@ -138,13 +139,15 @@ def _noise(stage: Stage, p: Array) -> Array:
     steepest, half = max(abs(alpha), abs(beta)), (beta - alpha) / 2
     shape = 1 / split.factor
     if stage.back is None:
-        alone = split.by_feature and steepest > half * (1 + 2.0**-10)  # N / r^2 stays away from R P R^T by itself
+        alone = split.features is not None and steepest > half * (
+            1 + 2.0**-10
+        )  # N / r^2 stays away from R P R^T by itself
         largest = steepest * half * _largest(stage.weight @ p @ stage.weight.T) or 1.0
         return shape * largest if alone else shape * largest * (1 + MARGIN)
     # What W^T diag(t) is over W^T in the unit of the stage.
     sizes = np.linalg.norm(stage.weight, axis=1)
     t = np.divide(np.linalg.norm(stage.back, axis=0), sizes, out=np.ones_like(sizes), where=sizes > 0)
-    shape = 1 / t[split.a.argmax(axis=1)] if split.by_feature else shape / t[sizes > 0].mean()
+    shape = 1 / t[split.features] if split.features is not None else shape / t[sizes > 0].mean()
     rows = stage.before().values / np.sqrt(shape)[:, None]
     return shape * max(steepest * half * _largest(p), half**2 * _largest(rows @ p @ rows.T)) * (1 + MARGIN)
 

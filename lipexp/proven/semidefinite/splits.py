@@ -16,9 +16,8 @@ For two inputs of an activation let z be their difference, and x that of what be
 
 Shapes: H features, M scalars.
 
-References: Pauli, Havens, Araujo, Garg, Khorrami, Allgöwer and Hu 2024, "Novel quadratic constraints for extending
-LipSDP beyond slope-restricted activations" (arXiv 2401.14033), whose inequalities for sorting these are; Anil, Lucas
-and Grosse 2019, "Sorting out Lipschitz function approximation", on both properties.
+Reference: Pauli, Havens, Araujo, Garg, Khorrami, Allgöwer and Hu 2024, "Novel quadratic constraints for extending
+LipSDP beyond slope-restricted activations" (arXiv 2401.14033), whose inequalities for sorting these are.
 """
 
 from __future__ import annotations
@@ -38,18 +37,15 @@ SINE = 2.0**-50  # what is assumed of the errors of float64's sines and cosines
 class Split(NamedTuple):
     """An activation of one layer."""
 
-    a: Array  # (M, H)
-    b: Array  # (H, H)
-    c: Array  # (H, M)
     slopes: Slopes
     multiplier: npt.NDArray[np.intp]  # (M,) which of the layer's a scalar has ...
     factor: Array  # (M,) ... times this
+    features: npt.NDArray[np.intp] | None = None  # (M,) the scalars, where it acts feature by feature
+    linear: float = 0.0  # B = linear I, where it does
+    a: Array = np.empty((0, 0))  # (M, H), else
+    b: Array = np.empty((0, 0))  # (H, H)
+    c: Array = np.empty((0, 0))  # (H, M)
     off: float = 0.0  # a bound on the error of each entry of a, b and c that is not 0
-
-    @property
-    def by_feature(self) -> bool:
-        """Whether it acts feature by feature."""
-        return not self.b.any()
 
 
 def why_none(act: Activation, width: int) -> str | None:
@@ -88,14 +84,14 @@ def split(act: Activation, weight: Array) -> Split:
         a[places, members] = np.where(k < j, 1.0, np.where(k == j, -j, 0.0))
     factor = 1 / (j * (j + 1.0))
     off = 0.0 if size == 2 else UNIT_ROUNDOFF
-    return Split(a, b, a.T * factor, (-1.0, 1.0), index, factor, off)
+    return Split((-1.0, 1.0), index, factor, a=a, b=b, c=a.T * factor, off=off)
 
 
 def _by_feature(slopes: Slopes, weight: Array) -> Split:
-    alive = np.flatnonzero(weight.any(axis=1)) if slopes[0] < slopes[1] else np.arange(0)
-    eye = np.eye(len(weight))
-    b = slopes[0] * eye if slopes[0] == slopes[1] else 0 * eye
-    return Split(eye[alive], b, eye[:, alive], slopes, np.arange(len(alive)), np.ones(len(alive)))
+    equal = slopes[0] == slopes[1]
+    alive = np.arange(0) if equal else np.flatnonzero(weight.any(axis=1))
+    places, factor = np.arange(len(alive)), np.ones(len(alive))
+    return Split(slopes, places, factor, features=alive, linear=slopes[0] if equal else 0.0)
 
 
 def _reflecting(theta: Array, width: int) -> Split:
@@ -105,4 +101,4 @@ def _reflecting(theta: Array, width: int) -> Split:
     for k in range(2):
         a[pairs, pairs + k * len(theta)] = n[k]
     b -= a.T @ a
-    return Split(a, b, a.T.copy(), (-1.0, 1.0), pairs, np.ones(len(theta)), 8 * SINE)
+    return Split((-1.0, 1.0), pairs, np.ones(len(theta)), a=a, b=b, c=a.T.copy(), off=8 * SINE)

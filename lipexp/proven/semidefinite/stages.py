@@ -49,7 +49,7 @@ class Rounded(NamedTuple):
         underflow = k * 2.0**-1000 * columns.any()
         return Rounded(self.values @ other.values, slack * off + underflow)
 
-    def __add__(self, other: Rounded) -> Rounded:
+    def plus(self, other: Rounded) -> Rounded:
         values = self.values + other.values
         lost = 2 * UNIT_ROUNDOFF * np.linalg.norm(values, axis=0)
         return Rounded(values, (self.off + other.off + lost) * (1 + 2.0**-20))
@@ -83,42 +83,46 @@ class Stage(NamedTuple):
 
     @property
     def n_scalars(self) -> int:
-        return 0 if self.split is None else len(self.split.a)
+        return 0 if self.split is None else len(self.split.factor)
 
     def before(self) -> Rounded:
         """R."""
-        weight = Rounded.exact(self.weight)
-        if self.split is None:
+        split = self.split
+        if split is None:
             return Rounded.exact(self.weight[:0])
-        if self.split.by_feature:
-            return Rounded.exact(self.weight[self.split.a.argmax(axis=1)])
-        if self.split.off == 0:  # differences of pairs, which lose one rounding
-            values = self.split.a @ self.weight
+        if split.features is not None:
+            return Rounded.exact(self.weight[split.features])
+        if split.off == 0:  # differences of pairs, which lose one rounding
+            values = split.a @ self.weight
             return Rounded(values, 2 * UNIT_ROUNDOFF * np.linalg.norm(values, axis=0))
-        return self._of("a") @ weight
+        return self._of("a") @ Rounded.exact(self.weight)
 
     def kept(self) -> Rounded | None:
-        """F; None: 0."""
-        weight = Rounded.exact(self.weight)
-        if self.split is None:
-            inner = weight
-        elif self.split.by_feature:
-            inner = None
+        """F; None: 0, or I of a residual layer."""
+        split = self.split
+        if split is None:
+            return Rounded.exact(self.weight)
+        if split.features is None:
+            inner = self._of("b") @ Rounded.exact(self.weight)
+        elif split.linear:
+            values = split.linear * self.weight
+            inner = Rounded(values, 2 * UNIT_ROUNDOFF * np.linalg.norm(values, axis=0))
         else:
-            inner = self._of("b") @ weight
+            return None
         if self.back is None:
             return inner
-        eye = Rounded.exact(np.eye(len(self.back)))
-        return eye if inner is None else eye + (Rounded.exact(-self.back) @ inner)
+        return Rounded.exact(np.eye(len(self.back))).plus(Rounded.exact(-self.back) @ inner)
 
-    def changed(self) -> Rounded:
-        """G."""
-        if self.split is None:
+    def changed(self) -> Rounded | None:
+        """G; None: I."""
+        split = self.split
+        if split is None:
             return Rounded.exact(np.zeros((len(self.weight), 0)))
-        if self.split.by_feature:
-            values = self.split.c if self.back is None else -self.back[:, self.split.a.argmax(axis=1)]
-            return Rounded.exact(values)
-        return self._of("c") if self.back is None else Rounded.exact(-self.back) @ self._of("c")
+        if split.features is None:
+            return self._of("c") if self.back is None else Rounded.exact(-self.back) @ self._of("c")
+        if self.back is not None:
+            return Rounded.exact(-self.back[:, split.features])
+        return None if self.n_scalars == self.n_out else Rounded.exact(np.eye(self.n_out)[:, split.features])
 
     def _of(self, name: str) -> Rounded:
         assert self.split is not None
@@ -153,7 +157,7 @@ class Stages(NamedTuple):
         before = None
         while before != (shapes := [weight.shape for weight in weights]):
             before = shapes
-            for i in np.flatnonzero(alone):
+            for i in (i for i, is_alone in enumerate(alone) if is_alone):
                 alive = weights[i].any(axis=1) & weights[i + 1].any(axis=0)
                 weights[i], weights[i + 1] = weights[i][alive], weights[i + 1][:, alive]
         hidden = []
@@ -190,6 +194,21 @@ class Stages(NamedTuple):
         first, linear = square[: len(first)], None if self.linear is None else square[len(first) :]
         return self._replace(hidden=[self.hidden[0]._replace(weight=first), *self.hidden[1:]], linear=linear)
 
+    @property
+    def size(self) -> int:
+        """The rows of the matrix that is proven semidefinite."""
+        return self.n_inputs + sum(stage.n_scalars for stage in self.hidden) + len(self.last)
+
+    def parts(self, largest: int) -> list[Stages]:
+        """Consecutive parts of at most this size, if their stages are; each but the last ends with features."""
+        cut, found = list[Stage](), list[Stages]()
+        for stage in self.hidden:
+            if cut and cut[0].n_in + sum(each.n_scalars for each in (*cut, stage)) + stage.n_out > largest:
+                found.append(Stages(cut, np.eye(cut[-1].n_out), None))
+                cut = []
+            cut.append(stage)
+        return [*found, Stages(cut, self.last, self.linear)]
+
     def inequality(self) -> Inequality:
         """The matrix inequality of the stages, in the free variables x_0 and d."""
         n_inputs, scalars, n_multipliers = self.n_inputs, list[Scalars](), 0
@@ -202,20 +221,22 @@ class Stages(NamedTuple):
                 rows = _joined(stage.before(), state, at)
                 scalars.append(Scalars(rows, at[k], stage.split.slopes, index, stage.split.factor))
                 n_multipliers = max([n_multipliers, *(index + 1)])
-            kept, plain = stage.kept(), stage.split is not None and stage.split.by_feature
-            if stage.back is not None and plain:  # F = I
+            kept = stage.kept()
+            if kept is not None:
+                state = {j: _times(kept, part) for j, part in state.items()}
+            elif stage.back is not None:
                 state = {j: _made(part, stage.n_out) for j, part in state.items()}
             else:
-                state = {} if kept is None else {j: _times(kept, part) for j, part in state.items()}
-            identity = stage.back is None and plain and stage.n_scalars == stage.n_out
+                state = {}
             if stage.n_scalars:
-                state[k] = None if identity else stage.changed()
+                state[k] = stage.changed()
         last = Rounded.exact(self.last)
         if self.linear is None:
             return Inequality(n_inputs, scalars, _joined(last, state, at))
-        parts = {j: _times(last, part) for j, part in state.items()}
+        parts: dict[int, Rounded | None] = {j: _times(last, part) for j, part in state.items()}
         linear = Rounded.exact(self.linear)
-        parts[0] = parts[0] + linear if 0 in parts else linear
+        beside = parts.get(0)
+        parts[0] = linear if beside is None else beside.plus(linear)
         return Inequality(n_inputs, scalars, _joined(None, parts, at))
 
 
