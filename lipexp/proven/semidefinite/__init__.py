@@ -174,6 +174,8 @@ class Reduced(NamedTuple):
     @classmethod
     def parts(cls, network: BakedNetwork) -> list[Reduced]:
         """A network, or the parts that it is cut into as it is too large; none for a constant function."""
+        if not network.is_finite(0):
+            raise ArithmeticError("its numbers are not all finite")
         stages = Stages.of(network)
         if not all(weight.any() for weight in (*(s.weight for s in stages.hidden if s.back is None), stages.last)):
             if stages.linear is None:

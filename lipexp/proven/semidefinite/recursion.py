@@ -59,8 +59,8 @@ class Maps(NamedTuple):
         slopes, index, factor = (0.0, 0.0), np.arange(0), np.zeros(0)
         if split is not None:
             slopes, index, factor = split.slopes, split.multiplier, split.factor
-        tensors = [None if part is None else torch.from_numpy(part) for part in (kept, changed)]
-        return cls(torch.from_numpy(rows), *tensors, slopes, torch.from_numpy(index), torch.from_numpy(factor))
+        f, g = (None if part is None else torch.from_numpy(part) for part in (kept, changed))
+        return cls(torch.from_numpy(rows), f, g, slopes, torch.from_numpy(index), torch.from_numpy(factor))
 
     @property
     def n_multipliers(self) -> int:
@@ -149,7 +149,8 @@ def _noise(stage: Stage, p: Array) -> Array:
     t = np.divide(np.linalg.norm(stage.back, axis=0), sizes, out=np.ones_like(sizes), where=sizes > 0)
     shape = 1 / t[split.features] if split.features is not None else shape / t[sizes > 0].mean()
     rows = stage.before().values / np.sqrt(shape)[:, None]
-    return shape * max(steepest * half * _largest(p), half**2 * _largest(rows @ p @ rows.T)) * (1 + MARGIN)
+    wanted, least = steepest * half * _largest(p), half**2 * _largest(rows @ p @ rows.T)
+    return shape * (wanted if wanted >= least else 2 * least) * (1 + MARGIN)
 
 
 def _largest(gram: Array) -> float:
