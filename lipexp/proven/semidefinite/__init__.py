@@ -170,6 +170,7 @@ class Reduced(NamedTuple):
     stages: Stages
     inequality: Inequality
     closed: Array  # (P,) the multipliers of ECLipsE-Fast
+    smallest: Array  # (C, C) the smallest S that they allow, up to rounding
 
     @classmethod
     def parts(cls, network: BakedNetwork) -> list[Reduced]:
@@ -191,10 +192,10 @@ class Reduced(NamedTuple):
         With layers of norm 1 the multipliers would grow by up to 8 from each layer to the next, and rounding would
         leave nothing of a deep network's bound. The units are powers of two, so that nothing is rounded.
         """
-        stages, multipliers = closed(stages)
+        stages, multipliers, square = closed(stages)
         inequality = stages.inequality()
         values, off, _ = inequality.outputs
-        return cls(stages, inequality, multipliers) if values.any() or off.any() else None
+        return cls(stages, inequality, multipliers, square) if values.any() or off.any() else None
 
     @property
     def exponent(self) -> int:
@@ -203,7 +204,7 @@ class Reduced(NamedTuple):
 
     def bound(self, multipliers: Array) -> float | None:
         """The Lipschitz constant that these multipliers prove: the first above the smallest that goes through."""
-        square = best_outputs(self.inequality, multipliers)
+        square = self.smallest if multipliers is self.closed else best_outputs(self.inequality, multipliers)
         if square is None:
             return None
         smallest = math.sqrt(max(0.0, float(np.linalg.eigvalsh(square)[-1]))) or 2.0**-500
@@ -234,7 +235,9 @@ class Reduced(NamedTuple):
         last, linear = self.stages.last, self.stages.linear
         linear = None if linear is None else linear[[i]] - linear[[j]]
         stages = self.stages._replace(last=last[[i]] - last[[j]], linear=linear)
-        return self._replace(stages=stages, inequality=self.inequality.of_difference(i, j))
+        square = self.smallest[[i]] - self.smallest[[j]]
+        inequality = self.inequality.of_difference(i, j)
+        return Reduced(stages, inequality, self.closed, square[:, [i]] - square[:, [j]])
 
     def best(self, enough: float = 0.0, seconds: float = math.inf) -> tuple[float | None, Array | None]:
         """The smallest bound that is proven, and its multipliers.
@@ -298,7 +301,8 @@ def best_outputs(inequality: Inequality, multipliers: Array) -> Array | None:
         return None
     # Where the outputs see the last variables only, so does the solution.
     half = solved(factor[on.start :, on.start :], np.pad(values, ((0, 0), (0, inequality.size - on.stop))).T)
-    return np.asarray(half.T @ half)
+    square = half.T @ half
+    return np.asarray((square + square.T) / 2)
 
 
 def solved(factor: npt.NDArray[Any], right: Array) -> Array:

@@ -88,8 +88,8 @@ class Maps(NamedTuple):
         return _symmetric(found), room
 
 
-def closed(stages: Stages) -> tuple[Stages, Array]:
-    """The stages in units in which P is near 1, and for them multipliers in closed form.
+def closed(stages: Stages) -> tuple[Stages, Array, Array]:
+    """The stages in units in which P is near 1, for them multipliers in closed form, and W_n P W_n^T (C, C).
 
     They minimise the largest eigenvalue of P_next over a single number a stage. With s the largest eigenvalue of
     W P W^T that is N = max(|alpha|, |beta|) (beta - alpha) s / 2 feature by feature, after which P_next is at most
@@ -119,7 +119,9 @@ def closed(stages: Stages) -> tuple[Stages, Array]:
     if stages.linear is not None and abs(exponent) > 700:
         raise ArithmeticError("the linear term and the layers differ too much in size")
     linear = None if stages.linear is None else np.ldexp(stages.linear, -exponent)
-    return Stages(hidden, np.ldexp(stages.last, -moved), linear, exponent), np.concatenate(found)
+    scaled = Stages(hidden, np.ldexp(stages.last, -moved), linear, exponent)
+    out = scaled.last if linear is None else np.concatenate([scaled.last, linear], axis=1)
+    return scaled, np.concatenate(found), out @ p.numpy() @ out.T
 
 
 def _exponent(weight: Array, p: Array) -> int:
