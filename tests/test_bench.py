@@ -79,7 +79,9 @@ def test_bounds_stand_beside_those_of_eclipse_nn_where_it_is_installed(monkeypat
             return torch.tensor({"ECLipsE": 2.0, "ECLipsE_Fast": 3.0}[method]) * len(self.weights)
 
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(bounds, "NETWORKS", {"small": lambda: bounds.random((2, 8, 8, 1))})
+    monkeypatch.setattr(
+        bounds, "NETWORKS", {"small": (lambda: bounds.random((2, 8, 8, 1)), (bounds.FAST, bounds.SLOW))}
+    )
     for library in (SimpleNamespace(LipConstEstimator=Estimator), None):
         monkeypatch.setitem(sys.modules, "eclipse_nn", library)
         assert main(["bounds", "--rounds", "1"]) == 0

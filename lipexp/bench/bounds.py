@@ -11,14 +11,14 @@ import importlib
 import io
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 from rich.console import Console
 
-from lipexp.activations import ReLU
+from lipexp.activations import Activation, GroupSort, ReLU
 from lipexp.bench.steps import composed, say_missing
 from lipexp.bench.timing import Case, table, take_turns
 from lipexp.blocks import Affine
@@ -29,8 +29,7 @@ from lipexp.proven.semidefinite import eclipse, lipsdp
 from lipexp.wording import above
 
 PACKAGE = "eclipse-nn"
-DEEP = (2, *[40] * 20, 1)
-METHODS = ("ECLipsE", "ECLipsE_Fast")
+RELU, FAST, SLOW = ReLU(), "ECLipsE_Fast", "ECLipsE"
 ONE_IN = 10  # a case takes seconds: it has one round where others have this many
 
 
@@ -40,39 +39,44 @@ def trained() -> BakedNetwork:
     return fit(stack([build(config)]), lambda checkpoint: None).network.run(0)
 
 
-def random(sizes: tuple[int, ...] = DEEP) -> BakedNetwork:
+def random(sizes: Sequence[int], act: Activation = RELU) -> BakedNetwork:
     """Normal weights of the variance 1 / inputs."""
     draws, layers = torch.Generator().manual_seed(0), []
     for n_in, n_out in itertools.pairwise(sizes):
         weight = torch.randn(1, n_out, n_in, generator=draws) / n_in**0.5
         layers.append(Affine(weight, torch.zeros(1, 1, n_out)))
-    return BakedNetwork(layers, ReLU())
+    return BakedNetwork(layers, act)
 
 
-NETWORKS: Mapping[str, Callable[[], BakedNetwork]] = {"digits, 64-128-128-1": trained, "20 layers of 40": random}
+# name -> the network, and the methods of eclipse-nn that it is bounded by
+NETWORKS: Mapping[str, tuple[Callable[[], BakedNetwork], Sequence[str]]] = {
+    "digits, 64-128-128-1": (trained, (FAST, SLOW)),
+    "20 layers of 40": (partial(random, (2, *[40] * 20, 1)), (FAST, SLOW)),
+    "10 layers of 256": (partial(random, (64, *[256] * 10, 1)), (FAST,)),  # the other takes hours
+    "10 layers of 256, MaxMin": (partial(random, (64, *[256] * 10, 1), GroupSort()), ()),
+}
 
 
 def bounds(console: Console, rounds: int) -> None:
-    """Every method on every network: the bound, and the time against that of ECLipsE-Fast."""
+    """Every method on every network: the bound, and the time against that of the first."""
     try:
         library = importlib.import_module("eclipse_nn")
     except ImportError:
         library = None
         say_missing(console, [PACKAGE])
-    for name, made in NETWORKS.items():
+    for name, (made, methods) in NETWORKS.items():
         network = made()
         weights = [layer.weight[0].double() for layer in network.layers]
         product = float(np.prod([float(torch.linalg.matrix_norm(weight, ord=2)) for weight in weights]))
         found: dict[str, Callable[[], float]] = {}
-        for method in METHODS[::-1] if library is not None else ():
+        for method in methods if library is not None else ():
             found[method] = partial(estimate, library, weights, method)
         found["lipexp eclipse"] = partial(proven, eclipse, network)
         found["lipexp lipsdp"] = partial(proven, lambda network: lipsdp(network)[0], network)
         cases = [Case(f"{case}  {above(work(), None, digits=5)}", work) for case, work in found.items()]
         take_turns(cases, max(1, rounds // ONE_IN), 1, warm_up=0)
-        console.print(
-            table(f"{name}, {PACKAGE} and lipexp: bound and time; product {above(product, None, digits=5)}", cases)
-        )
+        title = f"{name}, {PACKAGE} and lipexp: bound and time; product {above(product, None, digits=5)}"
+        console.print(table(title, cases))
 
 
 def proven(method: Callable[[BakedNetwork], float | None], network: BakedNetwork) -> float:
