@@ -321,7 +321,7 @@ def radii(
     found = _over(own, least).amin(dim=1) * (1 - 2.0**-50)
     chosen = ((found > 0) & torch.isfinite(found)).nonzero().squeeze(1)
     layers = _hidden(network, *norms)
-    if not layers:  # the constants are those of one linear map
+    if not (layers and len(chosen)):  # the constants are those of one linear map, or no margin is finite
         return found.numpy()
     back = [len(layer.to_u) for layer in layers[2:]]  # rows that are followed back from a deeper layer
     numbers = max(network.hidden_widths) * max([network.n_inputs, network.n_outputs, *back])
