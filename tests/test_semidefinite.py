@@ -196,7 +196,8 @@ def test_a_network_that_is_too_large_is_cut_and_the_bounds_of_its_parts_are_mult
     assert (bounds_of_pairs(net)[:2] >= pair).all()
     # The first part ends with the features, in the 2-norm.
     n = len(first.stages.hidden)
-    inner = replace(net, layers=[*net.layers[:n], Affine(torch.eye(12).unsqueeze(0), torch.zeros(1, 1, 12))])
+    ending = Affine(torch.eye(12).unsqueeze(0), torch.zeros(1, 1, 12))
+    inner = replace(net, layers=[*net.layers[:n], ending], acts=net.acts[: n + 1])
     assert first.bound(first.closed) == pytest.approx(eclipse(inner), rel=1e-9)
     monkeypatch.setattr(semidefinite, "LARGEST", 20)
     n = 4 + 12 + 12 if act.slopes else 12 + 6 + 12
