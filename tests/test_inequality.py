@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -24,7 +25,7 @@ from lipexp.proven.semidefinite import (
     lipsdp,
 )
 from lipexp.proven.semidefinite.splits import split
-from lipexp.proven.semidefinite.stages import Rounded, norm_above
+from lipexp.proven.semidefinite.stages import Rounded, Stage, norm_above
 
 RELU = (0.0, 1.0)
 KINDS = {
@@ -201,18 +202,57 @@ def test_the_errors_of_the_matrix_are_within_their_bounds(name):
 def test_products_of_rounded_matrices_are_within_their_errors():
     draws = np.random.default_rng(0)
     left, right = draws.normal(size=(5, 40)), draws.normal(size=(40, 6))
-    off_left, off_right = 1e-12 * draws.normal(size=(5, 40)), 1e-12 * draws.normal(size=(40, 6))
-    as_given = [Rounded(m, np.linalg.norm(e, axis=0) * 1.01) for m, e in ((left, off_left), (right, off_right))]
-    for found, true in (
-        (as_given[0] @ as_given[1], in_fractions(left, off_left) @ in_fractions(right, off_right)),
-        (as_given[1].plus(as_given[1]), 2 * in_fractions(right, off_right)),
-    ):
-        errors = (true - in_fractions(found.values)).astype(float)
-        assert (np.linalg.norm(errors, axis=0) <= found.off).all()
-        assert found.off.max() < 1e-9
+    for sizes in ((0.0, 0.0), (1e-12, 0.0), (0.0, 1e-12)):
+        errors = [size * draws.normal(size=m.shape) for size, m in zip(sizes, (left, right), strict=True)]
+        first, second = (
+            Rounded(m, np.linalg.norm(e, axis=0) * 1.01) for m, e in zip((left, right), errors, strict=True)
+        )
+        exact_left, exact_right = in_fractions(left, errors[0]), in_fractions(right, errors[1])
+        for found, true in ((first @ second, exact_left @ exact_right), (second.plus(second), 2 * exact_right)):
+            lost = np.linalg.norm((true - in_fractions(found.values)).astype(float), axis=0)
+            assert (lost <= found.off).all()
+            assert found.off.max() < 1e-9
     for shape in ((1, 1), (7, 3), (3, 60), (20, 20)):
         matrix = draws.normal(size=shape)
         assert np.linalg.norm(matrix, 2) <= norm_above(matrix) <= 1.5 * np.linalg.norm(matrix, 2)
+
+
+def with_rows(inequality, outputs, *rows):
+    scalars = [each._replace(rows=own) for each, own in zip(inequality.scalars, rows, strict=True)]
+    return inequality._replace(outputs=outputs, scalars=scalars)
+
+
+def test_what_errors_of_rows_make_of_the_matrix_is_within_its_bound():
+    """With errors that are large against those of rounding, of all signs."""
+    draws = np.random.default_rng(0)
+    for name in ("steep", "maxmin", "residual maxmin", "linear"):
+        (reduced,) = Reduced.parts(KINDS[name])
+        given, bound = reduced.inequality, np.eye(KINDS[name].n_outputs)
+        unsure = [
+            rows._replace(off=0.1 + 0 * rows.off) for rows in (given.outputs, *(e.rows for e in given.scalars))
+        ]
+        moved = [r._replace(values=r.values + r.off * draws.choice([-1, 1], r.values.shape)) for r in unsure]
+        found, errors = bordered(with_rows(given, *unsure), reduced.closed, bound)
+        other, _ = bordered(with_rows(given, *moved), reduced.closed, bound)
+        assert (np.abs(found - other) <= errors + 1e-12).all()
+        assert (errors <= 40).all()
+
+
+def test_the_coefficients_of_activations_are_within_their_errors():
+    """Differences of features of very different sizes, and sines in 50 digits."""
+    weight = 10.0 ** np.random.default_rng(0).uniform(-9, 0, (8, 5))
+    found = Stage(weight, split(GroupSort(), weight)).before()
+    exactly = in_fractions(weight[:4]) - in_fractions(weight[4:])
+    assert (np.linalg.norm((exactly - in_fractions(found.values)).astype(float), axis=0) <= found.off).all()
+    assert 0 < found.off.max() < 1e-15
+    theta = normal(1, 40).float()
+    found = split(Householder().at(theta), np.eye(80))
+    with mpmath.workdps(50):
+        for j, angle in enumerate(theta[0].double().tolist()):
+            n = {j: -mpmath.sin(mpmath.mpf(angle) / 2), j + 40: mpmath.cos(mpmath.mpf(angle) / 2)}
+            for i, k in itertools.product(n, n):
+                assert abs(found.a[j, i] - n[i]) <= found.off
+                assert abs(found.b[i, k] - ((i == k) - n[i] * n[k])) <= found.off < 1e-14
 
 
 def in_fractions(*summands):
