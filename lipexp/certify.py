@@ -31,8 +31,7 @@ from lipexp.measured.gradients import Maximum, scan
 from lipexp.networks import BakedNetwork
 from lipexp.process import cpu_threads
 from lipexp.proven import METHODS, Certificate, Chain, Problem, Proof, prove
-from lipexp.proven.balls import bound_on
-from lipexp.proven.branching import Ball
+from lipexp.proven.balls import bound_on_ball
 from lipexp.proven.radii import Robustness, assess, decided
 from lipexp.runs import RunFolder, find
 from lipexp.screen import Screen
@@ -137,7 +136,9 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
         report=report,
     )
     certificate = prove(problem, None if options.around else options.method)
-    local = None if options.around is None else _on_ball(options, problem._replace(best=certificate.value))
+    local = None
+    if options.around is not None:
+        local = bound_on_ball(problem._replace(best=certificate.value), options.around, options.within)
     for name, proof in certificate.proofs.items():
         if proof.best is not None and proof.best.value > measured.value:  # a search came across a steeper point
             by[name] = measured = proof.best
@@ -170,14 +171,6 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
         attacked,
         local,
     )
-
-
-def _on_ball(options: argparse.Namespace, problem: Problem) -> record.LocalInterval:
-    """The local constant over the ball that is asked for."""
-    if len(options.around) != problem.network.n_inputs:
-        wanted = f"must be {problem.network.n_inputs} numbers, the coordinates of a point"
-        raise ConfigError("--around", ",".join(f"{value:g}" for value in options.around), wanted)
-    return bound_on(Ball(torch.tensor(options.around).double(), options.within, problem.chain.p), problem)
 
 
 def _broken_layers(network: BakedNetwork, chain: Chain) -> list[str]:
