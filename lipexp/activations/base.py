@@ -59,7 +59,7 @@ class Activation(nn.Module):
     |                      |                                                          | certified radii          |
     | `slopes`             | it acts feature by feature, and its difference quotients | `rows`, `eclipse` and    |
     |                      | lie between these two numbers                            | `lipsdp`, and radii      |
-    | `groups(width)`      | it sorts the features within these groups, ascending     | `rows`                   |
+    | `groups(width)`      | it sorts the features within these groups, ascending     | the same, but for radii  |
     | `active_map(z)`      | it is piecewise linear, and this is its affine map at z  | exact measurement, and   |
     |                      |                                                          | radii in float32, too    |
     | `breakpoints(width)` | where that map changes                                   | `exact`; `bnb` with      |
