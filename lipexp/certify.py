@@ -2,7 +2,8 @@
 
 It reads `model.pt` and `.hydra/` and believes nothing else: a run may have been trained elsewhere, or changed
 since. The data are drawn again from the run's seed. What it finds goes into the section `certify` of the run's
-metrics.json and into certify_radii.csv.
+metrics.json and into certify_radii.csv; in another norm than the run's own, into `certify_in` and
+certify_radii_1.csv, _2.csv or _inf.csv.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from omegaconf import OmegaConf
 
 from lipexp import record
 from lipexp.arguments import Parser
-from lipexp.config import ConfigError, conf_dir, number, one_line, whole
+from lipexp.config import ConfigError, conf_dir, norm_order, number, one_line, whole
 from lipexp.loading import LoadedRun, load_run
 from lipexp.loop import Streams, generator
 from lipexp.measured import monotone, overall, sources, steepest
@@ -42,7 +43,8 @@ EFFORT = 8  # of the search in more than two dimensions; training takes 1
 
 HELP = """\
 RUN is the folder of a finished run, or one that holds some, such as a sweep's. Of a run nothing is changed but the
-section `certify` of its metrics.json, and certify_radii.csv.
+section `certify` of its metrics.json, and certify_radii.csv. With --p, in another norm than the run was trained
+in, L is no bound, and the section is `certify_in`, the table certify_radii_1.csv, _2.csv or _inf.csv.
 
 exit status: 0; 1 if a bound is broken or a radius refuted; 2 if a run cannot be read or is not trusted
 
@@ -100,9 +102,12 @@ def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str],
     """
     dataset, constraint, data = run.parts()
     network = constraint.prove(run.baked)
+    chain = Chain.of(constraint, network.layers)
+    p = options.p or chain.p
+    if chain.target is None or p != chain.p:
+        network, chain = Chain.without_bound(network, p)
     search = Streams.of(whole("seed", run.config.get("seed"), least=0)).search
     x = torch.from_numpy(data.x).double().unsqueeze(0)  # (1, N, D)
-    chain = Chain.of(constraint, network.layers)
     report("measuring")
     scanned = scan(network, x)
     points = sources(network, x, scanned, chain.q, [generator(search)], EFFORT, chain.output_p)
@@ -181,6 +186,9 @@ def main(arguments: Sequence[str]) -> int:
         help=f"one of {', '.join(METHODS)}; default: all but bnb, branch and bound over the box of the data",
     )
     parser.add_argument(
+        "--p", metavar="P", help="the norm in which inputs move: 1, 2 or inf (default: that of the constraint)"
+    )
+    parser.add_argument(
         "--max-regions", metavar="N", type=int, help="linear regions to enumerate (default: the run's own)"
     )
     parser.add_argument(
@@ -213,6 +221,8 @@ def certify_all(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> None:
     """Raise ConfigError for a number that makes no sense, and read the list of radii."""
+    if options.p is not None:
+        options.p = norm_order("--p", options.p)
     number("--gap", options.gap, above=0)
     number("--max-seconds", options.max_seconds, above=0)
     if options.max_regions is not None:
@@ -260,7 +270,9 @@ def certify(folder: RunFolder, options: argparse.Namespace, screen: Screen, whic
             screen.show(line)
         largest = record.certify(folder, finding.section(radii))
         if largest and finding.robustness is not None and finding.robustness.columns is not None:
-            folder.write_columns("certify_radii", finding.robustness.columns)
+            p = finding.interval.p
+            suffix = "" if p == run.metrics.lipschitz.p else f"_{p}"
+            folder.write_columns(f"certify_radii{suffix}", finding.robustness.columns)
     except ConfigError as error:
         print(f"lipexp: {folder}: {error}", file=sys.stderr)
         return 2

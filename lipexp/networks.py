@@ -36,15 +36,17 @@ class LinearRegion(NamedTuple):
 class BakedNetwork:
     """K networks of one shape with their final, stored numbers: what is measured, proven, drawn, saved and loaded.
 
-    f = layer_n o act o ... o act o layer_1 with plain float32 weights on the CPU, plus A x where there is a linear
-    term A beside the layers, which makes a network monotone. A residual layer has the activation inside, and none
-    beside it. Callers ask for outputs, gradients (by autograd through `inputs_and_output`), the linear region
-    around a point and the proven norms. Proofs, and ascents to steep points, also look at the numbers in `layers`,
-    where the network `is_plain`.
+    f = layer_n o act_{n-1} o ... o act_1 o layer_1 with plain float32 weights on the CPU, plus A x where there is
+    a linear term A beside the layers, which makes a network monotone. A residual layer has its activation inside,
+    and none beside it. Callers ask for outputs, gradients (by autograd through `inputs_and_output`), the linear
+    region around a point and the proven norms. Proofs, and ascents to steep points, also look at the numbers in
+    `layers`, where the network `is_plain`.
     """
 
     layers: Sequence[Block]
-    act: Activation  # on the CPU
+    # Of each layer, on the CPU, with float32 parameters (K, n): behind the layer, or inside a residual one. Where
+    # no activation stands, as behind the last layer, the entry is not used; see `placed`.
+    acts: Sequence[Activation]
     # norms[i][k]: proven for layer i of run k, as the constraint chains them
     norms: Sequence[Sequence[float]] = ()
     linear: Tensor | None = None  # (K, C, D) A, in float32
@@ -52,11 +54,10 @@ class BakedNetwork:
     # constants of the K runs that it has proven so
     multipliers: Tensor | None = None
     whole: Sequence[float] = ()
-    thetas: Sequence[Tensor] = ()  # (K, n) of each layer, in float32: the parameters of the activation, if any
 
     def __repr__(self) -> str:
         sizes = " -> ".join(map(str, [self.n_inputs, *self.hidden_widths, self.n_outputs]))
-        return f"BakedNetwork({self.n_runs} of {sizes}, {self.act.label})"
+        return f"BakedNetwork({self.n_runs} of {sizes}{self._labels})"
 
     @property
     def n_runs(self) -> int:
@@ -78,15 +79,34 @@ class BakedNetwork:
         """Network k alone, as K = 1."""
         layers = [type(layer)(*(part[k : k + 1] for part in layer)) for layer in self.layers]
         linear = None if self.linear is None else self.linear[k : k + 1]
-        norms, thetas = [[per_run[k]] for per_run in self.norms], [theta[k : k + 1] for theta in self.thetas]
+        norms, acts = [[per_run[k]] for per_run in self.norms], [act.at(act.theta[k : k + 1]) for act in self.acts]
         multipliers = None if self.multipliers is None else self.multipliers[k : k + 1]
-        one = replace(self, layers=layers, norms=norms, linear=linear, thetas=thetas)
+        one = replace(self, layers=layers, acts=acts, norms=norms, linear=linear)
         return replace(one, multipliers=multipliers, whole=self.whole[k : k + 1])
 
     @cached_property
-    def acts(self) -> Sequence[Activation]:
-        """The activation of each layer, with its own parameters: behind the layer, or inside a residual one."""
-        return [self.act.at(theta) for theta in self.thetas] or [self.act] * len(self.layers)
+    def placed(self) -> Sequence[tuple[int, Activation]]:
+        """The activations that the network applies, each with the number of its features, first one first."""
+        widths = [act_width(self.layers, i) for i in range(len(self.layers))]
+        return [(width, act) for width, act in zip(widths, self.acts, strict=True) if width]
+
+    @property
+    def _labels(self) -> str:
+        return "".join(f", {label}" for label in dict.fromkeys(act.label for _, act in self.placed))
+
+    def act_constants(self, p: float) -> Sequence[float] | None:
+        """Proven Lipschitz constants, in the p-norm, of the activations that stand between two layers.
+
+        None where one of them has none.
+        """
+        between = [act for i, act in enumerate(self.acts) if is_activated(self.layers, i)]
+        found = [constant for act in between if (constant := act.lipschitz(p)) is not None]
+        return found if len(found) == len(between) else None
+
+    @property
+    def is_piecewise_linear(self) -> bool:
+        """Whether all its activations declare their active maps."""
+        return all(act.is_piecewise_linear for _, act in self.placed)
 
     @property
     def is_plain(self) -> bool:
@@ -103,7 +123,7 @@ class BakedNetwork:
         """The same numbers in float64."""
         layers = [type(layer)(*(part.double() for part in layer)) for layer in self.layers]
         linear = None if self.linear is None else self.linear.double()
-        return replace(self, layers=layers, linear=linear, thetas=[theta.double() for theta in self.thetas])
+        return replace(self, layers=layers, acts=[act.at(act.theta.double()) for act in self.acts], linear=linear)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs (K, B, C) at points (K, B, D) of the same number type."""
@@ -115,7 +135,8 @@ class BakedNetwork:
 
     def is_finite(self, k: int) -> bool:
         """Whether all numbers of network k are finite."""
-        parts = [*(part for layer in self.layers for part in layer), *self.thetas]
+        parts = [part for layer in self.layers for part in layer]
+        parts += [act.theta for _, act in self.placed if act.theta.numel()]
         parts += [] if self.linear is None else [self.linear]
         return all(bool(torch.isfinite(part[k]).all()) for part in parts)
 
@@ -132,9 +153,9 @@ class BakedNetwork:
             state[f"layers.{i}.weight"] = layer.weight[k].clone()
             for name, part in list(layer._asdict().items())[1:]:
                 state[f"layers.{i}.{name}"] = part[k, 0].clone()
-        for i, theta in enumerate(self.thetas):
-            if theta.numel():
-                state[f"acts.{i}"] = theta[k].clone()
+        for i, act in enumerate(self.acts):
+            if act.theta.numel():
+                state[f"acts.{i}"] = act.theta[k].clone()
         for name, of_all in (("linear", self.linear), ("multipliers", self.multipliers)):
             if of_all is not None:
                 state[name] = of_all[k].clone()
@@ -142,7 +163,7 @@ class BakedNetwork:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], act: Activation) -> BakedNetwork:
-        """The network, K = 1, whose numbers `state` holds.
+        """The network, K = 1, whose numbers `state` holds, with the activation `act` throughout.
 
         Raises:
             ValueError: it is no state dict of such a network: what is missing, or does not fit.
@@ -178,22 +199,22 @@ class BakedNetwork:
                 layers.append(Affine(weight[None], bias))
         if layers[0].is_residual or layers[-1].is_residual:
             raise ValueError("its first or last layer is a residual one")
-        thetas = []
+        acts = []
         for i in range(len(layers)):
             width = act_width(layers, i)
             if width:
                 act.check_width(width)
             n = act.n_parameters(width) if width else 0
-            thetas.append(take(f"acts.{i}", n)[None] if n else torch.empty(1, 0))
-            if not torch.equal(act.within(thetas[-1], torch.ones(1, 1)), thetas[-1]):
+            theta = take(f"acts.{i}", n)[None] if n else act.theta
+            acts.append(act.at(theta))
+            if n and not torch.equal(act.within(theta, torch.ones(1, 1)), theta):
                 raise ValueError(f"acts.{i} holds no parameters of {act.label}")
         n_inputs, widths = layers[0].weight.shape[2], [layer.weight.shape[1] for layer in layers]
         linear = take("linear", widths[-1], n_inputs)[None] if "linear" in left else None
         multipliers = take("multipliers", sum(widths[:-1]))[None] if "multipliers" in left else None
         if left:
             raise ValueError(f"unexpected entry {min(left)}")
-        thetas = thetas if any(theta.numel() for theta in thetas) else []
-        return cls(layers, act, linear=linear, multipliers=multipliers, thetas=thetas)
+        return cls(layers, acts, linear=linear, multipliers=multipliers)
 
     # The linear region around a point ----------------------------------------------------------------------------
 
@@ -333,9 +354,10 @@ class Network(nn.Module):
             _ResidualLayer(*layer.weight.shape[1:]) if layer.is_residual else nn.Linear(*layer.weight.shape[:0:-1])
             for layer in baked.layers
         )
-        thetas = {str(i): nn.Parameter(theta[0]) for i, theta in enumerate(baked.thetas) if theta.numel()}
+        thetas = {str(i): nn.Parameter(act.theta[0]) for i, act in enumerate(baked.acts) if act.theta.numel()}
         self.acts = nn.ParameterDict(thetas)
-        self.act, self._activated = baked.act, [is_activated(baked.layers, i) for i in range(len(baked.layers))]
+        self._acts, self._labels = list(baked.acts), baked._labels
+        self._activated = [is_activated(baked.layers, i) for i in range(len(baked.layers))]
         self.load_state_dict(baked.state_dict())
         self.eval().requires_grad_(False)
 
@@ -363,12 +385,14 @@ class Network(nn.Module):
         shapes: list[Any] = [layer.weight.shape for layer in self.layers]
         sizes = [shapes[0][1], *(n_out for n_out, _ in shapes)]
         dtype = str(self.layers[0].weight.dtype).removeprefix("torch.")
-        return f"Network({' -> '.join(map(str, sizes))}, {self.act.label}, {dtype})"
+        return f"Network({' -> '.join(map(str, sizes))}{self._labels}, {dtype})"
 
     def forward(self, x: Tensor) -> Tensor:
         points = x
         for i, layer in enumerate(self.layers):
-            act = self.act.at(self.acts[str(i)].unsqueeze(0)) if str(i) in self.acts else self.act
+            act = self._acts[i]
+            if str(i) in self.acts:
+                act = act.at(self.acts[str(i)].unsqueeze(0))
             x = layer(x, act) if isinstance(layer, _ResidualLayer) else layer(x)
             if self._activated[i]:
                 x = act(x.unsqueeze(0)).squeeze(0)  # an activation sees (K, B, H)

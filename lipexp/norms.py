@@ -95,6 +95,42 @@ def spectral_norm_bound(weight: FloatArray) -> float:
     return row_norm_bound(weight.reshape(1, -1), 2)
 
 
+def operator_norm_bound(weight: FloatArray, p: float, h: float) -> float:
+    """A proven upper bound on the operator norm p -> h of `weight` (out, in), the largest ||W x||_h / ||x||_p.
+
+    | p -> h             | what it is                                                                         |
+    |--------------------|------------------------------------------------------------------------------------|
+    | p -> inf, 1 -> h   | the norm itself: the largest q-norm of a row, or the largest h-norm of a column    |
+    | 2 -> 2             | the largest singular value                                                         |
+    | inf -> 2, 2 -> 1   | hard to compute: the smaller of the singular value times sqrt(in), or sqrt(out),   |
+    |                    | and the 2-norm of all 1-norms of rows, or of columns                               |
+    | inf -> 1           | hard to compute: the sum of all sizes                                              |
+
+    Reference: Tropp 2004, "Topics in sparse approximation", section 4.3.1.
+    """
+    if math.isinf(h):
+        return row_norm_bound(weight, dual(p))
+    if p == 1:
+        return row_norm_bound(weight.T, h)
+    if p == h == 2:
+        return spectral_norm_bound(weight)
+    if h == 1 and math.isinf(p):
+        return row_norm_bound(weight.reshape(1, -1), 1)
+    rows = weight if h == 2 else weight.T
+    with_all = root_up(Fraction(rows.shape[1]) * Fraction(spectral_norm_bound(weight)) ** 2)
+    lengths = (Fraction(row_norm_bound(row[None], 1)) for row in rows)
+    return min(with_all, root_up(sum((length**2 for length in lengths), Fraction(0))))
+
+
+def from_two_norm(bound: float, p: float, n_inputs: int, h: float, n_outputs: int) -> float:
+    """A bound on ||J||_{p -> h}, rounded up, from one on ||J||_{2 -> 2}, for J (C, D).
+
+    The factor is sqrt(D) for p = inf, times sqrt(C) for h = 1, and else 1.
+    """
+    square = (n_inputs if math.isinf(p) else 1) * (n_outputs if h == 1 else 1)
+    return bound if square == 1 or math.isinf(bound) else root_up(square * Fraction(bound) ** 2)
+
+
 def cholesky_shift(shape: tuple[int, int]) -> float:
     """c / s^2 for `spectral_norm_bound` and an (n, m) matrix, n <= m.
 

@@ -57,18 +57,23 @@ def network(
         weight = normal(runs, n_out, n_in, seed=100 * seed + 2 * i) / math.sqrt(n_in)
         parts = (weight, bias * normal(runs, 1, n_out, seed=100 * seed + 2 * i + 1))
         layers.append(Affine(*(in_grains(part, grain) for part in parts)))
-    return with_parameters(BakedNetwork(layers, act), seed, grain)
+    return with_parameters(BakedNetwork(layers, [act] * len(layers)), seed, grain)
+
+
+def with_act(network: BakedNetwork, act: Activation) -> BakedNetwork:
+    """The same layers with another activation."""
+    return replace(network, acts=[act] * len(network.layers))
 
 
 def with_parameters(network: BakedNetwork, seed: int = 0, grain: float = 0.0) -> BakedNetwork:
     """With random parameters of the activation in each layer, if it has any."""
-    act, thetas = network.act, []
-    for i in range(len(network.layers)):
+    acts = []
+    for i, act in enumerate(network.acts):
         width = act_width(network.layers, i)
         n = act.n_parameters(width) if width else 0
         theta = in_grains(normal(network.n_runs, n, seed=100 * seed + 50 + i), grain)
-        thetas.append(act.within(theta, torch.ones(1, 1)))
-    return replace(network, thetas=thetas if any(theta.numel() for theta in thetas) else [])
+        acts.append(act.at(act.within(theta, torch.ones(1, 1))) if n else act)
+    return replace(network, acts=acts)
 
 
 def in_grains(part: torch.Tensor, grain: float) -> torch.Tensor:
@@ -77,7 +82,8 @@ def in_grains(part: torch.Tensor, grain: float) -> torch.Tensor:
 
 def by_hand(*layers: tuple[list[list[float]], list[float]], act: Activation = RELU) -> BakedNetwork:
     """One network from the nested lists of its weights and biases."""
-    return BakedNetwork([Affine(torch.tensor([w]), torch.tensor([[b]])) for w, b in layers], act)
+    affine = [Affine(torch.tensor([w]), torch.tensor([[b]])) for w, b in layers]
+    return BakedNetwork(affine, [act] * len(affine))
 
 
 def residual(
@@ -90,13 +96,14 @@ def residual(
         weight, offset = (normal(1, n, inside, seed=seed + 50 + i + n) for n in (sizes[1], 1))
         t = 2 * (1 - 2.0**-10) / (weight.mT @ weight).abs().sum(dim=2)  # diagonally dominant
         layers.append(Residual(weight.float(), (bias * offset).float(), t.float().unsqueeze(1)))
-    return SLL().prove(with_parameters(BakedNetwork([*layers, *others], act), seed))
+    layers += others
+    return SLL().prove(with_parameters(BakedNetwork(layers, [act] * len(layers)), seed))
 
 
 def free(network: BakedNetwork) -> list[Free]:
     """The layers of a network as free parameters."""
     none = torch.empty(network.n_runs, 0)
-    thetas = network.thetas or [none] * len(network.layers)
+    thetas = [act.theta.expand(network.n_runs, -1) for act in network.acts]
     return [Free(*layer, none, theta) for layer, theta in zip(network.layers, thetas, strict=True)]
 
 

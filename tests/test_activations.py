@@ -244,7 +244,9 @@ def test_lengths_that_are_learned_have_the_unit_of_the_features_so_that_training
     losses = torch.stack([trainer.step() for _ in range(30)])
     torch.testing.assert_close(losses, losses[:, 1:2].expand_as(losses), rtol=1e-9, atol=1e-9)
     first, last = (seen.network for seen in result.seen)
-    assert all(not torch.equal(*thetas) for thetas in zip(first.thetas[:2], last.thetas[:2], strict=True))
+    assert all(
+        not torch.equal(one.theta, other.theta) for one, other in zip(first.acts[:2], last.acts[:2], strict=True)
+    )
     lipschitz = torch.tensor([0.01, 1, 3, 100]).view(-1, 1, 1).double()
     out = last.double(normal(1, 200, 2).expand(4, -1, -1)) / lipschitz
     torch.testing.assert_close(out, out[1:2].expand_as(out), rtol=0, atol=1e-4 * float(out.abs().max()))

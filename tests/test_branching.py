@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from acts import ACTS, Bent, Tripled, Unlisted
-from networks import NORMS, gradient, network, norm_at, pairs, scaled, uniform
+from networks import NORMS, gradient, network, norm_at, pairs, scaled, uniform, with_act
 
 from lipexp.activations import ActiveMap, Elementwise, GroupSort, NActivation, ReLU, as_activation
 from lipexp.measured.gradients import Maximum, norms, scan
@@ -72,7 +71,7 @@ def test_the_rounding_errors_of_a_single_region_grow_with_the_slopes():
     own = branching._network(net)
     for point in uniform(100, 3):
         inputs, _ = net.double.inputs_and_output(point.view(1, 1, -1))
-        z = [layer(x, net.act)[0] for layer, x in zip(net.double.layers[:-1], inputs, strict=False)]
+        z = [layer(x, net.acts[0])[0] for layer, x in zip(net.double.layers[:-1], inputs, strict=False)]
         found = branching._gradients(own, [part.sign() for part in z])
         sides = (part[0, 0].tolist() for part in found)
         for centre, radius, exactly in zip(*sides, gradient(net, point), strict=True):
@@ -101,7 +100,7 @@ def test_bounds_of_boxes_hold_at_all_their_points(name, side):
     assert ((gradients - hull.centre).abs() <= hull.radius).all()
     inputs, _ = net.double.inputs_and_output(x.view(1, -1, 3))
     for layer, received, hidden, state in zip(net.double.layers, inputs, own.hidden, states, strict=False):
-        z, (first, second) = layer(received, net.act)[0].view(100, 50, -1), hidden.pairs.T
+        z, (first, second) = layer(received, net.acts[0])[0].view(100, 50, -1), hidden.pairs.T
         gap = z[..., first] - torch.where(second < 0, 0.0, z[..., second])
         assert (gap.sign() == state.unsqueeze(1))[(state != 0).unsqueeze(1).expand(gap.shape)].all()
 
@@ -177,7 +176,7 @@ def test_what_the_search_is_not_for_is_refused():
     assert why_not_applicable(network(5, 8, 1)) == "is for 4 inputs or fewer"
     assert why_not_applicable(network(2, 8, 2)) == "is for one output"
     for act in (Tripled(), Unlisted(), Mixed(), NActivation(), as_activation(torch.tanh)):
-        assert why_not_applicable(replace(network(2, 8, 1), act=act)) == f"is not for {act.label}"
+        assert why_not_applicable(with_act(network(2, 8, 1), act)) == f"is not for {act.label}"
 
 
 def test_certify_searches_when_it_is_asked_to(lipexp, run):

@@ -1,7 +1,6 @@
 """Exact constants: against rational arithmetic, samples, closed forms, and networks that are awkward."""
 
 import itertools
-from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -24,6 +23,7 @@ from networks import (
     root,
     scaled,
     uniform,
+    with_act,
 )
 from polygons import region_gradients
 
@@ -283,5 +283,5 @@ def test_what_cannot_be_enumerated_is_refused_with_a_reason():
     assert why_not_enumerable(net) is None
     assert why_not_enumerable(network(3, 6, 1)) == "is for one or two inputs"
     for act in (as_activation(torch.tanh), Tripled()):
-        assert why_not_enumerable(replace(net, act=act)) == f"{act.label} does not declare its active linear map"
-    assert why_not_enumerable(replace(net, act=Unlisted())) == "Unlisted does not declare its breakpoints"
+        assert why_not_enumerable(with_act(net, act)) == f"{act.label} does not declare its active linear map"
+    assert why_not_enumerable(with_act(net, Unlisted())) == "Unlisted does not declare its breakpoints"

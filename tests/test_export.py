@@ -15,7 +15,7 @@ import pytest
 import torch
 from acts import ACTS
 from commands import content, edit, elsewhere, metrics
-from networks import groups_of, network, normal, residual, slopes_of
+from networks import groups_of, network, normal, residual, slopes_of, with_act
 
 from lipexp.activations import Householder, LipschitzSpline, NActivation, ReLU, Tanh
 from lipexp.datasets.preprocessing import Column, Preprocessing, Target
@@ -255,7 +255,7 @@ def with_an_ulp_more(one: BakedNetwork) -> BakedNetwork:
 
 
 WRONG = {
-    "another activation": (lambda one: replace(one, act=ReLU()), "its outputs differ from the run's by "),
+    "another activation": (lambda one: with_act(one, ReLU()), "its outputs differ from the run's by "),
     "a weight of one ulp more": (with_an_ulp_more, "its weights are not those of model.pt"),
 }
 

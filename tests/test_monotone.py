@@ -34,7 +34,7 @@ def directed(kind, directions, *, name="maxmin", lipschitz=2.0, hidden=(6, 6), s
     constraint.signs = torch.tensor(directions, dtype=torch.float32)
     start = network(len(directions), *hidden, 1, act=ACTS[name], seed=seed, bias=1.0)
     layers = [layer._replace(weight=4 * layer.weight) for layer in free(start)]
-    return constraint, constraint.bake(layers, start.act)
+    return constraint, constraint.bake(layers, start.acts[0])
 
 
 def proof(constraint, net, method=None, measured=0.0):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from acts import PIECEWISE, Unlisted
-from networks import by_hand, degenerate, dot, generator, local_map, network, norm_at, normal, residual
+from networks import by_hand, degenerate, dot, generator, local_map, network, norm_at, normal, residual, with_act
 
 from lipexp.activations import GroupSort, ReLU, as_activation
 from lipexp.blocks import Affine, Residual, inputs_and_output
@@ -30,7 +30,7 @@ def sequential(network, run):
     for weight, bias in network.layers:
         linear = torch.nn.Linear(weight.shape[2], weight.shape[1], dtype=weight.dtype)
         linear.load_state_dict({"weight": weight[run], "bias": bias[run, 0]})
-        parts += [linear, network.act]
+        parts += [linear, network.acts[0]]
     return torch.nn.Sequential(*parts[:-1])
 
 
@@ -68,7 +68,7 @@ def test_a_network_knows_its_shape_its_norms_and_what_each_layer_receives():
     inputs, out = baked.inputs_and_output(x)
     assert inputs[0] is x
     for i, received in enumerate(inputs):
-        rest = replace(baked, layers=baked.layers[i:])
+        rest = replace(baked, layers=baked.layers[i:], acts=baked.acts[i:])
         torch.testing.assert_close(rest(received), out, rtol=1e-13, atol=1e-13)
     baked.layers[2].bias[1, 0, 0] = math.nan
     assert [baked.is_finite(run) for run in range(RUNS)] == [True, False, True]
@@ -155,7 +155,7 @@ def test_zeros_and_all_magnitudes_keep_their_digits():
 
 def test_a_point_on_a_border_is_in_no_region():
     baked = by_hand(([[1.0, 0.0], [0.0, 1.0]], [0.0, -0.5]), ([[1.0, 1.0]], [0.0]))
-    maxmin = replace(baked, act=GroupSort())
+    maxmin = with_act(baked, GroupSort())
     for point in ([0.0, 3.0], [1.0, 0.5], [1.0, 3.0], [1.0, 1.5]):
         assert (baked.linear_region(np.array(point)) is None) == (point[0] == 0 or point[1] == 0.5)
         assert (maxmin.linear_region(np.array(point)) is None) == (point == [1.0, 1.5])
@@ -173,13 +173,13 @@ def test_features_that_cross_make_a_border_beside_those_that_are_equal():
     baked.layers[0].weight[0, 5], baked.layers[0].bias[0, 0, 5] = torch.tensor([1.0, -1.0]), 0
     crossing = {ReLU(): False, GroupSort(n_groups=1): False, GroupSort(group_size=3): True}  # 0, or feature 2
     for act, is_inside in crossing.items():
-        tied = replace(baked, act=act)
+        tied = with_act(baked, act)
         assert (tied.linear_region(np.array([0.5, 0.5])) is not None) == is_inside
         assert tied.linear_region(np.array([0.5, 0.25])) is not None
 
 
 def test_ties_are_borders_where_breakpoints_are_not_known():
-    assert replace(degenerate(network(2, 6, 6, 1)), act=Unlisted()).linear_region(np.array([0.5, 0.25])) is None
+    assert with_act(degenerate(network(2, 6, 6, 1)), Unlisted()).linear_region(np.array([0.5, 0.25])) is None
 
 
 def test_numbers_that_are_not_finite_have_no_region():
@@ -196,7 +196,7 @@ def test_a_residual_layer_is_the_map_that_it_says_with_no_activation_beside_it()
     layers = [
         type(a)(*map(torch.cat, zip(a, b, strict=True))) for a, b in zip(one.layers, other.layers, strict=True)
     ]
-    both, x = BakedNetwork(layers, ReLU()), normal(2, BATCH, 2).float()
+    both, x = BakedNetwork(layers, [ReLU()] * len(layers)), normal(2, BATCH, 2).float()
     assert (both.hidden_widths, both.is_plain) == ([8, 8, 8, 4], False)
     h = x @ layers[0].weight.mT + layers[0].bias
     for layer in layers[1:3]:

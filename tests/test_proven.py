@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from acts import ACTS, RELU
-from networks import EACH_LIPSCHITZ, NORMS, SEVERAL, by_hand, generator, network, normal, scaled
+from networks import EACH_LIPSCHITZ, NORMS, SEVERAL, by_hand, generator, network, normal, scaled, with_act
 
 from lipexp import proven
 from lipexp.activations import GroupSort, as_activation
@@ -241,6 +241,6 @@ class Softer(torch.nn.ReLU):
 
 def test_a_class_that_declares_its_slopes_gains_from_them():
     net = network(3, 8, 8, 1)
-    found = prove(of_network(replace(net, act=as_activation(Softer())), Unconstrained(), measured=0.01))
+    found = prove(of_network(with_act(net, as_activation(Softer())), Unconstrained(), measured=0.01))
     assert found.method == "lipsdp"
     assert found.value == pytest.approx(lipsdp(net)[0] / 4, rel=1e-3)  # of two layers

@@ -163,7 +163,7 @@ def test_the_errors_of_residual_layers_are_bounded_in_any_order_of_summation(nam
                 terms = [np.append(row * h, b) for row, b in zip(rows, offset, strict=True)]
                 z = np.array([summed(one, rng.permutation(len(one))) for one in terms])
                 if layer.is_residual:
-                    a = layer.t[0, 0].numpy() * net.act(torch.from_numpy(z)).numpy()
+                    a = layer.t[0, 0].numpy() * net.acts[0](torch.from_numpy(z)).numpy()
                     terms = [np.append(-row * a, v) for row, v in zip(weight, h, strict=True)]
                     z = np.array([summed(one, rng.permutation(len(one))) for one in terms])
                 h = z
@@ -177,7 +177,8 @@ def opposed(offset, weight=1.0, t=0.5, more=()):
     """Of one feature: x - t w (relu(w x + offset) - relu(-w x + offset)), then `more` residual layers."""
     one = torch.ones(1, 1, 1)
     pair = Residual(torch.tensor([[[weight, -weight]]]), torch.full((1, 1, 2), offset), torch.full((1, 1, 2), t))
-    return BakedNetwork([Affine(one, 0 * one), pair, *more, Affine(one, 0 * one)], ReLU())
+    layers = [Affine(one, 0 * one), pair, *more, Affine(one, 0 * one)]
+    return BakedNetwork(layers, [ReLU()] * len(layers))
 
 
 def test_what_a_residual_layer_loses_is_counted_and_kept_through_the_next():
@@ -198,7 +199,7 @@ def test_a_residual_layer_loses_what_underflows_and_has_no_bound_where_it_overfl
     """t act(z) = 2^-152 becomes 0, and W would have made 2^-132 of it; 2^130 is beyond float32, and cancels."""
     alone = Residual(*(torch.full((1, 1, 1), number) for number in (2.0**20, 0.0, 2.0**-40)))
     one = torch.ones(1, 1, 1)
-    net = SLL().prove(BakedNetwork([Affine(one, 0 * one), alone, Affine(one, 0 * one)], ReLU()))
+    net = SLL().prove(BakedNetwork([Affine(one, 0 * one), alone, Affine(one, 0 * one)], [ReLU()] * 3))
     x = torch.tensor([[2.0**-132]]).double()
     bound, (f,) = float32_error(net, followed(net, x), np.zeros(1)).item(), Network(net)(x.float())[0].tolist()
     assert 2.0**-132 <= abs(Fraction(f) - value(net, x[0])) <= bound < 2.0**-125

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from acts import ACTS, Bent, Descending, Tripled
-from networks import NORMS, by_hand, network, normal, pattern_power, root
+from networks import NORMS, by_hand, network, normal, pattern_power, root, with_act
 
 from lipexp.activations import Abs, GroupSort, ReLU, as_activation
 from lipexp.blocks import Affine
@@ -36,7 +36,7 @@ class Falling(torch.nn.Module):
     ],
 )
 def test_an_example_by_hand(act, q, expected):
-    net = replace(EXAMPLE, act=act)
+    net = with_act(EXAMPLE, act)
     assert why_not_applicable(net) is None
     assert expected <= bound(net, q, 2) <= expected * (1 + 1e-13)
 
@@ -67,7 +67,7 @@ def test_the_bound_of_several_outputs_holds_in_the_norms_of_both_chains(name):
 
 def test_an_activation_counts_for_what_it_declares_of_its_own_map():
     for act in (Tripled(), as_activation(torch.tanh)):
-        assert why_not_applicable(replace(EXAMPLE, act=act)) == f"{act.label} neither declares slopes nor sorts"
+        assert why_not_applicable(with_act(EXAMPLE, act)) == f"{act.label} neither declares slopes nor sorts"
 
 
 def test_what_has_no_gradient_adds_nothing_and_what_underflows_does_not_become_zero():

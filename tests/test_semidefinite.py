@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from acts import Bent, Tripled
-from networks import dot, network, normal, pairs, pattern_power, root, scaled
+from networks import dot, network, normal, pairs, pattern_power, root, scaled, with_act
 
 from lipexp.activations import Abs, GroupSort, LeakyReLU, NActivation, ReLU, as_activation
 from lipexp.blocks import Affine
@@ -99,7 +99,7 @@ def test_the_matrix_of_a_bound_is_semidefinite_in_rational_arithmetic(exact, mon
 def test_the_matrix_of_every_pair_is_semidefinite_in_rational_arithmetic(exact, shape, slopes):
     """That of the network whose last row is the difference, with the multipliers of the whole network."""
     net = network(*shape, act=ACTS[slopes], grain=2.0**-10)
-    reduced, own = Reduced.of(net), net.act.slopes
+    reduced, own = Reduced.of(net), net.acts[0].slopes
     found = lipsdp(net)[1]
     for multipliers, used, bounds in (
         (reduced.closed, RELU, bounds_of_pairs(net)),
@@ -239,7 +239,7 @@ def test_a_search_that_is_stopped_early_still_proves_a_bound():
     assert best * 1.01 < lipsdp(net, enough=1.3 * best)[0] <= 1.3 * best
     assert best * 1.01 < stopped <= eclipse(net)
     # The search for leaky_relu starts above the bound of ECLipsE, which is its own all the same.
-    assert lipsdp(replace(net, act=LeakyReLU(0.2)), seconds=1e-9)[0] == eclipse(net)
+    assert lipsdp(with_act(net, LeakyReLU(0.2)), seconds=1e-9)[0] == eclipse(net)
 
 
 def closed_form(net):
@@ -296,12 +296,12 @@ def test_matrices_that_take_gigabytes_are_not_made(monkeypatch):
 
 def test_what_the_bounds_do_not_cover_is_refused():
     net = network(2, 4, 1)
-    assert [why_not_applicable(replace(net, act=act), 2) for act in ACTS.values()] == [None] * 3
+    assert [why_not_applicable(with_act(net, act), 2) for act in ACTS.values()] == [None] * 3
     assert [why_not_applicable(network(2, 4, 3), 2, h) for h in (2, math.inf)] == [None] * 2
     assert why_not_applicable(network(2, 4, 3), 2, 1) == "bounds several outputs in the 2-norm only"
     for q in (1.0, math.inf):
         assert why_not_applicable(net, q) == "bounds the 2-norm of gradients only"
     for act in (Abs(), NActivation()):
-        assert why_not_applicable(replace(net, act=act), 2) == f"needs slopes in [0, 1]; {act.label} has [-1, 1]"
+        assert why_not_applicable(with_act(net, act), 2) == f"needs slopes in [0, 1]; {act.label} has [-1, 1]"
     for act in (GroupSort(), as_activation(torch.nn.Tanh()), Tripled()):
-        assert why_not_applicable(replace(net, act=act), 2) == f"{act.label} declares no slopes"
+        assert why_not_applicable(with_act(net, act), 2) == f"{act.label} declares no slopes"

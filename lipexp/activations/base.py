@@ -83,7 +83,7 @@ class Activation(nn.Module):
     """
 
     norms: Collection[float] = frozenset()
-    theta: Tensor  # (K, n) its own parameters, if it has any
+    theta: Tensor = torch.empty(1, 0)  # (K, n) its own parameters
 
     @property
     def slopes(self) -> tuple[float, float] | None:
@@ -135,6 +135,12 @@ class Activation(nn.Module):
             theta: the name of its parameters (n,).
         """
         return None
+
+    def lipschitz(self, p: float) -> float | None:
+        """A proven Lipschitz constant in the p-norm, as `norms` and `slopes` say; None: they say nothing."""
+        steepest = math.inf if self.slopes is None else max(map(abs, self.slopes))
+        constant = min(1.0, steepest) if p in self.norms else steepest
+        return constant if math.isfinite(constant) else None
 
     def check_width(self, width: int) -> None:
         """Raise ConfigError if a layer of `width` features does not suit."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from lipexp.activations import Activation
 from lipexp.blocks import Affine, Block
 from lipexp.config import ConfigError
-from lipexp.constraints.norms import OperatorNorm, toward_zero
+from lipexp.constraints.norms import OperatorNorm, proven_norm, toward_zero
 from lipexp.models import Free, Layout, Shapes
 from lipexp.networks import BakedNetwork
 from lipexp.norms import dual, even_split
@@ -79,7 +79,8 @@ class Constraint(ABC):
 
     def names(self, layers: Sequence[Block]) -> tuple[str, ...]:
         """What the norm of each layer is called."""
-        return tuple(norm.name for norm in self.norms(len(layers)))
+        norms = zip(self.norms(len(layers)), layers, strict=True)
+        return tuple("residual layer" if layer.is_residual else norm.name for norm, layer in norms)
 
     def check(self, act: Activation, name: str) -> None:
         """Raise ConfigError if the activation `act`, called `name` in the configuration, breaks the bound."""
@@ -204,14 +205,14 @@ class Constraint(ABC):
         scale = torch.ones(1, dtype=torch.float64) if bound is None else bound
         free = [layer.theta.detach().cpu().double() for layer in layers]
         thetas = [theta.float() for theta in self._thetas(free, depths, act, scale)]
-        linear = None if linear is None else linear.expand(runs, -1, -1)
-        return BakedNetwork(blocks, act, linear=linear, thetas=thetas)
+        acts = [act.at(theta) for theta in thetas] or [act] * len(layers)
+        return BakedNetwork(blocks, acts, linear=None if linear is None else linear.expand(runs, -1, -1))
 
     def prove(self, network: BakedNetwork) -> BakedNetwork:
         """`network` with the norms of its layers proven from the stored numbers; inf for those of a broken run."""
         finite = [network.is_finite(run) for run in range(network.n_runs)]
         norms = [
-            [norm.proven(layer.weight[run]) if finite[run] else math.inf for run in range(network.n_runs)]
+            [proven_norm(norm, layer, run) if finite[run] else math.inf for run in range(network.n_runs)]
             for norm, layer in zip(self.norms(len(network.layers)), network.layers, strict=True)
         ]
         return replace(network, norms=norms)

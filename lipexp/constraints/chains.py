@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
 from lipexp.config import lipschitz_constant, norm_order
 from lipexp.constraints.base import Constraint
-from lipexp.constraints.norms import ColumnNorm, FrobeniusNorm, OperatorNorm, ProjectedRows, RowNorm, SpectralNorm
+from lipexp.constraints.norms import (
+    AnyNorm,
+    ColumnNorm,
+    FrobeniusNorm,
+    OperatorNorm,
+    ProjectedRows,
+    RowNorm,
+    SpectralNorm,
+)
 
 
 class Unconstrained(Constraint):
-    """No bound: parameters are the weights. The constant is measured and certified for p = 2."""
+    """No bound: parameters are the weights. The constant is measured and certified for the norm p.
+
+    Several outputs are measured in the 2-norm for p = 2, else each by itself.
+
+    Args:
+        p: the norm in which inputs move: 1, 2 or inf.
+        hidden_p: that of the hidden spaces, for the product of norms; 2 for p = 2 by default, else inf.
+    """
+
+    def __init__(self, p: float | str = 2, hidden_p: float | None = None) -> None:
+        self.p = norm_order("p", p)
+        self.hidden_p = hidden_p or (2.0 if self.p == 2 else math.inf)
+
+    @property
+    def output_p(self) -> float:
+        return 2.0 if self.p == 2 else math.inf
 
     def norms(self, n_layers: int) -> Sequence[OperatorNorm]:
-        return [SpectralNorm()] * n_layers
+        spaces = [self.p, *[self.hidden_p] * (n_layers - 1), self.output_p]
+        return [AnyNorm(p, h) for p, h in itertools.pairwise(spaces)]
 
 
 class Spectral(Constraint):

@@ -5,14 +5,17 @@ Shapes: K runs, weights (K, out, in).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lipexp.norms import row_norm_bound, spectral_norm_bound
+from lipexp.blocks import Affine, Block
+from lipexp.norms import UNIT_ROUNDOFF, is_semidefinite, operator_norm_bound, row_norm_bound, spectral_norm_bound
 
 # A spectral norm is scaled to just below its bound before it is rounded to float32: rounding can raise it by some
 # 1e-7, and rounding toward zero would not help, since smaller entries can make a larger spectral norm.
@@ -72,6 +75,48 @@ class OperatorNorm(ABC):
                 shrink *= 2
             norms.append(norm)
         return baked, norms
+
+
+def proven_norm(norm: OperatorNorm, layer: Block, run: int) -> float:
+    """A proven upper bound on the norm of one layer of one network.
+
+    A residual layer is 1-Lipschitz in the 2-norm, for slopes in [0, 1], or nothing is proven of it: inf.
+    """
+    if isinstance(layer, Affine):
+        return norm.proven(layer.weight[run])
+    return 1.0 if is_contraction(layer.weight[run], layer.t[run, 0]) else math.inf
+
+
+def is_contraction(weight: Tensor, t: Tensor) -> bool:
+    """Whether 2 diag(1/t) - W^T W is proven positive semidefinite, for float32 numbers W (H, M) and t (M,) > 0.
+
+    Each entry of W^T W is a sum of H products that are exact in float64, off by at most gamma_H times the sum of
+    their sizes; `is_semidefinite` allows for twice the error that it is given.
+    """
+    matrix, rates = weight.double().numpy(), t.double().numpy()
+    if not (np.isfinite(matrix).all() and np.isfinite(rates).all() and (rates > 0).all()):
+        return False
+    gram = matrix.T @ matrix
+    error = (len(matrix) + 4) * UNIT_ROUNDOFF * (np.abs(matrix).T @ np.abs(matrix)) + 2.0**-1000
+    diagonal = np.diag(np.nextafter(2 / rates, 0))
+    return is_semidefinite(diagonal - gram, error + UNIT_ROUNDOFF * np.abs(diagonal - gram))
+
+
+class AnyNorm(OperatorNorm):
+    """The operator norm p -> h of a layer that is not bounded, or a bound on it; see `operator_norm_bound`."""
+
+    def __init__(self, p: float, h: float) -> None:
+        self.p, self.h = p, h
+        self.name = SpectralNorm.name if p == h == 2 else f"norm {p:g} -> {h:g}"
+
+    def within_one(self, weight: Tensor, state: None) -> Tensor:
+        return weight
+
+    def scaled(self, weight: Tensor, bound: Tensor) -> Tensor:
+        return weight
+
+    def proven(self, weight: Tensor) -> float:
+        return operator_norm_bound(weight.numpy(), self.p, self.h)
 
 
 class RowNorm(OperatorNorm):

@@ -5,14 +5,11 @@ Shapes: K runs, weights (K, out, in), biases (K, 1, out).
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,11 +17,16 @@ from lipexp.activations import Activation
 from lipexp.blocks import Affine, Block, Residual
 from lipexp.constraints.base import check_slopes
 from lipexp.constraints.chains import Spectral
-from lipexp.constraints.norms import SPECTRAL_SHRINK, OperatorNorm, SpectralNorm, spectral_norm_estimate
+from lipexp.constraints.norms import (
+    SPECTRAL_SHRINK,
+    OperatorNorm,
+    SpectralNorm,
+    is_contraction,
+    spectral_norm_estimate,
+)
 from lipexp.constraints.orthogonal import PolarFactor
 from lipexp.models import Free, Layout, Shapes
 from lipexp.networks import BakedNetwork
-from lipexp.norms import UNIT_ROUNDOFF, is_semidefinite
 
 SMALLEST = 1e-30  # of 2 / t
 FARTHEST = 20.0  # a learnt scale is within exp(-20) and exp(20), so that float32 holds what is made of it
@@ -73,9 +75,6 @@ class ResidualLayers(Spectral):
     def layer_norm(self) -> OperatorNorm:
         return PolarFactor("newton_schulz", 4)
 
-    def names(self, layers: Sequence[Block]) -> tuple[str, ...]:
-        return tuple("residual layer" if layer.is_residual else SpectralNorm.name for layer in layers)
-
     def depths(self, layers: Sequence[Free]) -> Sequence[int]:
         return [*accumulate(int(not residual) for residual in _residual(layers))]
 
@@ -121,25 +120,11 @@ class ResidualLayers(Spectral):
                 blocks.append(Affine(self.layer_norm().bake(weight, bound)[0], bias))
         return self.prove(self.baked(blocks, layers, act))
 
-    def prove(self, network: BakedNetwork) -> BakedNetwork:
-        norms = []
-        for layer in network.layers:
-            finite = [bool(torch.isfinite(layer.weight[run]).all()) for run in range(network.n_runs)]
-            norms.append([_proven(layer, run) if finite[run] else math.inf for run in range(network.n_runs)])
-        return replace(network, norms=norms)
-
 
 def _residual(layers: Sequence[Free]) -> list[bool]:
     """Whether each layer is a residual one: between the ends, no affine layer leads from one width to the same."""
     inside = [layer.weight.shape[1] == layer.weight.shape[2] for layer in layers[1:-1]]
     return [False, *inside, False][: len(layers)]
-
-
-def _proven(layer: Block, run: int) -> float:
-    """The proven norm of one layer of one network, for slopes in [0, 1]; inf where there is no proof."""
-    if isinstance(layer, Affine):
-        return SpectralNorm().proven(layer.weight[run])
-    return 1.0 if _is_contraction(layer.weight[run], layer.t[run, 0]) else math.inf
 
 
 def _largest_t(weight: Tensor, half: Tensor) -> Tensor:
@@ -151,25 +136,10 @@ def _largest_t(weight: Tensor, half: Tensor) -> Tensor:
     shrink = 1 - SPECTRAL_SHRINK
     while shrink < 0.5:
         t = (2 * (1 - shrink) / half.clamp_min(SMALLEST)).float()
-        if _is_contraction(weight, t[0]):
+        if is_contraction(weight, t[0]):
             return t
         shrink *= 2
     raise ArithmeticError("no residual layer of norm 1 could be proven")
-
-
-def _is_contraction(weight: Tensor, t: Tensor) -> bool:
-    """Whether 2 diag(1/t) - W^T W is proven positive semidefinite, for float32 numbers W (H, M) and t (M,) > 0.
-
-    Each entry of W^T W is a sum of H products that are exact in float64, off by at most gamma_H times the sum of
-    their sizes; `is_semidefinite` allows for twice the error that it is given.
-    """
-    matrix, rates = weight.double().numpy(), t.double().numpy()
-    if not (np.isfinite(matrix).all() and np.isfinite(rates).all() and (rates > 0).all()):
-        return False
-    gram = matrix.T @ matrix
-    error = (len(matrix) + 4) * UNIT_ROUNDOFF * (np.abs(matrix).T @ np.abs(matrix)) + 2.0**-1000
-    diagonal = np.diag(np.nextafter(2 / rates, 0))
-    return is_semidefinite(diagonal - gram, error + UNIT_ROUNDOFF * np.abs(diagonal - gram))
 
 
 class SLL(ResidualLayers):

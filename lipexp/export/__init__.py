@@ -246,7 +246,7 @@ def compare_weights(read: Read, network: BakedNetwork, constraint: Constraint, i
     known, found = network.state_dict(), read.state
     if known.keys() != found.keys() or not all(torch.equal(part, found[name]) for name, part in known.items()):
         raise Unequal("its weights are not those of model.pt")
-    again = constraint.prove(BakedNetwork.from_state_dict(found, network.act))
+    again = constraint.prove(BakedNetwork.from_state_dict(found, network.acts[0]))
     nowhere = torch.zeros(network.n_inputs, dtype=torch.float64)  # the product of norms holds everywhere
     chain = Chain.of(constraint, network.layers)
     bound = prove_quickly(Problem(again, chain, (nowhere, nowhere), Maximum(0.0, ()), max_regions=0)).value

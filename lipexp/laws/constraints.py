@@ -94,8 +94,8 @@ def training_works_with_what_is_baked(subject: Subject) -> str | None:
             if off > 2e-5:
                 raise Broken(f"{name} of layer {i} differs by {off:.3g} of its largest entry")
     acts = runs.constraint.acts(layers, runs.act)
-    for i, theta in enumerate(network.thetas):
-        if not torch.allclose(acts[i].theta, theta, rtol=2e-5, atol=0):
+    for i, act in enumerate(network.acts):
+        if not torch.allclose(acts[i].theta, act.theta, rtol=2e-5, atol=0):
             raise Broken(f"the activation of layer {i} has other parameters")
     return None
 

@@ -68,11 +68,12 @@ def combined(network: BakedNetwork, along: Tensor) -> BakedNetwork:
     """The networks u^T f of one output, for u (K, 1, C), in float64."""
     if network.n_outputs == 1:
         return network
-    layers, last = network.double.layers, network.double.layers[-1]
+    double = replace(network.double, norms=())
+    *hidden, last = double.layers
     if last.is_residual:  # no activation stands behind it
         added = Affine(along, along.new_zeros(len(along), 1, 1))
-        return replace(network, layers=[*layers, added], norms=())
-    return replace(network, layers=[*layers[:-1], Affine(along @ last.weight, last.bias @ along.mT)], norms=())
+        return replace(double, layers=[*hidden, last, added], acts=[*double.acts, double.acts[-1]])
+    return replace(double, layers=[*hidden, Affine(along @ last.weight, last.bias @ along.mT)])
 
 
 def steepest(network: BakedNetwork, points: Points, run: int, q: float, h: float = math.inf) -> dict[str, Maximum]:

@@ -146,7 +146,7 @@ def largest(
     candidates = [i for i in values.topk(min(_CANDIDATES, len(values))).indices.tolist() if values[i] >= 0]
     if not candidates:
         return None
-    if not network.act.is_piecewise_linear:
+    if not network.is_piecewise_linear:
         return _estimate(network, points[candidates[0]], q, h)
     best = None
     for i in candidates:

@@ -89,8 +89,9 @@ def why_not_applicable(network: BakedNetwork) -> str | None:
         return f"is for {DIMS} inputs or fewer"
     if network.n_outputs != 1:
         return "is for one output"
-    if not network.act.is_piecewise_linear or any(hidden is None for hidden in _hidden(network)):
-        return f"is not for {network.act.label}"
+    for (_, act), hidden in zip(network.placed, _hidden(network), strict=True):
+        if hidden is None:
+            return f"is not for {act.label}"
     return None
 
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lipexp.blocks import Block
-from lipexp.constraints import Constraint
+from lipexp.constraints import Constraint, Unconstrained
 from lipexp.inequality import Array
 from lipexp.measured.gradients import Maximum
 from lipexp.networks import BakedNetwork
-from lipexp.norms import product_bound
+from lipexp.norms import from_two_norm, product_bound
 from lipexp.proven import branching, rows, semidefinite
 from lipexp.proven.regions import Constants, TooLarge, TooManyRegions, constants, why_not_enumerable
 
@@ -68,6 +68,26 @@ class Chain:
             constraint.names(layers),
         )
 
+    @classmethod
+    def without_bound(cls, network: BakedNetwork, p: float) -> tuple[BakedNetwork, Chain]:
+        """The chain p -> h -> ... -> h with the smallest product of norms, and the network with these norms.
+
+        Whatever the network was trained under, nothing is asked of its constant. Residual layers have a norm in
+        the 2-norm alone.
+
+        Args:
+            network: K = 1.
+        """
+        spaces = (2.0, math.inf, 1.0) if network.is_plain else (2.0,)
+        found: list[tuple[float, int, BakedNetwork, Chain]] = []
+        for h in spaces:
+            constraint, constants = Unconstrained(p, h), network.act_constants(h)
+            proven = constraint.prove(network)
+            known = [] if constants is None else [*(norm for (norm,) in proven.norms), *constants]
+            product = product_bound(known) if known else math.inf
+            found.append((product, len(found), proven, cls.of(constraint, network.layers)))
+        return min(found)[2:]
+
     def bound_of(self, layer: Block) -> float | None:
         """The norm that a layer may have; None: it has no bound of its own."""
         return 1.0 if layer.is_residual else self.layer_bound
@@ -88,27 +108,35 @@ class Problem(NamedTuple):
 
 
 def by_product(problem: Problem) -> Proof:
-    """The product of the layers' norms, for activations that are 1-Lipschitz in the norm of the hidden spaces.
+    """The product of the layers' norms and the activations' constants, in the norm of the hidden spaces.
 
     The norm of a residual layer is proven for slopes in [0, 1].
     """
     reason = semidefinite.why_no_residual_norms(problem.network)
     if reason is not None:
         return Proof(None, reason)
-    if problem.chain.hidden_p not in problem.network.act.norms:
+    constants = problem.network.act_constants(problem.chain.hidden_p)
+    if constants is None:
         return Proof(None, f"the activation declares no bound in the {problem.chain.hidden_p:g}-norm")
-    return Proof(product_bound([norm for (norm,) in problem.network.norms]))
+    return Proof(product_bound([*(norm for (norm,) in problem.network.norms), *constants]))
 
 
 def by_multipliers(problem: Problem) -> Proof:
-    """What the constraint has proven of the network as a whole, for slopes in [0, 1], by its own multipliers."""
-    whole = problem.network.whole
+    """What the constraint has proven of the network as a whole, for slopes in [0, 1], by its own multipliers.
+
+    It is a bound in the 2-norm, which is converted to others; see `from_two_norm`.
+    """
+    network, chain = problem.network, problem.chain
+    whole = network.whole
     if not whole:
         return Proof(None, "the network has no multipliers of its own")
-    reason = semidefinite.why_no_slopes(problem.network.act)
+    reasons = [semidefinite.why_no_slopes(act) for _, act in problem.network.placed]
+    reason = next(filter(None, reasons), None)
     if reason is None and math.isinf(whole[0]):
         reason = "they prove nothing of the stored weights"
-    return Proof(None, reason) if reason else Proof(whole[0])
+    if reason is not None:
+        return Proof(None, reason)
+    return Proof(from_two_norm(whole[0], chain.p, network.n_inputs, chain.output_p, network.n_outputs))
 
 
 def by_regions(problem: Problem) -> Proof:

@@ -68,7 +68,7 @@ def pair_constants(network: BakedNetwork, certificate: Certificate) -> Pairs:
     joint = min(product_bound([value, _apart(name, chain)]) for name, value in proven.items())
     found = {"joint": np.full(len(first), joint)}
     if "product" in proven:
-        found["product"] = _products(network, difference, _space(network, chain))
+        found["product"] = _products(network, difference, chain)
     if "rows" in proven:
         found["rows"] = following.through(rounded, following.before_last(network, chain.q), chain.q)
     regions = proofs["exact"].constants if "exact" in proven else None
@@ -79,7 +79,7 @@ def pair_constants(network: BakedNetwork, certificate: Certificate) -> Pairs:
     kept, exponent = integers(rounded)
     for name in proven.keys() & {"eclipse", "lipsdp"} if "product" in proven else ():
         bounds = semidefinite.bounds_of_pairs(network, proofs[name].multipliers, seconds)
-        lost = _products(network, add(difference, (-kept, exponent)), _space(network, chain))
+        lost = _products(network, add(difference, (-kept, exponent)), chain)
         found[name] = np.nextafter(bounds + lost, math.inf)
     # What overflows proves nothing.
     names, bounds = np.array([*found]), np.nan_to_num(np.stack([*found.values()]), nan=math.inf, posinf=math.inf)
@@ -109,10 +109,10 @@ def feature_constants(network: BakedNetwork, certificate: Certificate, pairs: Pa
         bounds[0][:] = pairs.constants[np.triu_indices(network.n_outputs, 1)][:, None]
     if network.is_plain and following.why_not_applicable(network) is None:
         bounds.append(following.through(rounded, following.before_last(network, None), None))
-    if chain.hidden_p in network.act.norms and len(layers) > 1:
+    if network.act_constants(chain.hidden_p) is not None and len(layers) > 1:
         weight, exponent = integers(layers[0].weight[0].numpy())
         columns = np.array([norm_above(column, exponent, chain.hidden_p) for column in weight.T])
-        lengths = _products(network, exact, chain.hidden_p, skipped=1)
+        lengths = _products(network, exact, chain, skipped=1)
         with np.errstate(over="ignore", invalid="ignore"):
             bounds.append(np.nextafter(np.outer(lengths, columns), math.inf) * np.outer(lengths > 0, columns > 0))
     found = np.fmin.reduce(bounds)
@@ -145,13 +145,14 @@ def _apart(method: str, chain: Chain) -> float:
     return norm_above(np.array([1, -1]), 0, dual(h))
 
 
-def _space(network: BakedNetwork, chain: Chain) -> float:
-    """The norm in which what the last layer is given moves."""
-    return chain.p if len(network.layers) == 1 else chain.hidden_p
+def _products(network: BakedNetwork, rows: Exact, chain: Chain, skipped: int = 0) -> Floats:
+    """(M,) ||row||_h* times the norms of all layers but the last, and but the first `skipped`.
 
-
-def _products(network: BakedNetwork, rows: Exact, h: float, skipped: int = 0) -> Floats:
-    """(M,) ||row||_h* times the norms of all layers but the last, and but the first `skipped`."""
-    hidden = product_bound(norm for (norm,) in network.norms[skipped:-1])
+    h is the norm in which what the last layer is given moves. The activations must have constants in it.
+    """
+    h = chain.p if len(network.layers) == 1 else chain.hidden_p
+    constants = network.act_constants(h)
+    assert constants is not None
+    hidden = product_bound([*(norm for (norm,) in network.norms[skipped:-1]), *constants])
     lengths = (norm_above(row, rows[1], dual(h)) for row in rows[0])
     return np.array([product_bound([hidden, length]) for length in lengths])

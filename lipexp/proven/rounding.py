@@ -44,17 +44,18 @@ FLOAT32 = Arithmetic(2.0**-24, 2.0**-149, 2.0**127)
 def why_no_radii(network: BakedNetwork) -> str | None:
     """Why no radius can be proven for the network, whatever its Lipschitz constant; None if one can."""
     if _spread(network) is None:
-        return f"{network.act.label} declares neither norms nor slopes, which would bound its rounding errors"
+        labels = ", ".join(dict.fromkeys(act.label for _, act in network.placed))
+        return f"{labels}: neither norms nor slopes bound the rounding errors"
     return semidefinite.why_no_residual_norms(network)
 
 
 def why_no_float32(network: BakedNetwork) -> str | None:
     """Why no radius can be proven for an evaluation in float32, where `why_no_radii` is None; None if one can."""
-    act = network.act
-    if not _has_linear_maps(act):
-        return f"nothing is known about the rounding errors of {act.label} in float32"
-    if network.is_plain and math.inf not in act.norms:
-        return f"{act.label} declares no bound in the inf-norm, in which rounding errors are followed"
+    for _, act in network.placed:
+        if not _has_linear_maps(act):
+            return f"nothing is known about the rounding errors of {act.label} in float32"
+        if network.is_plain and math.inf not in act.norms:
+            return f"{act.label} declares no bound in the inf-norm, in which rounding errors are followed"
     return None
 
 
@@ -64,18 +65,17 @@ def _has_linear_maps(act: Activation) -> bool:
 
 
 def _spread(network: BakedNetwork) -> tuple[float, float] | None:
-    """(h, c): the norm h in which errors are followed, and by how much the activation may enlarge them in it.
+    """(h, c): the norm h in which errors are followed, and by how much an activation may enlarge them in it.
 
     It is the 2-norm for residual layers, which enlarge nothing in it, and need slopes in [0, 1] for that.
     """
-    act = network.act
     if not network.is_plain:
         return 2.0, 1.0
-    if math.inf in act.norms:
-        return math.inf, 1.0
-    if act.slopes is not None:
-        return math.inf, max(map(abs, act.slopes))
-    return (max(act.norms), 1.0) if act.norms else None
+    for h in (math.inf, 2.0, 1.0):
+        constants = network.act_constants(h)
+        if constants is not None:
+            return h, max(constants, default=1.0)
+    return None
 
 
 def evaluate(network: BakedNetwork, x: Tensor) -> tuple[FloatArray, FloatArray]:
@@ -113,7 +113,8 @@ def float32_error(
         radius: (N,).
     """
     proven = [norm for (norm,) in network.norms]
-    if network.is_plain and not set(network.act.norms) >= ALL_NORMS:  # it may lack that of the hidden spaces
+    norms = [set(act.norms) for _, act in network.placed]
+    if network.is_plain and not all(own >= ALL_NORMS for own in norms):  # one may lack that of the hidden spaces
         proven = [proven[0], *(row_norm_bound(layer.weight[0].numpy(), 1) for layer in network.layers[1:])]
     farthest = moved = torch.from_numpy(radius)
     error = torch.zeros_like(moved)

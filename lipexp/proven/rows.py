@@ -14,9 +14,9 @@ Floats = npt.NDArray[np.float64]
 
 def why_not_applicable(network: BakedNetwork) -> str | None:
     """Why the bound does not hold for this network; None if it does."""
-    act = network.act
-    if act.slopes is None and any(act.groups(width) is None for width in network.hidden_widths):
-        return f"{act.label} neither declares slopes nor sorts"
+    for width, act in network.placed:
+        if act.slopes is None and act.groups(width) is None:
+            return f"{act.label} neither declares slopes nor sorts"
     return None
 
 
@@ -51,8 +51,8 @@ def before_last(network: BakedNetwork, q: float | None) -> Floats | None:
         q: None: bounds (H, D) on the derivatives by each coordinate instead.
     """
     size = None
-    for layer in network.layers[:-1]:
-        size = _activated(through(layer.weight[0].double().numpy(), size, q), network.act)
+    for layer, act in zip(network.layers[:-1], network.acts, strict=False):
+        size = _activated(through(layer.weight[0].double().numpy(), size, q), act)
     return size
 
 

@@ -44,9 +44,10 @@ def why_not_applicable(network: BakedNetwork, q: float, h: float = 2.0) -> str |
         return "bounds the 2-norm of gradients only"
     if network.n_outputs > 1 and h < 2:  # a larger h makes the norm of a Jacobian no larger
         return "bounds several outputs in the 2-norm only"
-    reason = why_no_slopes(network.act)
-    if reason is not None:
-        return reason
+    for _, act in network.placed:
+        reason = why_no_slopes(act)
+        if reason is not None:
+            return reason
     size = network.n_inputs + sum(network.hidden_widths)
     return f"{size:,} inputs and features, more than {LARGEST:,}: would take gigabytes" if size > LARGEST else None
 
@@ -63,8 +64,9 @@ def why_no_slopes(act: Activation) -> str | None:
 def why_no_residual_norms(network: BakedNetwork) -> str | None:
     """Why the norms of its residual layers, if it has any, are no bounds; None if they are."""
     inside = [i for i, layer in enumerate(network.layers) if layer.is_residual]
-    if inside and (reason := why_no_slopes(network.act)):
-        return reason
+    for i in inside:
+        if reason := why_no_slopes(network.acts[i]):
+            return reason
     unproven = [str(i) for i in inside if math.isinf(network.norms[i][0])]
     return f"not proven to be 1-Lipschitz: residual layer {', '.join(unproven)}" if unproven else None
 
@@ -91,9 +93,7 @@ def lipsdp(
         enough: the search for multipliers stops at a bound this small.
         seconds: the search stops after this time.
     """
-    slopes = network.act.slopes
-    assert slopes is not None
-    reduced = Reduced.of(network)
+    slopes, reduced = _slopes(network), Reduced.of(network)
     if reduced is None:
         return 0.0, None
     with np.errstate(over="ignore"):
@@ -124,8 +124,7 @@ def bounds_of_pairs(network: BakedNetwork, multipliers: Array | None = None, sec
     rows = reduced.weights[-1][first] - reduced.weights[-1][second]
     if multipliers is None:
         return reduced.bounds_of_rows(rows, (0.0, 1.0), reduced.closed)
-    slopes = network.act.slopes
-    assert slopes is not None
+    slopes = _slopes(network)
     found = reduced.bounds_of_rows(rows, slopes, multipliers)
     end = time.monotonic() + seconds
     for k, row in enumerate(rows):
@@ -135,6 +134,12 @@ def bounds_of_pairs(network: BakedNetwork, multipliers: Array | None = None, sec
             own = lipsdp_multipliers(alone, slopes, seconds=left)
             found[k] = min(found[k], alone.bounds_of_rows(row[None], slopes, own)[0])
     return found
+
+
+def _slopes(network: BakedNetwork) -> Slopes:
+    """Between which the slopes of all activations lie."""
+    ends = [slope for _, act in network.placed for slope in act.slopes or ()]
+    return (min(ends), max(ends)) if ends else (0.0, 1.0)
 
 
 def size(network: BakedNetwork) -> int:

@@ -27,7 +27,6 @@ import numpy as np
 
 from lipexp.activations import ActiveMap
 from lipexp.activations.ties import untied
-from lipexp.blocks import act_width
 from lipexp.exact import Exact, ExactArray, add, integers
 from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF
@@ -77,11 +76,11 @@ def why_not_enumerable(network: BakedNetwork) -> str | None:
     """Why the regions of this network cannot be enumerated; None if they can."""
     if network.n_inputs > 2:
         return "is for one or two inputs"
-    if not network.act.is_piecewise_linear:
-        return f"{network.act.label} does not declare its active linear map"
-    widths = filter(None, (act_width(network.layers, i) for i in range(len(network.layers))))
-    if any(network.act.breakpoints(width) is None for width in widths):
-        return f"{network.act.label} does not declare its breakpoints"
+    for width, act in network.placed:
+        if not act.is_piecewise_linear:
+            return f"{act.label} does not declare its active linear map"
+        if act.breakpoints(width) is None:
+            return f"{act.label} does not declare its breakpoints"
     return None
 
 
