@@ -13,7 +13,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,20 @@ from omegaconf import OmegaConf
 
 from lipexp import record
 from lipexp.arguments import Parser
-from lipexp.config import ConfigError, conf_dir, norm_order, number, one_line, whole
+from lipexp.config import ConfigError, conf_dir, number, one_line, whole
+from lipexp.finding import Finding, Request, Subject, look
 from lipexp.loading import LoadedRun, load_run
 from lipexp.loop import Streams, generator
-from lipexp.measured import monotone, overall, sources, steepest
-from lipexp.measured.attack import RECORDED, Attack, attack
-from lipexp.measured.gradients import Maximum, scan
 from lipexp.networks import BakedNetwork
 from lipexp.process import cpu_threads
-from lipexp.proven import METHODS, Certificate, Chain, Problem, Proof, prove
-from lipexp.proven.radii import Robustness, assess, decided
+from lipexp.proven import METHODS, Chain
+from lipexp.proven.radii import decided
 from lipexp.runs import RunFolder, find
 from lipexp.screen import Screen
 from lipexp.tasks import TASKS
-from lipexp.wording import above, below, broken_bound, interval_line, monotone_line, robustness_line
+from lipexp.wording import above, below
 
 CONTENTS = conf_dir() / "config.yaml"
-PAIRS = 100_000  # compared in an attack on a monotone network
-EFFORT = 8  # of the search in more than two dimensions; training takes 1
 
 HELP = """\
 RUN is the folder of a finished run, or one that holds some, such as a sweep's. Of a run nothing is changed but the
@@ -54,107 +50,31 @@ example: lipexp certify outputs/2026-01-31 --attack"""
 # One run ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Finding:
-    """What was found about one run."""
-
-    digest: str  # SHA-256 of model.pt
-    changed: bool  # it is not the one that the run recorded
-    interval: record.Interval
-    certificate: Certificate
-    broken_layers: list[str]
-    by: dict[str, Maximum]  # source of points -> the steepest
-    robustness: Robustness | None  # None where nothing is classified
-    monotone: record.Monotone | None  # None where it need not be
-    attack: Attack | None
-
-    @property
-    def refuted(self) -> bool:
-        found = self.attack is not None and bool(self.attack.flips)
-        return self.interval.verdict == "FAIL" or found or self.breaks_direction
-
-    @property
-    def breaks_direction(self) -> bool:
-        """Whether it rises where it may only fall, or that is not proven."""
-        return self.monotone is not None and (not self.monotone.proven or bool(self.monotone.violations))
-
-    def section(self, radii: Sequence[float]) -> record.Certification:
-        """The section of metrics.json."""
-        proofs = self.certificate.proofs.items()
-        return record.Certification(
-            model_sha256=self.digest,
-            changed=self.changed,
-            lipschitz=self.interval,
-            bounds={name: record.Bound(proof.value, proof.reason, proof.everywhere) for name, proof in proofs},
-            broken_layers=self.broken_layers,
-            gradient_norm={source: found._asdict() for source, found in self.by.items()},
-            robustness=None if self.robustness is None else self.robustness.summary(radii),
-            monotone=self.monotone,
-            attack=None if self.attack is None else self.attack.record(),
-        )
-
-
-def examine(run: LoadedRun, options: argparse.Namespace, report: Callable[[str], None]) -> Finding:
+def examine(run: LoadedRun, request: Request, report: Callable[[str], None]) -> Finding:
     """Certify one run; `report` is told what takes its time.
 
     Raises:
-        ConfigError: it is not trusted, or fits neither its data nor the options.
+        ConfigError: it is not trusted, or fits neither its data nor what is asked.
     """
     dataset, constraint, data = run.parts()
     network = constraint.prove(run.baked)
     chain = Chain.of(constraint, network.layers)
-    p = options.p or chain.p
+    p = request.p or chain.p
     if chain.target is None or p != chain.p:
         network, chain = Chain.without_bound(network, p)
-    search = Streams.of(whole("seed", run.config.get("seed"), least=0)).search
-    x = torch.from_numpy(data.x).double().unsqueeze(0)  # (1, N, D)
-    report("measuring")
-    scanned = scan(network, x)
-    points = sources(network, x, scanned, chain.q, [generator(search)], EFFORT, chain.output_p)
-    by = steepest(network, points, 0, chain.q, chain.output_p)
-    measured = overall(by)
-    max_regions = setting(run.config, "max_regions") if options.max_regions is None else options.max_regions
-    problem = Problem(
+    streams = Streams.of(whole("seed", run.config.get("seed"), least=0))
+    max_regions = setting(run.config, "max_regions") if request.max_regions is None else request.max_regions
+    subject = Subject(
         network,
         chain,
-        (x[0].amin(dim=0), x[0].amax(dim=0)),
-        measured,
+        torch.from_numpy(data.x).double(),
+        decided(data) if TASKS[dataset.task].decides else None,
         whole("max_regions", max_regions, least=0),
-        gap=options.gap,
-        seconds=options.max_seconds,
-        report=report,
+        lambda: generator(streams.search),
+        constraint.signs,
+        run.config["model"].get("monotone"),
     )
-    certificate = prove(problem, options.method)
-    for name, proof in certificate.proofs.items():
-        if proof.best is not None and proof.best.value > measured.value:  # a search came across a steeper point
-            by[name] = measured = proof.best
-    robustness = attacked = None
-    if TASKS[dataset.task].decides:
-        parts = decided(data)
-        robustness = assess(network, parts, certificate)
-        if options.attack and robustness.columns is not None:
-            (test_x, _), radius = parts["test"], robustness.of("test")["radius"]
-            report(f"attacking {len(test_x):,} points")
-            attacked = attack(network, test_x, radius, chain.p, generator(search))
-    directions = None
-    if constraint.signs is not None:
-        directions = monotone.assess(network, points, 0, constraint.signs, run.config["model"]["monotone"])
-        if options.attack:
-            report(f"comparing {PAIRS:,} pairs of points")
-            tried = monotone.violations(network, problem.box, constraint.signs, generator(search), PAIRS)
-            directions = replace(directions, violations=tried)
-    digest = hashlib.sha256(RunFolder(run.folder).model_bytes()).hexdigest()
-    return Finding(
-        digest,
-        digest != run.metrics.model_sha256,
-        certificate.interval(measured),
-        certificate,
-        _broken_layers(network, chain),
-        by,
-        robustness,
-        directions,
-        attacked,
-    )
+    return replace(look(subject, request, report), broken_layers=_broken_layers(network, chain))
 
 
 def _broken_layers(network: BakedNetwork, chain: Chain) -> list[str]:
@@ -210,30 +130,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def certify_all(options: argparse.Namespace) -> int:
     """Certify the runs that are asked for, and go on where one cannot be read; returns the exit status."""
-    check(options)
+    request = Request.of(options)
     folders, screen = finished(options.runs), Screen()
     statuses = []
     for place, folder in enumerate(folders, start=1):
         which = f"run {place} of {len(folders)}, " if len(folders) > 1 else ""
-        statuses.append(certify(folder, options, screen, which))
+        statuses.append(certify(folder, request, options.trust, screen, which))
     return 1 if 1 in statuses else max(statuses)
-
-
-def check(options: argparse.Namespace) -> None:
-    """Raise ConfigError for a number that makes no sense, and read the list of radii."""
-    if options.p is not None:
-        options.p = norm_order("--p", options.p)
-    number("--gap", options.gap, above=0)
-    number("--max-seconds", options.max_seconds, above=0)
-    if options.max_regions is not None:
-        whole("--max-regions", options.max_regions, least=0)
-    if options.radii is not None:
-        try:
-            options.radii = [float(part) for part in options.radii.split(",")]
-        except ValueError:
-            raise ConfigError("--radii", options.radii, "must be numbers, such as 0.1,0.25") from None
-        for radius in options.radii:
-            number("--radii", radius, above=0)
 
 
 def finished(paths: Sequence[str]) -> list[RunFolder]:
@@ -254,7 +157,7 @@ def finished(paths: Sequence[str]) -> list[RunFolder]:
     return kept
 
 
-def certify(folder: RunFolder, options: argparse.Namespace, screen: Screen, which: str) -> int:
+def certify(folder: RunFolder, request: Request, trust: bool, screen: Screen, which: str) -> int:
     """Certify one run, show and record what is found; returns the exit status.
 
     Args:
@@ -262,13 +165,15 @@ def certify(folder: RunFolder, options: argparse.Namespace, screen: Screen, whic
     """
     try:
         with screen.waiting(f"{which}{folder.path}") as waiting_for:
-            run = load_run(folder.path, trust=options.trust)
-            radii = radii_of(run.config) if options.radii is None else options.radii
+            run = load_run(folder.path, trust=trust)
+            radii = radii_of(run.config) if request.radii is None else request.radii
             with cpu_threads(whole("threads", run.config.get("threads", 1), least=1)):
-                finding = examine(run, options, lambda text: waiting_for(f"{which}{folder.path}: {text}"))
-        for line in described(folder, finding, radii, options.attack):
+                finding = examine(run, request, lambda text: waiting_for(f"{which}{folder.path}: {text}"))
+        digest = hashlib.sha256(folder.model_bytes()).hexdigest()
+        changed = digest != run.metrics.model_sha256
+        for line in described(folder, finding, changed, radii, request.attack):
             screen.show(line)
-        largest = record.certify(folder, finding.section(radii))
+        largest = record.certify(folder, finding.section(digest, changed, radii))
         if largest and finding.robustness is not None and finding.robustness.columns is not None:
             p = finding.interval.p
             suffix = "" if p == run.metrics.lipschitz.p else f"_{p}"
@@ -283,21 +188,8 @@ def certify(folder: RunFolder, options: argparse.Namespace, screen: Screen, whic
         print(f"lipexp: {folder}: cannot be certified: {one_line(error)}", file=sys.stderr)
         return 2
     if finding.refuted:
-        print(f"lipexp: {folder}: {failure(finding)}", file=sys.stderr)
+        print(f"lipexp: {folder}: {finding.failure()}", file=sys.stderr)
     return int(finding.refuted)
-
-
-def failure(finding: Finding) -> str:
-    """What is refuted, in one line."""
-    interval, found = finding.interval, finding.attack
-    if finding.broken_layers:
-        return f"certified is above L: {', '.join(finding.broken_layers)}"
-    if interval.verdict == "FAIL":
-        return broken_bound(interval)
-    if finding.monotone is not None and finding.breaks_direction:
-        return monotone_line(finding.monotone)
-    assert found is not None
-    return f"{len(found.flips)} certified radii are refuted"
 
 
 def radii_of(config: Mapping[str, Any]) -> list[float]:
@@ -313,43 +205,13 @@ def setting(config: Mapping[str, Any], name: str) -> Any:
     return config[name] if name in config else OmegaConf.select(OmegaConf.load(CONTENTS), name)
 
 
-def described(folder: RunFolder, finding: Finding, radii: Sequence[float], attacked: bool) -> Iterator[str]:
+def described(
+    folder: RunFolder, finding: Finding, changed: bool, radii: Sequence[float], attacked: bool
+) -> Iterator[str]:
     """What was found about one run, line by line."""
     settings = record.settings(folder)
     names = "  ".join(f"{settings.get(key, '?')}" for key in ("dataset", "act", "constraint", "loss"))
     yield f"{folder}  {names}  seed {settings.get('seed', '?')}"
-    if finding.changed:
+    if changed:
         yield "model.pt was changed: its SHA-256 is not the one that the run recorded"
-    proofs = finding.certificate.proofs
-    if len(proofs) > 1:
-        yield "bounds: " + "  ".join(
-            f"{name} {_bound(proof, finding.interval.target)}" for name, proof in proofs.items()
-        )
-    yield interval_line(finding.interval)
-    yield from finding.broken_layers
-    if finding.robustness is not None:
-        yield robustness_line(finding.robustness.summary(radii))
-    elif attacked and finding.monotone is None:
-        yield "no attack: a regression has no radii"
-    if finding.monotone is not None:
-        yield monotone_line(finding.monotone)
-    if finding.attack is not None:
-        yield from _attack_lines(finding.attack)
-
-
-def _bound(proof: Proof, target: float | None) -> str:
-    if proof.value is None:
-        return f"- ({proof.reason})"
-    return above(proof.value, target if proof.value == target else None) + (
-        "" if proof.everywhere else " (over the box of the data)"
-    )
-
-
-def _attack_lines(found: Attack) -> Iterator[str]:
-    power = ", ".join(f"{100 * fraction:.3g} % at {times:g} times it" for times, fraction in found.power.items())
-    yield f"attack on {found.points} points: {len(found.flips)} flipped within their radius; {power}"
-    for flip in found.flips[:RECORDED]:
-        yield f"counterexample: test point {flip.index}, {flip.point}, has f = {flip.f!r}, radius {flip.radius!r}"
-        yield f"  but {flip.moved}, which is nearer than that, has f = {flip.f_moved!r}"
-    if len(found.flips) > RECORDED:
-        yield f"... and {len(found.flips) - RECORDED} more"
+    yield from finding.described(radii, attacked)

@@ -181,7 +181,9 @@ def _same(a: Arguments) -> Any:
 
 
 OPERATORS: dict[str, Callable[[Arguments], Any]] = {
-    **dict.fromkeys(("detach", "clone", "contiguous", "alias", "lift_fresh_copy", "lift_fresh", "positive"), _same),
+    **dict.fromkeys(
+        ("detach", "clone", "contiguous", "alias", "lift_fresh_copy", "lift_fresh", "positive"), _same
+    ),
     **dict.fromkeys(("to", "_to_copy", "type_as", "float", "double"), _cast),
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout"), _dropout),
     "flatten": lambda a: operators.flatten(_x(a), int(a.get("start_dim", 0)), int(a.get("end_dim", -1))),
@@ -253,11 +255,45 @@ OPERATORS: dict[str, Callable[[Arguments], Any]] = {
     **{name: _compared(name, False) for name in ("gt", "ge")},
     **{name: _compared(name, True) for name in ("lt", "le")},
 }
-VIEWS = {"view", "reshape", "flatten", "unflatten", "transpose", "t", "permute", "squeeze", "unsqueeze", "split"} | {
-    *("split_with_sizes", "chunk", "slice", "narrow", "select", "expand", "expand_as", "detach", "alias", "view_as")
+VIEWS = {
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "transpose",
+    "t",
+    "permute",
+    "squeeze",
+    "unsqueeze",
+    "split",
+} | {
+    *(
+        "split_with_sizes",
+        "chunk",
+        "slice",
+        "narrow",
+        "select",
+        "expand",
+        "expand_as",
+        "detach",
+        "alias",
+        "view_as",
+    )
 }
 # What may come behind a decision without changing it.
-KEEP = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "detach", "clone", "contiguous", "alias", "log", "to"}
+KEEP = {
+    "view",
+    "reshape",
+    "flatten",
+    "squeeze",
+    "unsqueeze",
+    "detach",
+    "clone",
+    "contiguous",
+    "alias",
+    "log",
+    "to",
+}
 CHECKS = {"_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range_for_size", "_assert_async"}
 
 
@@ -275,7 +311,7 @@ def call(name: str, arguments: Arguments) -> Any:
 
 def _has_features(values: Any) -> bool:
     return any(
-        isinstance(part, Rows) or (isinstance(part, Sequence) and not isinstance(part, str) and _has_features(part))
+        isinstance(part, Rows)
+        or (isinstance(part, Sequence) and not isinstance(part, str) and _has_features(part))
         for part in values
     )
-

@@ -63,10 +63,18 @@ class Stage:
 
     def activated(self, act: Activation) -> Stage:
         """act(self), which is made once."""
-        key = (type(act), repr(act))
+        key = identity_of(act)
         if key not in self.made:
             self.made[key] = Stage(self.width, self, act=act)
         return self.made[key]
+
+
+def identity_of(act: Activation) -> tuple[Any, ...]:
+    """What is the same for two activations only where they are the same map."""
+    own = sorted(vars(act).items())
+    return type(act), *(
+        (name, part.tobytes() if isinstance(part, np.ndarray) else repr(part)) for name, part in own
+    )
 
 
 def _one_hot(features: Places, width: int) -> Numbers:
@@ -125,7 +133,9 @@ class Rows:
         places = self.places.reshape(n_rows, -1)
         offsets = self.stage.width * np.arange(n_rows)[:, None]
         features = places - offsets
-        if not ((features == features[:1]).all() and (features >= 0).all() and (features < self.stage.width).all()):
+        if not (
+            (features == features[:1]).all() and (features >= 0).all() and (features < self.stage.width).all()
+        ):
             raise Unread("mixes the rows of a batch")
         return features[0]
 
@@ -343,6 +353,6 @@ def _join(a: Stage, b: Stage) -> tuple[Stage, Places, Places]:
             made = stage.selected(np.concatenate(groups, axis=1).ravel()).activated(GroupSort(n_groups=n))
             number = np.arange(made.width).reshape(-1, n)
             return made, number[:, :of_a].ravel(), number[:, of_a:].ravel()
-    if (type(a.act), repr(a.act)) != (type(b.act), repr(b.act)):
+    if identity_of(a.act) != identity_of(b.act):
         raise Unread(f"joins features behind {a.act.label} and {b.act.label}")
     return stage.activated(a.act), first, second

@@ -164,7 +164,9 @@ def _range(node: Node) -> Operand:
 
 
 def _scaler(node: Node) -> Operand:
-    offset, scale = (np.asarray(node.attributes.get(name, default)) for name, default in (("offset", 0), ("scale", 1)))
+    offset, scale = (
+        np.asarray(node.attributes.get(name, default)) for name, default in (("offset", 0), ("scale", 1))
+    )
     return operators.multiply(operators.subtract(node.x, offset), scale)
 
 
@@ -219,7 +221,9 @@ OPERATORS: dict[str, Callable[[Node], Operand | Sequence[Operand]]] = {
     "Unsqueeze": lambda node: operators.unsqueeze(tensor(node.x), node.axes() or []),
     "Slice": _slice,
     "Gather": _gather,
-    "ArrayFeatureExtractor": lambda node: operators.gather(tensor(node.x), constant(node.operand(1)).reshape(-1), -1),
+    "ArrayFeatureExtractor": lambda node: operators.gather(
+        tensor(node.x), constant(node.operand(1)).reshape(-1), -1
+    ),
     "Split": _split,
     "Concat": lambda node: operators.concat(_of_all(node), node.axis(0)),
     "FeatureVectorizer": lambda node: operators.concat(_of_all(node), 1),
@@ -388,4 +392,3 @@ def _numbers(part: TensorProto, folder: Path | None = None) -> Numbers:
         raise Unread("claims more numbers than it holds")
     found = np.asarray(numpy_helper.to_array(part))
     return found.astype(np.float64) if found.dtype.kind not in "iufb" else found
-

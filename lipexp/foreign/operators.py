@@ -224,7 +224,9 @@ def mean(x: Operand, axes: Sequence[int], keep: bool, total: bool = False) -> Te
 def normalised(x: Operand, mean: Any, variance: Any, weight: Any, bias: Any, epsilon: float) -> Tensor:
     """Batch normalisation with its recorded statistics: (x - mean) weight / sqrt(variance + epsilon) + bias."""
     x = tensor(x)
-    parts = [None if part is None else constant(part).astype(np.float64) for part in (mean, variance, weight, bias)]
+    parts = [
+        None if part is None else constant(part).astype(np.float64) for part in (mean, variance, weight, bias)
+    ]
     around, spread, slope, offset = parts
     if not isinstance(x, Rows) or around is None or spread is None or len(x.shape) != 2:
         raise Unread("normalises no features (B, H) by recorded statistics")

@@ -10,7 +10,7 @@ import numpy as np
 
 from lipexp.activations import Sigmoid, Tanh
 from lipexp.config import ConfigError, one_line
-from lipexp.foreign.features import Rows, Unread
+from lipexp.foreign.features import Rows, Unread, identity_of
 from lipexp.foreign.network import IDENTITY, Foreign, Layer, chain, folded, network_of
 from lipexp.foreign.operators import Decided, Operand
 from lipexp.reading import Unreadable
@@ -77,7 +77,9 @@ def _same(a: tuple[list[Layer], object], b: tuple[list[Layer], object], decides:
     return (
         len(one) == len(other)
         and all(
-            np.array_equal(x.weight, y.weight) and np.array_equal(x.bias, y.bias) and repr(x.act) == repr(y.act)
+            np.array_equal(x.weight, y.weight)
+            and np.array_equal(x.bias, y.bias)
+            and identity_of(x.act) == identity_of(y.act)
             for x, y in zip(one, other, strict=True)
         )
         and ((first is None and second is None) or np.array_equal(np.asarray(first), np.asarray(second)))

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lipexp.config import ConfigError, one_line
+from lipexp.config import one_line
 from lipexp.foreign import aten
 from lipexp.foreign.features import Numbers, Rows, Unread, entry
-from lipexp.foreign.operators import Decided, Operand
+from lipexp.foreign.operators import Decided
 from lipexp.foreign.outputs import Graph, at
 
 ROWS = 2  # of the input, where the graph leaves their number open, so that what mixes them is seen
@@ -36,7 +36,8 @@ TYPES = {
     **{6: torch.float16, 7: torch.float32, 8: torch.float64, 13: torch.bfloat16},
 }
 INTEGERS = {  # operators on the sizes of tensors
-    name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg", "eq", "ge", "le", "gt", "lt")
+    name: getattr(operator, name)
+    for name in ("add", "sub", "mul", "floordiv", "mod", "neg", "eq", "ge", "le", "gt", "lt")
 }
 
 
@@ -200,8 +201,12 @@ def _call_of(node: Any) -> Call:
         return str(value) if isinstance(value, torch.dtype) else value
 
     schema = getattr(node.target, "_schema", None)
-    names = [part.name for part in schema.arguments] if schema is not None else [str(i) for i in range(len(node.args))]
-    target = str(node.target) if schema is not None else f"_operator.{getattr(node.target, '__name__', node.target)}"
+    names = (
+        [part.name for part in schema.arguments] if schema is not None else [str(i) for i in range(len(node.args))]
+    )
+    target = (
+        str(node.target) if schema is not None else f"_operator.{getattr(node.target, '__name__', node.target)}"
+    )
     arguments = dict(zip(names, map(named, node.args), strict=False)) | {
         key: named(value) for key, value in node.kwargs.items()
     }
@@ -309,9 +314,11 @@ def _argument(part: Mapping[str, Any]) -> Any:
     if kind == "as_tensors":
         return [Named(own["name"]) for own in value]
     if kind in ("as_sym_int", "as_sym_ints", "as_optional_tensors", "as_optional_tensor"):
-        parts = [_argument(own) if "name" not in own else Named(own["name"]) for own in value] if kind.endswith(
-            "s"
-        ) else _argument(value)
+        parts = (
+            [_argument(own) if "name" not in own else Named(own["name"]) for own in value]
+            if kind.endswith("s")
+            else _argument(value)
+        )
         return parts
     return None if kind == "as_none" else Named(value) if kind == "as_name" else value
 
