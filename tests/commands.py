@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,26 @@ class Waiting(TwoMoons):
         return super().draw(stream)
 """
 TWO_STACKS = "dataset._target_=lipexp.datasets.TwoMoons,waiting.Waiting"
+
+
+class TooLong(BaseException):
+    """No answer came."""
+
+
+@contextmanager
+def time_limit(seconds: int = 30) -> Iterator[None]:
+    """Ends what takes longer, on a busy machine, than it may."""
+
+    def stop(*received: Any) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:

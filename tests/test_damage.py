@@ -7,16 +7,15 @@ import json
 import os
 import resource
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from commands import INLINE, TINY, content
+from commands import INLINE, TINY, content, time_limit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +23,6 @@ import lipexp as package
 from lipexp import cli
 from lipexp.config import ConfigError
 
-SECONDS = 30  # for each answer, on a busy machine
 GIB = 2**20  # of ru_maxrss, which counts KiB
 
 TRAINED = {
@@ -35,24 +33,6 @@ TRAINED = {
         "hydra.sweep.dir=search",
     ),
 }
-
-
-class TooLong(BaseException):
-    """No answer came."""
-
-
-@contextmanager
-def time_limit() -> Iterator[None]:
-    def stop(*received: Any) -> None:
-        raise TooLong
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def command(*arguments: str) -> tuple[int, str, str]:
