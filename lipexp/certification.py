@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from lipexp import record
 from lipexp.arguments import Parser
-from lipexp.config import ConfigError, conf_dir, number, one_line, whole
-from lipexp.finding import Finding, Request, Subject, look
+from lipexp.config import ConfigError, number, one_line, whole
+from lipexp.finding import Finding, Request, Subject, default, look
 from lipexp.loading import LoadedRun, load_run
 from lipexp.loop import Streams, generator
 from lipexp.networks import BakedNetwork
@@ -35,16 +34,22 @@ from lipexp.screen import Screen
 from lipexp.tasks import TASKS
 from lipexp.wording import above, below
 
-CONTENTS = conf_dir() / "config.yaml"
 
 HELP = """\
 RUN is the folder of a finished run, or one that holds some, such as a sweep's. Of a run nothing is changed but the
 section `certify` of its metrics.json, and certify_radii.csv. With --p, in another norm than the run was trained
 in, L is no bound, and the section is `certify_in`, the table certify_radii_1.csv, _2.csv or _inf.csv.
 
+With --data, NET is a network that lipexp has not trained: an ONNX file (.onnx), a program of torch.export (.pt2) or
+TorchScript, or a state dict, whose activation --act names. It is read and never run. The points are the columns of
+FILE, in the order of its inputs, or by their names if it has an input for each. One output decides by its sign,
+several by the largest; a last softmax, sigmoid or argmax is left off. Radii are those of the classes in the column
+y, or in --target, and without any those of the predicted classes. What cannot be read is named with its node.
+
 exit status: 0; 1 if a bound is broken or a radius refuted; 2 if a run cannot be read or is not trusted
 
-example: lipexp certify outputs/2026-01-31 --attack"""
+examples: lipexp certify outputs/2026-01-31 --attack
+          lipexp certify net.onnx --data points.csv --p inf --json found.json"""
 
 
 # One run ---------------------------------------------------------------------------------------------------------
@@ -95,9 +100,14 @@ def _broken_layers(network: BakedNetwork, chain: Chain) -> list[str]:
 def main(arguments: Sequence[str]) -> int:
     """Run `lipexp certify`; returns the exit status: 0, 1 something is refuted, 2 bad input."""
     parser = Parser("lipexp certify")
-    parser.description = "Prove the Lipschitz constants and the certified radii of finished runs again."
+    parser.description = (
+        "Prove the Lipschitz constants and the certified radii of finished runs again, or those of a network from "
+        "elsewhere."
+    )
     parser.epilog = HELP
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder, or one that holds runs")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="a run's folder, or one that holds runs; with --data NET, a file"
+    )
     parser.add_argument("--attack", action="store_true", help="also try to refute every certified radius")
     parser.add_argument(
         "--method",
@@ -125,11 +135,38 @@ def main(arguments: Sequence[str]) -> int:
         "--radii", metavar="R,R,…", help="distances for certified accuracy (default: the run's own)"
     )
     parser.add_trust()
+    _add_foreign(parser)
     return parser.answer(arguments, certify_all)
+
+
+def _add_foreign(parser: Parser) -> None:
+    """The options for a network from elsewhere."""
+    group = parser.add_argument_group("a network from elsewhere")
+    group.add_argument("--data", metavar="FILE", help="its points, as .csv, .tsv, .parquet or .npy")
+    group.add_argument(
+        "--act", metavar="NAME", help="of a state dict: the activation, as relu, or leaky_relu,slope=0.2"
+    )
+    group.add_argument(
+        "--task", choices=["classification", "regression"], help="regression: the constant alone, and no radii"
+    )
+    group.add_argument(
+        "--target", metavar="COL", help="the column of the classes (default: y, if there is one); for .npy a file"
+    )
+    group.add_argument("--json", metavar="FILE", help="write what is found, as in metrics.json")
+    group.add_argument("-o", "--output", metavar="FILE", help="write the radius of each point, as CSV")
+    group.add_argument("--force", action="store_true", help="replace files that are there")
 
 
 def certify_all(options: argparse.Namespace) -> int:
     """Certify the runs that are asked for, and go on where one cannot be read; returns the exit status."""
+    if options.data is not None:
+        from lipexp.foreign.certificates import certify_file  # which knows more formats than runs need
+
+        return certify_file(options)
+    for name in ("act", "task", "target", "json", "output"):
+        if getattr(options, name) is not None:
+            option = "-o" if name == "output" else f"--{name}"
+            raise ConfigError(option, getattr(options, name), "is for a network from elsewhere, with its --data")
     request = Request.of(options)
     folders, screen = finished(options.runs), Screen()
     statuses = []
@@ -147,7 +184,8 @@ def finished(paths: Sequence[str]) -> list[RunFolder]:
     """
     for path in paths:
         if not Path(path).is_dir():
-            raise ConfigError("RUN", path, "is no folder" if Path(path).exists() else "does not exist")
+            is_file = "is no folder; a network from elsewhere needs its points, as --data"
+            raise ConfigError("RUN", path, is_file if Path(path).exists() else "does not exist")
     found = find([Path(path) for path in paths])
     kept = [folder for folder in found if folder.complete or not folder.failed]  # what is torn is named later
     for folder in sorted({*found} - {*kept}, key=lambda folder: folder.path):
@@ -202,7 +240,7 @@ def radii_of(config: Mapping[str, Any]) -> list[float]:
 
 def setting(config: Mapping[str, Any], name: str) -> Any:
     """A run setting; one that the configuration lacks has its default."""
-    return config[name] if name in config else OmegaConf.select(OmegaConf.load(CONTENTS), name)
+    return config[name] if name in config else default(name)
 
 
 def described(

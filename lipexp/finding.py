@@ -11,10 +11,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from lipexp import record
-from lipexp.config import ConfigError, norm_order, number, one_of, whole
+from lipexp.config import ConfigError, conf_dir, norm_order, number, one_of, whole
 from lipexp.measured import monotone, overall, sources, steepest
 from lipexp.measured.attack import RECORDED, Attack, attack
 from lipexp.measured.gradients import Maximum, scan
@@ -23,8 +24,15 @@ from lipexp.proven import METHODS, Certificate, Chain, Problem, Proof, prove
 from lipexp.proven.radii import Robustness, assess
 from lipexp.wording import above, broken_bound, interval_line, monotone_line, robustness_line
 
+CONTENTS = conf_dir() / "config.yaml"
 PAIRS = 100_000  # compared in an attack on a monotone network
 EFFORT = 8  # of the search in more than two dimensions; training takes 1
+
+
+def default(name: str) -> Any:
+    """The default of a run setting."""
+    value = OmegaConf.select(OmegaConf.load(CONTENTS), name)
+    return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,8 @@ class Robustness:
         if self.columns is None:
             return record.Certified(None, None)
         own = self.of(split)
+        if not len(own["radius"]):
+            return record.Certified(None, None)
         held = np.where(own["correct"] == 1, own["radius"], 0.0)
         median = float(np.median(held))
         accuracy = {record.radius_name(radius): float((held >= radius).mean()) for radius in radii}
