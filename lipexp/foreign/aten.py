@@ -213,7 +213,7 @@ OPERATORS: dict[str, Callable[[Arguments], Any]] = {
     "flip": lambda a: moved(_x(a), lambda places: np.flip(places, numbers_of(a["dims"]))),
     "expand": lambda a: operators.expand(_x(a), numbers_of(a["size"])),
     "expand_as": lambda a: operators.expand(_x(a), tensor(a["other"]).shape),
-    "sym_size": lambda a: int(_x(a).shape[int(a["dim"])]),
+    **dict.fromkeys(("sym_size", "size"), lambda a: int(_x(a).shape[int(a["dim"])])),
     "linear": _linear,
     "addmm": _addmm,
     "matmul": lambda a: operators.matmul(a["self"], a["other"]),

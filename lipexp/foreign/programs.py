@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lipexp.config import one_line
 from lipexp.foreign import aten
@@ -137,6 +138,8 @@ def of_module(module: nn.Module, shape: Sequence[int]) -> Graph:
     Raises:
         Unread: torch cannot export it, or it has an operator that is not read; its module is named.
     """
+    if any(parametrize.is_parametrized(part) for part in module.modules()):
+        raise Unread("has parametrised weights; torch.nn.utils.parametrize.remove_parametrizations makes them plain")
     of_weights = next((part.dtype for part in module.parameters() if part.is_floating_point()), torch.float32)
     training = [part for part in module.modules() if part.training]
     try:
@@ -286,14 +289,23 @@ def _stored(name: str, files: Mapping[str, bytes]) -> Numbers:
     dtype, start = TYPES.get(meta["dtype"]), int(meta["storage_offset"]["as_int"])
     if dtype is None:
         raise Unread(f"has {name} in a number type that is not read")
-    if min([start, *sizes, *strides]) < 0:
+    return held(content, dtype, sizes, strides, start, name)
+
+
+def held(
+    content: bytes, kind: torch.dtype, sizes: Sequence[int], strides: Sequence[int], start: int, name: str
+) -> Numbers:
+    """The tensor of this shape in some bytes.
+
+    Raises:
+        Unread: it is larger than they are.
+    """
+    own, n = [int(part) for part in (start, *sizes, *strides)], len(content) // kind.itemsize
+    end = start + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) + 1
+    if min(own) < 0 or 0 in sizes or end > n or np.prod([float(size) for size in sizes]) > n:
         raise Unread(f"claims more numbers for {name} than it holds")
-    end = start + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True)) + 1
-    held = len(content) // dtype.itemsize
-    if 0 in sizes or end > held or np.prod([float(n) for n in sizes]) > held:
-        raise Unread(f"claims more numbers for {name} than it holds")
-    flat = torch.frombuffer(bytearray(content[: held * dtype.itemsize]), dtype=dtype)
-    return _plain(flat.as_strided(sizes, strides, start))
+    flat = torch.frombuffer(bytearray(content[: n * kind.itemsize]), dtype=kind)
+    return _plain(flat.as_strided(list(sizes), list(strides), start))
 
 
 def _call_in_json(node: Mapping[str, Any]) -> Call:
