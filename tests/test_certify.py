@@ -14,6 +14,7 @@ import torch
 from commands import content, edit, metrics
 from networks import of_classes
 
+import lipexp as package
 from lipexp.proven.methods import METHODS, Proof
 from lipexp.runs import RunFolder
 
@@ -49,6 +50,48 @@ def test_an_unchanged_run_is_certified_as_it_was(lipexp, run, overrides):
         assert section["robustness"] == trained["robustness"] | {"lipschitz": again["certified"]}
         radii, again = (pd.read_csv(folder / f"{name}.csv") for name in ("radii", "certify_radii"))
         pd.testing.assert_frame_equal(radii, again, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("p", "overrides"),
+    [
+        (2, ""),
+        (1, ""),
+        ("inf", ""),
+        (2, "constraint=linf constraint.p=inf"),
+        (2, "dataset=wine constraint=one"),
+        ("inf", "constraint=sandwich act=relu"),
+    ],
+)
+def test_a_run_is_certified_in_any_norm_beside_its_own(lipexp, run, p, overrides):
+    folder = run(*overrides.split())
+    known = metrics(folder)["lipschitz"]
+    done = lipexp("certify", str(folder), "--p", str(p), "--attack")
+    assert (done.code, done.err) == (0, "")
+    after = metrics(folder)
+    if known["p"] == p:
+        assert after["certify_in"] == {}
+        assert after["certify"]["lipschitz"]["target"] == known["target"]
+        return
+    assert after["certify"] is None
+    section = after["certify_in"][str(p)]
+    found, radii = section["lipschitz"], pd.read_csv(folder / f"certify_radii_{p}.csv")
+    assert (found["p"], found["q"], found["target"], found["verdict"]) == (
+        p,
+        {1: "inf", 2: 2, "inf": 1}[p],
+        None,
+        "PASS",
+    )
+    assert section["attack"]["flips_inside"] == 0
+    # By another route: gradients of autograd in float64 at the points themselves.
+    network = package.load(folder).baked.double
+    x = torch.tensor(radii.filter(regex=r"^x\d+$").to_numpy()).unsqueeze(0).requires_grad_()
+    outputs = network(x)
+    q = {1: math.inf, 2: 2.0, "inf": 1.0}[p]
+    for c in range(outputs.shape[2]):
+        (gradient,) = torch.autograd.grad(outputs[..., c].sum(), x, retain_graph=True)
+        assert float(torch.linalg.vector_norm(gradient, ord=q, dim=2).max()) <= found["certified"] * (1 + 1e-9)
+    assert found["measured"] <= found["certified"] <= found["product"]
 
 
 def test_an_attack_is_reported_and_stays_until_the_model_changes(lipexp, run):

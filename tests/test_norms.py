@@ -1,6 +1,7 @@
 """Proven bounds on the norms of matrices: never below the exact value, and hardly above it."""
 
 import contextlib
+import itertools
 import math
 from fractions import Fraction
 
@@ -13,7 +14,16 @@ from hypothesis.extra import numpy as hnp
 from networks import NORMS
 
 from lipexp import norms
-from lipexp.norms import dual, even_split, is_semidefinite, product_bound, row_norm_bound, spectral_norm_bound
+from lipexp.norms import (
+    dual,
+    even_split,
+    from_two_norm,
+    is_semidefinite,
+    operator_norm_bound,
+    product_bound,
+    row_norm_bound,
+    spectral_norm_bound,
+)
 
 TIGHT = 1e-9  # how much a spectral bound may exceed the norm, relative to it
 
@@ -196,3 +206,36 @@ def test_scales_do_not_matter_and_numbers_that_are_not_finite_prove_nothing():
     # LAPACK does not stop at an infinite entry in the last row, which scaling makes here.
     overflowing = np.array([[2.0**-1000, 0, 2.0**600], [0, 1, 0], [2.0**600, 0, 1]])
     assert not is_semidefinite(overflowing)
+
+
+def exact_norm(matrix: np.ndarray, p: float, h: float) -> float:
+    """||W||_{p -> h} in float64: by the singular values, or by the corners of the ball, or of that of the dual."""
+    if p == h == 2:
+        return float(np.linalg.svd(matrix, compute_uv=False).max())
+    if p == 2:  # ||W||_{2 -> h} = ||W^T||_{h* -> 2}, and the balls of the 1- and the inf-norm have corners
+        matrix, p, h = matrix.T, dual(h), 2.0
+    n = matrix.shape[1]
+    corners = np.eye(n) if p == 1 else np.array(list(itertools.product([-1.0, 1.0], repeat=n)))
+    return float(np.linalg.norm(matrix @ corners.T, h, axis=0).max())
+
+
+@given(matrices, st.sampled_from(NORMS), st.sampled_from(NORMS))
+def test_the_norm_from_any_norm_to_any_is_bounded_and_found_where_it_is_easy(matrix, p, h):
+    matrix = matrix.astype(np.float32)
+    with np.errstate(over="ignore"):
+        exact = exact_norm(matrix.astype(np.float64), p, h)
+    bound = operator_norm_bound(matrix, p, h)
+    is_easy = p == 1 or math.isinf(h) or p == h == 2
+    assert exact * (1 - 1e-12) <= bound
+    # A matrix of n columns of one length, with any signs, is hard: its bound is at most sqrt(n) too large.
+    assert bound <= exact * ((1 if is_easy else math.sqrt(max(matrix.shape))) + TIGHT) + 1e-300
+
+
+@given(matrices, st.sampled_from(NORMS), st.sampled_from(NORMS))
+def test_a_bound_in_the_two_norm_is_one_in_any_norm(matrix, p, h):
+    matrix = matrix.astype(np.float64)
+    n_outputs, n_inputs = matrix.shape
+    bound = from_two_norm(exact_norm(matrix, 2, 2), p, n_inputs, h, n_outputs)
+    assert exact_norm(matrix, p, h) <= bound * (1 + 1e-9) + 1e-300
+    assert from_two_norm(3.0, math.inf, 4, 2, 5) == 6.0
+    assert from_two_norm(3.0, math.inf, 4, 1, 9) == 18.0
