@@ -127,9 +127,9 @@ def certify(
         options: method, gap, max_seconds, max_regions, radii (a list) and attack, as for `lipexp certify`.
 
     Returns:
-        What metrics.json says: `lipschitz`, `bounds` and `robustness`; the table `radii` has a row for each point.
-        The bounds hold for the network in real arithmetic, with its numbers in float32; `rounding` says by how much
-        that has changed one of them, as float64 weights or a division by a constant make it necessary.
+        What metrics.json says: `lipschitz`, `bounds` and `robustness`. The table `radii` has a row for each point.
+        The bounds hold for the network in real arithmetic, with its numbers in float32. `rounding` says by how
+        much that has changed one of them, as float64 weights or a division by a constant make it necessary.
 
     Raises:
         ConfigError: (a ValueError) the network has something that is not read, which is named, or does not fit.

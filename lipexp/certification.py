@@ -34,15 +34,14 @@ from lipexp.screen import Screen
 from lipexp.tasks import TASKS
 from lipexp.wording import above, below
 
-
 HELP = """\
 RUN is the folder of a finished run, or one that holds some, such as a sweep's. Of a run nothing is changed but the
 section `certify` of its metrics.json, and certify_radii.csv. With --p, in another norm than the run was trained
 in, L is no bound, and the section is `certify_in`, the table certify_radii_1.csv, _2.csv or _inf.csv.
 
-With --data, NET is a network that lipexp has not trained: an ONNX file (.onnx), a program of torch.export (.pt2) or
-TorchScript, or a state dict, whose activation --act names. It is read and never run. The points are the columns of
-FILE, in the order of its inputs, or by their names if it has an input for each. One output decides by its sign,
+With --data, NET is a network that lipexp has not trained: an ONNX file (.onnx), a program of torch.export (.pt2)
+or TorchScript, or a state dict, whose activation --act names. It is read and never run. The points are the columns
+of FILE, in the order of its inputs, or by their names if it has an input for each. One output decides by its sign,
 several by the largest; a last softmax, sigmoid or argmax is left off. Radii are those of the classes in the column
 y, or in --target, and without any those of the predicted classes. What cannot be read is named with its node.
 

@@ -378,9 +378,8 @@ class Network(nn.Module):
             layers.append(kind(weight[None], *(part[None, None] for part in others)))
         thetas = {name: part.detach().cpu()[None] for name, part in self.acts.items()}
         acts = [act.at(thetas.get(str(i), act.theta)) for i, act in enumerate(self._acts)]
-        linear, multipliers = (
-            None if part is None else part.cpu()[None] for part in (self.linear, self.multipliers)
-        )
+        beside: Any = self.linear, self.multipliers
+        linear, multipliers = (None if part is None else part.cpu()[None] for part in beside)
         return BakedNetwork(layers, acts, linear=linear, multipliers=multipliers)
 
     def __call__(self, x: Any) -> Any:

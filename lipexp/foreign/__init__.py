@@ -31,7 +31,7 @@ from lipexp.foreign import programs, scripts, weights
 from lipexp.foreign.features import Unread
 from lipexp.foreign.network import Foreign
 from lipexp.foreign.outputs import Graph, network
-from lipexp.loading import plain_state
+from lipexp.loading import LoadedRun, plain_state
 from lipexp.networks import BakedNetwork, Network
 from lipexp.reading import LARGE_BYTES, Unreadable, plain_file
 
@@ -114,18 +114,19 @@ def of(net: Any, shape: Sequence[int], decides: bool, act: Option | None = None)
         return read(net, n_inputs, decides, act)
     if isinstance(net, BakedNetwork):
         return Foreign(net, 0.0)
-    if hasattr(net, "baked") and isinstance(net.baked, BakedNetwork):  # of `lipexp.load`
-        return Foreign(net.baked, 0.0)
     try:
-        if isinstance(net, Network):
-            return Foreign(net.baked(), 0.0)
+        own = getattr(net, "baked", None) if isinstance(net, Network | LoadedRun) else None
+        if own is not None:
+            return Foreign(own, 0.0)
         if isinstance(net, nn.Module):
             return network(programs.of_module(net, shape), decides)
         if type(net).__module__.startswith("onnx."):
             return network(_onnx(net, None, n_inputs), decides)
         if hasattr(net, "predict") and hasattr(net, "get_params"):
             return weights.of_sklearn(net)
-    except Unread as error:
+    except ConfigError:
+        raise
+    except ValueError as error:
         raise ConfigError("net", type(net).__name__, str(error)) from None
     known = "a torch module, a scikit-learn MLP, an ONNX model, a network of lipexp, or the path of a file"
     raise ConfigError("net", type(net).__name__, f"must be {known}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from lipexp.foreign import features, operators
+from lipexp.foreign import features, operands, operators
 from lipexp.foreign.features import MOST_WEIGHTS, Rows, Unread, moved
-from lipexp.foreign.operators import Decided, constant, numbers_of, tensor
+from lipexp.foreign.operands import Decided, constant, numbers_of, tensor
 
 Arguments = Mapping[str, Any]
 FLOATS = {7, 8, "torch.float32", "torch.float64"}  # numbers of types, in a file, or names
@@ -40,13 +41,13 @@ def _linear(a: Arguments) -> Any:
 
 def _addmm(a: Arguments) -> Any:
     product = operators.matmul(a["mat1"], a["mat2"])
-    product = operators.multiply(product, np.float64(a.get("alpha", 1)))
-    return operators.add(product, operators.multiply(a["self"], np.float64(a.get("beta", 1))))
+    product = operators.multiply(product, np.asarray(a.get("alpha", 1)))
+    return operators.add(product, operators.multiply(a["self"], np.asarray(a.get("beta", 1))))
 
 
 def _add(a: Arguments, sign: float = 1.0) -> Any:
     alpha, other = a.get("alpha", 1), a["other"]
-    other = other if alpha == 1 else operators.multiply(other, np.float64(alpha))
+    other = other if alpha == 1 else operators.multiply(other, np.asarray(alpha))
     return operators.add(a["self"], other, sign)
 
 
@@ -58,7 +59,7 @@ def _extreme(largest: bool) -> Callable[[Arguments], Any]:
         if not isinstance(x, Rows) or dims is None or len(dims) != 1:
             raise Unread("is read along one axis of features")
         (axis,) = dims
-        best = operators.gather(features.sort(x, axis), np.array([x.shape[axis] - 1 if largest else 0]), axis)
+        best = operands.gather(features.sort(x, axis), np.array([x.shape[axis] - 1 if largest else 0]), axis)
         return best if a.get("keepdim") else moved(best, lambda places: np.squeeze(places, axis))
 
     return found
@@ -82,7 +83,7 @@ def _topk(a: Arguments) -> Any:
     if not isinstance(x, Rows) or not 1 <= k <= x.shape[axis] or not a.get("sorted", True):
         raise Unread("takes no features in order")
     order = np.arange(k) if not a.get("largest", True) else np.arange(x.shape[axis] - 1, x.shape[axis] - 1 - k, -1)
-    return [operators.gather(features.sort(x, axis), order, axis), None]
+    return [operands.gather(features.sort(x, axis), order, axis), None]
 
 
 def _split(a: Arguments) -> Any:
@@ -94,13 +95,13 @@ def _split(a: Arguments) -> Any:
         if size < 1:
             raise Unread("splits into nothing")
         sizes = [min(size, n - start) for start in range(0, n, size)]
-    return operators.split(x, sizes, axis)
+    return operands.split(x, sizes, axis)
 
 
 def _slice(a: Arguments) -> Any:
     ends = [a.get("start"), a.get("end")]
     start, end = (default if part is None else int(part) for part, default in zip(ends, (0, 2**62), strict=True))
-    return operators.sliced(_x(a), [start], [end], [int(a.get("dim", 0))], [int(a.get("step", 1))])
+    return operands.sliced(_x(a), [start], [end], [int(a.get("dim", 0))], [int(a.get("step", 1))])
 
 
 def _index(a: Arguments) -> Any:
@@ -111,7 +112,7 @@ def _index(a: Arguments) -> Any:
 def _unflatten(a: Arguments) -> Any:
     x, axis = _x(a), int(a["dim"])
     axis %= len(x.shape)
-    return operators.reshape(x, [*x.shape[:axis], *map(int, a["sizes"]), *x.shape[axis + 1 :]], False)
+    return operands.reshape(x, [*x.shape[:axis], *map(int, a["sizes"]), *x.shape[axis + 1 :]], False)
 
 
 def _swap(a: Arguments) -> Any:
@@ -125,7 +126,7 @@ def _turn(a: Arguments) -> Any:
 
 def _stack(a: Arguments) -> Any:
     axis = int(a.get("dim", 0))
-    return operators.concat([operators.unsqueeze(tensor(part), [axis]) for part in a["tensors"]], axis)
+    return operands.concat([operands.unsqueeze(tensor(part), [axis]) for part in a["tensors"]], axis)
 
 
 def _dropout(a: Arguments) -> Any:
@@ -137,8 +138,8 @@ def _dropout(a: Arguments) -> Any:
 def _normalised(a: Arguments) -> Any:
     if a.get("training"):
         raise Unread("is in training mode; eval() ends that")
-    own = [a.get(name) for name in ("running_mean", "running_var", "weight", "bias")]
-    return operators.normalised(a["input"], *own, float(a.get("eps", 1e-5)))
+    mean, variance, weight, bias = (a.get(name) for name in ("running_mean", "running_var", "weight", "bias"))
+    return operators.normalised(a["input"], mean, variance, weight, bias, float(a.get("eps", 1e-5)))
 
 
 def _mean(a: Arguments, total: bool = False) -> Any:
@@ -176,6 +177,10 @@ def _softmax(a: Arguments) -> Any:
     return operators.probabilities(a["self"], int(a["dim"]), "softmax")
 
 
+def _activated(of: Callable[[Any], Any], a: Arguments) -> Any:
+    return of(a["self"])
+
+
 def _same(a: Arguments) -> Any:
     return a["self"]
 
@@ -186,33 +191,33 @@ OPERATORS: dict[str, Callable[[Arguments], Any]] = {
     ),
     **dict.fromkeys(("to", "_to_copy", "type_as", "float", "double"), _cast),
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout"), _dropout),
-    "flatten": lambda a: operators.flatten(_x(a), int(a.get("start_dim", 0)), int(a.get("end_dim", -1))),
+    "flatten": lambda a: operands.flatten(_x(a), int(a.get("start_dim", 0)), int(a.get("end_dim", -1))),
     **dict.fromkeys(
         ("view", "reshape", "_unsafe_view"),
-        lambda a: operators.reshape(_x(a), numbers_of(a["size"] if "size" in a else a["shape"]), False),
+        lambda a: operands.reshape(_x(a), numbers_of(a["size"] if "size" in a else a["shape"]), False),
     ),
-    "view_as": lambda a: operators.reshape(_x(a), tensor(a["other"]).shape, False),
+    "view_as": lambda a: operands.reshape(_x(a), tensor(a["other"]).shape, False),
     "unflatten": _unflatten,
     **dict.fromkeys(("transpose", "swapaxes"), _swap),
     **dict.fromkeys(("t", "numpy_T", "mT"), _turn),
     "permute": lambda a: moved(_x(a), lambda places: np.transpose(places, numbers_of(a["dims"]))),
-    "squeeze": lambda a: operators.squeeze(_x(a), _places(a)),
-    "unsqueeze": lambda a: operators.unsqueeze(_x(a), numbers_of(a["dim"])),
+    "squeeze": lambda a: operands.squeeze(_x(a), _places(a)),
+    "unsqueeze": lambda a: operands.unsqueeze(_x(a), numbers_of(a["dim"])),
     **dict.fromkeys(
-        ("cat", "concat", "concatenate"), lambda a: operators.concat(a["tensors"], int(a.get("dim", 0)))
+        ("cat", "concat", "concatenate"), lambda a: operands.concat(a["tensors"], int(a.get("dim", 0)))
     ),
     "stack": _stack,
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
     "slice": _slice,
-    "narrow": lambda a: operators.sliced(
+    "narrow": lambda a: operands.sliced(
         _x(a), [int(a["start"])], [int(a["start"]) + int(a["length"])], [int(a["dim"])]
     ),
     "select": lambda a: moved(_x(a), lambda places: np.take(places, int(a["index"]), int(a["dim"]))),
-    "index_select": lambda a: operators.gather(_x(a), constant(a["index"]), int(a["dim"])),
+    "index_select": lambda a: operands.gather(_x(a), constant(a["index"]), int(a["dim"])),
     "index": _index,
-    "flip": lambda a: moved(_x(a), lambda places: np.flip(places, numbers_of(a["dims"]))),
-    "expand": lambda a: operators.expand(_x(a), numbers_of(a["size"])),
-    "expand_as": lambda a: operators.expand(_x(a), tensor(a["other"]).shape),
+    "flip": lambda a: moved(_x(a), lambda places: np.flip(places, tuple(numbers_of(a["dims"])))),
+    "expand": lambda a: operands.expand(_x(a), numbers_of(a["size"])),
+    "expand_as": lambda a: operands.expand(_x(a), tensor(a["other"]).shape),
     **dict.fromkeys(("sym_size", "size"), lambda a: int(_x(a).shape[int(a["dim"])])),
     "linear": _linear,
     "addmm": _addmm,
@@ -223,7 +228,7 @@ OPERATORS: dict[str, Callable[[Arguments], Any]] = {
     "rsub": lambda a: operators.subtract(a["other"], a["self"]),
     "mul": lambda a: operators.multiply(a["self"], a["other"]),
     "div": lambda a: operators.divide(a["self"], a["other"]),
-    "neg": lambda a: operators.multiply(a["self"], np.float64(-1)),
+    "neg": lambda a: operators.multiply(a["self"], np.asarray(-1)),
     **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training"), _normalised),
     "mean": _mean,
     "sum": lambda a: _mean(a, total=True),
@@ -238,7 +243,7 @@ OPERATORS: dict[str, Callable[[Arguments], Any]] = {
     "min": _with_places(_extreme(False)),
     **dict.fromkeys(("maximum", "amax"), _extreme(True)),
     **dict.fromkeys(("minimum", "amin"), _extreme(False)),
-    **{name: lambda a, of=of: of(a["self"]) for name, of in operators.ACTIVATIONS.items()},
+    **{name: partial(_activated, of) for name, of in operators.ACTIVATIONS.items()},
     "leaky_relu": lambda a: operators.leaky_relu(a["self"], float(a.get("negative_slope", 0.01))),
     "prelu": lambda a: operators.prelu(a["self"], constant(a["weight"])),
     "elu": _elu,

@@ -41,8 +41,8 @@ class Certified(record.Certification):
     """What is proven and measured of a network from elsewhere; the fields are those of metrics.json.
 
     `lipschitz` is the interval measured <= constant <= certified, `bounds` what each method proved, `robustness`
-    the certified radii of a classifier in summary, and `radii` those of each point. Without classes for the points,
-    the radii are those of the predicted class, which counts as right.
+    the certified radii of a classifier in summary, and `radii` those of each point. Without classes for the
+    points, the radii are those of the predicted class, which counts as right.
     """
 
     notes: list[str] = field(default_factory=list)  # what was left off behind the outputs

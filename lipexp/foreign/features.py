@@ -228,8 +228,7 @@ def plus(x: Rows, y: Rows, sign: float = 1.0) -> Rows:
             high, sign = scaled(high, sign), 1.0
         places, beside = np.broadcast_arrays(high.places, low.places)
         return Rows(high.stage, places, scaled(Rows(low.stage, beside), sign))
-    places = np.broadcast_arrays(x.rows(), y.rows(), x.features(), y.features())
-    rows, others, first, second = places
+    rows, others, first, second = np.broadcast_arrays(x.rows(), y.rows(), x.features(), y.features())
     if (rows != others).any():
         raise Unread("mixes the rows of a batch")
     distinct, number = _distinct(np.stack([first, second], axis=-1).reshape(-1, 2))
@@ -340,14 +339,13 @@ def _join(a: Stage, b: Stage) -> tuple[Stage, Places, Places]:
         raise Unread("joins two inputs")
     stage, first, second = _joined(a.parent, b.parent)
     if a.act is None or b.act is None:
-        assert a.weight is not None and b.weight is not None and a.bias is not None and b.bias is not None
         _limited((a.width + b.width) * stage.width, MOST_WEIGHTS)
         weight = np.zeros((a.width + b.width, stage.width))
         weight[: a.width, first], weight[a.width :, second] = a.weight, b.weight
-        made = stage.mapped(weight, np.concatenate([a.bias, b.bias]))
+        made = stage.mapped(weight, np.concatenate([part.bias for part in (a, b) if part.bias is not None]))
         return made, np.arange(a.width), a.width + np.arange(b.width)
     if isinstance(a.act, GroupSort) and isinstance(b.act, GroupSort):
-        groups = [places.reshape(end.act.size(end.width), -1) for places, end in ((first, a), (second, b))]
+        groups = [first.reshape(a.act.size(a.width), -1), second.reshape(b.act.size(b.width), -1)]
         if len(groups[0]) == len(groups[1]):
             n, of_a = sum(part.shape[1] for part in groups), groups[0].shape[1]
             made = stage.selected(np.concatenate(groups, axis=1).ravel()).activated(GroupSort(n_groups=n))

@@ -1,13 +1,13 @@
-"""The operators that graphs have in common, whatever format they are written in.
+"""What networks compute, in terms of features: arithmetic, activations and decisions.
 
-An operand is a tensor of features, a constant, or a decision that features were turned into. Operators on constants
-alone are computed; they are what exporters write to find shapes.
+All formats have these in common, under different names. Operators on constants alone are computed; they are what
+exporters write to find shapes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,129 +16,10 @@ from lipexp import activations as room
 from lipexp.activations import Activation
 from lipexp.activations.elsewhere import AlphaELU, Clip, PReLU
 from lipexp.foreign import features
-from lipexp.foreign.features import MOST_WEIGHTS, Numbers, Rows, Stage, Tensor, Unread, moved, scaled
+from lipexp.foreign.features import Rows, Stage, Tensor, Unread, scaled
+from lipexp.foreign.operands import Compared, Decided, Operand, constant, squeeze, tensor
 
 SELU = 1.6732632423543772, 1.0507009873554805  # alpha and scale; Klambauer et al. 2017 (arXiv 1706.02515)
-
-
-@dataclass(frozen=True)
-class Decided:
-    """What comes of the outputs of a classifier without changing its decision: probabilities, or a class."""
-
-    outputs: Rows  # (B, C) whose largest decides, or (B, 1) whose sign does
-    is_class: bool
-    by: tuple[str, ...]  # the operators
-
-    def then(self, name: str) -> Decided:
-        """Behind another operator that leaves the decision as it is."""
-        return Decided(self.outputs, self.is_class, (*self.by, name))
-
-
-Operand = Rows | Numbers | Decided
-
-
-def constant(value: Any, what: str = "an operand") -> Numbers:
-    """A constant operand.
-
-    Raises:
-        Unread: it depends on the input.
-    """
-    if value is None or isinstance(value, Rows | Decided):
-        raise Unread(f"needs {what} that does not depend on the input")
-    return np.asarray(value)
-
-
-def tensor(value: Any) -> Tensor:
-    """An operand that is no decision."""
-    if isinstance(value, Decided):
-        raise Unread(f"works on what {value.by[-1]} has made of the outputs")
-    return value if isinstance(value, Rows) else np.asarray(value)
-
-
-def numbers_of(value: Any) -> list[int]:
-    """A constant operand as a list of integers, such as axes."""
-    return [int(part) for part in np.atleast_1d(constant(value))]
-
-
-# Places ----------------------------------------------------------------------------------------------------------
-
-
-def reshape(x: Tensor, shape: Sequence[int], zero_is_kept: bool = True) -> Tensor:
-    """ONNX's and torch's reshape: -1 is what is left, and 0, if it is kept, the size that is there."""
-    kept = [x.shape[i] if n == 0 and zero_is_kept and i < len(x.shape) else n for i, n in enumerate(shape)]
-    return moved(x, lambda a: a.reshape(kept))
-
-
-def squeeze(x: Tensor, axes: Sequence[int] | None) -> Tensor:
-    """Without axes of size 1: those named, or all behind the first."""
-    if axes is None:
-        axes = [i for i, n in enumerate(x.shape) if n == 1 and i > 0]
-    axes = [axis for axis in axes if x.shape[axis] == 1]
-    return moved(x, lambda a: np.squeeze(a, tuple(axes)))
-
-
-def unsqueeze(x: Tensor, axes: Sequence[int]) -> Tensor:
-    """With axes of size 1 at these places of the result."""
-    return moved(x, lambda a: np.expand_dims(a, tuple(axes)))
-
-
-def flatten(x: Tensor, first: int, last: int = -1) -> Tensor:
-    """torch's flatten of the axes from `first` to `last`."""
-    n = len(x.shape)
-    first, last = first % max(n, 1), last % max(n, 1)
-    return moved(x, lambda a: a.reshape(*a.shape[:first], -1, *a.shape[last + 1 :]))
-
-
-def sliced(
-    x: Tensor,
-    starts: Sequence[int],
-    ends: Sequence[int],
-    axes: Sequence[int] | None = None,
-    steps: Sequence[int] | None = None,
-) -> Tensor:
-    """x[start:end:step] along some axes, as in numpy."""
-    axes = range(len(starts)) if axes is None else axes
-    steps = [1] * len(starts) if steps is None else steps
-    parts = [slice(None)] * len(x.shape)
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        last = None if step < 0 and end < -len(parts) - x.shape[axis] else end  # to the first entry
-        parts[axis] = slice(start, last, step)
-    return moved(x, lambda a: a[tuple(parts)])
-
-
-def gather(x: Tensor, places: Numbers, axis: int) -> Tensor:
-    """Some entries along an axis."""
-    return moved(x, lambda a: np.take(a, places.astype(np.int64), axis))
-
-
-def split(x: Tensor, sizes: Sequence[int], axis: int) -> list[Tensor]:
-    """Parts of these sizes along an axis."""
-    if sum(sizes) != x.shape[axis]:
-        raise Unread(f"splits {x.shape[axis]} entries into {sum(sizes)}")
-    ends = np.cumsum(sizes)
-    return [gather(x, np.arange(end - n, end), axis) for n, end in zip(sizes, ends, strict=True)]
-
-
-def concat(values: Sequence[Operand], axis: int) -> Tensor:
-    """Tensors of one depth one after the other."""
-    parts = [tensor(value) for value in values]
-    rows = [part for part in parts if isinstance(part, Rows)]
-    if not rows:
-        return np.concatenate([np.asarray(part) for part in parts], axis)
-    if len(rows) < len(parts):
-        raise Unread("joins features and constants")
-    same = features.joined(rows)
-    return Rows(same[0].stage, np.concatenate([part.places for part in same], axis))
-
-
-def expand(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Broadcast to a shape, in which -1 and 1 leave what is there."""
-    lead = len(shape) - len(x.shape)
-    own = (*([1] * lead), *x.shape)
-    whole = [m if n in (-1, 1) else n for n, m in zip(shape, own, strict=True)]
-    if np.prod([float(n) for n in whole]) > MOST_WEIGHTS:
-        raise Unread("makes too many numbers")
-    return moved(x, lambda a: np.broadcast_to(a, whole))
 
 
 # Arithmetic ------------------------------------------------------------------------------------------------------
@@ -162,22 +43,52 @@ def multiply(a: Operand, b: Operand) -> Tensor:
     a, b = tensor(a), tensor(b)
     if isinstance(a, Rows) and isinstance(b, Rows):
         for x, gate in ((a, b), (b, a)):
-            if _is_sigmoid_of(gate, x):
-                return silu(x)
+            inside = _before(room.Sigmoid, gate, 0.25)
+            if inside is not None and (times := _quotient(x, inside)) is not None:
+                return scaled(silu(inside), times)
+            for part in (0.5, 1.0):  # x (1 + erf(x / sqrt(2))) / 2, or twice that
+                inside = _before(Erf, gate, part, part)
+                if inside is not None and (times := _quotient(x, inside)) is not None:
+                    return scaled(gelu(inside), 2 * part * times)
         raise Unread("multiplies features with each other")
     if isinstance(a, Rows):
         return scaled(a, b)
     return scaled(b, a) if isinstance(b, Rows) else np.asarray(a * b)
 
 
-def _is_sigmoid_of(gate: Rows, x: Rows) -> bool:
-    stage, behind = gate.stage, gate.stage.parent
-    if stage.weight is None or stage.bias is None or behind is None or not is_of(behind, room.Sigmoid):
-        return False
-    if behind.parent is not x.stage or gate.shape != x.shape or (gate.rows() != x.rows()).any():
-        return False
-    quarter = 0.25 * np.eye(x.stage.width)[x.features()]
-    return np.array_equal(stage.weight[gate.features()], quarter) and not stage.bias.any()
+def _same(x: Rows, y: Rows) -> bool:
+    return x.stage is y.stage and np.array_equal(x.places, y.places)
+
+
+def _quotient(x: Rows, y: Rows) -> float | None:
+    """c where x = c y, entry by entry."""
+    if _same(x, y):
+        return 1.0
+    stage = x.stage
+    if stage.weight is None or stage.bias is None or stage.parent is not y.stage or x.shape != y.shape:
+        return None
+    weight, bias = stage.weight[x.features().ravel()], stage.bias[x.features().ravel()]
+    times = float(weight[0].sum()) if len(weight) else 0.0
+    expected = times * np.eye(weight.shape[1])[y.features().ravel()]
+    rows = np.array_equal(x.rows(), y.rows())
+    return times if rows and np.array_equal(weight, expected) and not bias.any() else None
+
+
+def _before(kind: type[Activation], y: Rows, scale: float = 1.0, offset: float = 0.0) -> Rows | None:
+    """x where y = scale act(x) + offset for an activation of this kind, entry by entry."""
+    places = y.features()
+    stage: Stage | None = y.stage
+    if stage is not None and not is_of(stage, kind):
+        if stage.weight is None or stage.bias is None or not is_of(stage.parent, kind):
+            return None
+        weight, bias = stage.weight[places.ravel()], stage.bias[places.ravel()]
+        own = np.argmax(weight, axis=1)
+        if not (np.array_equal(weight, scale * np.eye(weight.shape[1])[own]) and (bias == offset).all()):
+            return None
+        stage, places = stage.parent, own.reshape(places.shape)
+    elif (scale, offset) != (1.0, 0.0):
+        return None
+    return None if stage is None or stage.parent is None else Rows(stage.parent, y.rows() * stage.width + places)
 
 
 def divide(a: Operand, b: Operand) -> Tensor:
@@ -216,9 +127,16 @@ def mean(x: Operand, axes: Sequence[int], keep: bool, total: bool = False) -> Te
     for axis in axes:
         n = x.shape[axis]
         row = np.ones((1, n)) if total else np.full((1, n), 1 / n)
-        along = features.linear(x.moved(lambda a, axis=axis: np.moveaxis(a, axis, -1)), row)
-        x = along.moved(lambda a, axis=axis: np.moveaxis(a, -1, axis))
+        x = _from_end(features.linear(_to_end(x, axis), row), axis)
     return x if keep else squeeze(x, axes)
+
+
+def _to_end(x: Rows, axis: int) -> Rows:
+    return x.moved(lambda places: np.moveaxis(places, axis, -1))
+
+
+def _from_end(x: Rows, axis: int) -> Rows:
+    return x.moved(lambda places: np.moveaxis(places, -1, axis))
 
 
 def normalised(x: Operand, mean: Any, variance: Any, weight: Any, bias: Any, epsilon: float) -> Tensor:
@@ -237,12 +155,12 @@ def normalised(x: Operand, mean: Any, variance: Any, weight: Any, bias: Any, eps
 # Activations -----------------------------------------------------------------------------------------------------
 
 
-def activation(name: str, *arguments: Any) -> Activation:
+def activation(name: str, **arguments: Any) -> Activation:
     """An activation of lipexp by the name of its class."""
     found = getattr(room, name, None)
     if found is None:
         raise Unread("is an activation that lipexp does not know")
-    return found(*arguments)
+    return found(**arguments)
 
 
 def activated(x: Operand, act: Activation) -> Rows:
@@ -272,14 +190,12 @@ def sigmoid(x: Operand) -> Rows:
 
 def silu(x: Operand) -> Rows:
     """x sigmoid(x)."""
-    return activated(x, activation("SiLU"))
+    return activated(x, activation("SiLU", scaled=False))
 
 
 def gelu(x: Operand, approximate: str = "none") -> Rows:
     """x Phi(x), with the normal distribution function Phi."""
-    if approximate != "none":
-        raise Unread(f"approximates GELU by {approximate}; lipexp knows the exact one")
-    return activated(x, activation("GELU"))
+    return activated(x, activation("GELU", approximate=approximate, scaled=False))
 
 
 def leaky_relu(x: Operand, slope: float) -> Rows:
@@ -319,6 +235,47 @@ def celu(x: Operand, alpha: float) -> Rows:
     return scaled(activated(scaled(_of_features(x), 1 / alpha), room.ELU()), alpha)
 
 
+def log(x: Operand) -> Tensor:
+    """log(x): of a constant, or of a sigmoid."""
+    x = tensor(x)
+    if not isinstance(x, Rows):
+        return np.log(x)
+    before = _before(room.Sigmoid, x, 0.25)
+    if before is None:
+        raise Unread("takes the logarithm of features")
+    return ACTIVATIONS["log_sigmoid"](before)
+
+
+class Erf(Activation):
+    """The error function of x / sqrt(2), which is read as a part of GELU alone."""
+
+
+def erf(x: Operand) -> Rows:
+    """erf(x), of x = y / sqrt(2) for some features y."""
+    found = _of_features(x)
+    stage = found.stage
+    factors = np.zeros(1) if stage.weight is None or stage.bias is None or stage.bias.any() else stage.weight
+    if stage.parent is None or not np.isclose(factors.max(axis=1), math.sqrt(0.5), rtol=1e-6, atol=0).all():
+        raise Unread("is read as a part of GELU alone")
+    if (np.count_nonzero(factors, axis=1) != 1).any():
+        raise Unread("is read as a part of GELU alone")
+    own = np.argmax(factors, axis=1)
+    before = Rows(stage.parent, found.rows() * stage.parent.width + own[found.features()])
+    return features.activated(before, Erf())
+
+
+def softplus_of(condition: Compared | Decided, above: Operand, other: Operand) -> Tensor:
+    """Softplus as exporters write torch's, which returns x above 20: the two are the same to 2e-9."""
+    difference = condition.difference if isinstance(condition, Compared) else condition.outputs
+    x, soft = tensor(above), tensor(other)
+    if isinstance(x, Rows) and isinstance(soft, Rows):
+        inside, far = _before(room.Softplus, soft), difference.stage.bias
+        is_far = difference.stage.parent is x.stage and far is not None and (far <= -20).all()
+        if inside is not None and _same(inside, x) and is_far:
+            return soft
+    raise Unread("chooses between features")
+
+
 def softplus(x: Operand, beta: float = 1.0) -> Rows:
     """log(1 + exp(beta x)) / beta."""
     if beta == 0:
@@ -331,9 +288,9 @@ def clip(x: Operand, low: Any, high: Any) -> Tensor:
     low, high = (None if end is None else constant(end, "a limit") for end in (low, high))
     found = tensor(x)
     if isinstance(found, Rows) and low is not None and high is not None and low.size == high.size == 1:
-        ends = float(low.reshape(-1)[0]), float(high.reshape(-1)[0])
-        if np.isfinite(ends).all() and np.float32(ends[0]) < np.float32(ends[1]):
-            return features.activated(found, Clip(*map(float, np.float32(ends))))
+        least, most = (float(end.reshape(-1).astype(np.float32)[0]) for end in (low, high))
+        if math.isfinite(least) and math.isfinite(most) and least < most:
+            return features.activated(found, Clip(least, most))
     for end, largest in ((low, True), (high, False)):
         if end is not None:
             found = features.extreme([found, end], largest)
@@ -387,7 +344,7 @@ def above(a: Operand, b: Operand, name: str) -> Operand:
     if not isinstance(found, Rows):
         return np.asarray(constant(a) > constant(b))
     if found.places.size != found.shape[0]:
-        raise Unread("compares several outputs")
+        return Compared(found)
     return Decided(found, True, (name,))
 
 

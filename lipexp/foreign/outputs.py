@@ -12,7 +12,8 @@ from lipexp.activations import Sigmoid, Tanh
 from lipexp.config import ConfigError, one_line
 from lipexp.foreign.features import Rows, Unread, identity_of
 from lipexp.foreign.network import IDENTITY, Foreign, Layer, chain, folded, network_of
-from lipexp.foreign.operators import Decided, Operand
+from lipexp.foreign.operands import Decided, Operand
+from lipexp.foreign.operators import Erf
 from lipexp.reading import Unreadable
 
 
@@ -38,20 +39,20 @@ def at(operator: str, node: str) -> Iterator[None]:
 def network(graph: Graph, decides: bool) -> Foreign:
     """The network behind the outputs of a graph.
 
-    Of a classifier the last operators are left off that do not change its decision: softmax, sigmoid, the choice of
-    the largest, and names of classes.
+    Of a classifier the last operators are left off that do not change its decision: softmax, sigmoid, the choice
+    of the largest, and names of classes.
 
     Raises:
         Unread: there is no network, or several.
     """
     found: list[tuple[str, Rows]] = []
-    notes: list[str] = []
+    left: list[str] = []  # operators that do not change a decision
     for name, value in graph.outputs:
         if isinstance(value, Rows):
             found.append((name, value))
         elif isinstance(value, Decided):
             found.append((name, value.outputs))
-            notes.append(f"left off behind the outputs: {', '.join(value.by)}")
+            left += value.by
     if not found:
         raise Unread("has no output that depends on its input")
     with at("output", found[0][0]):
@@ -59,12 +60,15 @@ def network(graph: Graph, decides: bool) -> Foreign:
         for name, other in found[1:]:
             if not _same(chain(other), (layers, linear), decides):
                 raise Unread(f"is another one than {name!r}: lipexp certifies one")
+        if any(isinstance(layer.act, Erf) for layer in layers):
+            raise Unread("takes the error function outside of GELU")
         layers = folded(layers)
         if decides and linear is None:
-            layers, left = _undecided(layers)
-            notes += left
+            layers, last = _undecided(layers)
+            left = [*last, *left]
         own, rounding = network_of(layers, linear)
-    return Foreign(own, rounding, list(dict.fromkeys(notes)), graph.names)
+    notes = [f"left off behind the outputs: {', '.join(dict.fromkeys(left))}"] if left else []
+    return Foreign(own, rounding, notes, graph.names)
 
 
 def _same(a: tuple[list[Layer], object], b: tuple[list[Layer], object], decides: bool) -> bool:
@@ -100,4 +104,4 @@ def _undecided(layers: list[Layer]) -> tuple[list[Layer], list[str]]:
     if not (both or half or (same and not last.bias.any())):
         return layers, []
     name = "Sigmoid" if is_sigmoid else "Tanh"
-    return [*before, hidden._replace(act=IDENTITY)], [f"left off behind the outputs: {name}"]
+    return [*before, hidden._replace(act=IDENTITY)], [name]

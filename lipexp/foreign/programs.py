@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 from lipexp.config import one_line
 from lipexp.foreign import aten
 from lipexp.foreign.features import Numbers, Rows, Unread, entry
-from lipexp.foreign.operators import Decided
+from lipexp.foreign.operands import Decided
 from lipexp.foreign.outputs import Graph, at
 
 ROWS = 2  # of the input, where the graph leaves their number open, so that what mixes them is seen
@@ -124,9 +124,10 @@ def _entry(name: str, sizes: Sequence[int | None]) -> Rows:
         if len(sizes) < 2 or None in sizes[1:]:
             raise Unread("has no shape (N, D)")
         n_rows = ROWS if sizes[0] is None else sizes[0]
-        if not 0 < n_rows <= MOST_ROWS or min(sizes[1:], default=0) < 1:
+        shape = [int(n or 0) for n in sizes[1:]]
+        if not 0 < n_rows <= MOST_ROWS or min(shape) < 1:
             raise Unread("has too many rows, or none")
-        return entry(n_rows, [int(n or 0) for n in sizes[1:]])
+        return entry(n_rows, shape)
 
 
 # Modules ---------------------------------------------------------------------------------------------------------
@@ -139,7 +140,9 @@ def of_module(module: nn.Module, shape: Sequence[int]) -> Graph:
         Unread: torch cannot export it, or it has an operator that is not read; its module is named.
     """
     if any(parametrize.is_parametrized(part) for part in module.modules()):
-        raise Unread("has parametrised weights; torch.nn.utils.parametrize.remove_parametrizations makes them plain")
+        raise Unread(
+            "has parametrised weights; torch.nn.utils.parametrize.remove_parametrizations makes them plain"
+        )
     of_weights = next((part.dtype for part in module.parameters() if part.is_floating_point()), torch.float32)
     training = [part for part in module.modules() if part.training]
     try:
@@ -264,7 +267,7 @@ def _of_json(graph: Mapping[str, Any], signature: Mapping[str, Any], files: Mapp
     sizes = [size.get("as_int") for size in graph["tensor_values"][inputs[0]]["sizes"]]
     values[inputs[0]] = _entry(inputs[0], sizes)
     for name, size in graph.get("sym_int_values", {}).items():
-        values[name] = size["as_int"] if "as_int" in size else ROWS
+        values[name] = size.get("as_int", ROWS)
     outputs = [
         (own["arg"]["as_tensor"]["name"], Named(own["arg"]["as_tensor"]["name"]))
         for spec in signature["output_specs"]

@@ -22,7 +22,7 @@ import torch
 from lipexp.config import one_line
 from lipexp.foreign import aten
 from lipexp.foreign.features import Rows, Unread, entry
-from lipexp.foreign.operators import Decided
+from lipexp.foreign.operands import Decided
 from lipexp.foreign.outputs import Graph, at
 from lipexp.foreign.programs import ROWS, held
 
@@ -40,7 +40,10 @@ COMPARED: Mapping[type[ast.cmpop], Any] = {
 }
 
 OF_NUMBERS = {  # what scripts ask of numbers, as `torch.lt(p, 0.)`
-    **{name: getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne", "add", "sub", "mul", "floordiv")},
+    **{
+        name: getattr(operator, name)
+        for name in ("lt", "le", "gt", "ge", "eq", "ne", "add", "sub", "mul", "floordiv")
+    },
     **{"__is__": operator.is_, "__isnot__": operator.is_not, "__not__": operator.not_},
 }
 

@@ -1,4 +1,4 @@
-"""Networks that are known by their weights: state dicts, whose activation is named, and scikit-learn's estimators."""
+"""Networks known by their weights: state dicts, whose activation is named, and scikit-learn's estimators."""
 
 from __future__ import annotations
 
@@ -176,6 +176,8 @@ def of_sklearn(model: Any) -> Foreign:
         x = apply(x) if i + 1 < len(layers) else x
     left = {"softmax": "softmax", "logistic": "the logistic function"}.get(last.out_activation_)
     notes = [f"left off behind the outputs: {left}"] if left else []
+    if left == "the logistic function" and len(layers[-1][1]) > 1:
+        raise Unread("MLPClassifier decides several labels at once")
     found = network(Graph([("predict", x)]), decides=False)
     return Foreign(found.network, found.rounding, notes, classes=tuple(getattr(last, "classes_", ())))
 
