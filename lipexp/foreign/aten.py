@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from lipexp.foreign import features, operands, operators
-from lipexp.foreign.features import MOST_WEIGHTS, Rows, Unread, moved
+from lipexp.foreign.features import MOST_WEIGHTS, Rows, Stage, Unread, moved
 from lipexp.foreign.operands import Decided, constant, numbers_of, tensor
 
 Arguments = Mapping[str, Any]
@@ -260,31 +260,6 @@ OPERATORS: dict[str, Callable[[Arguments], Any]] = {
     **{name: _compared(name, False) for name in ("gt", "ge")},
     **{name: _compared(name, True) for name in ("lt", "le")},
 }
-VIEWS = {
-    "view",
-    "reshape",
-    "flatten",
-    "unflatten",
-    "transpose",
-    "t",
-    "permute",
-    "squeeze",
-    "unsqueeze",
-    "split",
-} | {
-    *(
-        "split_with_sizes",
-        "chunk",
-        "slice",
-        "narrow",
-        "select",
-        "expand",
-        "expand_as",
-        "detach",
-        "alias",
-        "view_as",
-    )
-}
 # What may come behind a decision without changing it.
 KEEP = {
     "view",
@@ -302,11 +277,21 @@ KEEP = {
 CHECKS = {"_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range_for_size", "_assert_async"}
 
 
-def call(name: str, arguments: Arguments) -> Any:
-    """What an operator makes of its arguments: an operand, or a list of several."""
+def call(name: str, arguments: Arguments, changed: set[Stage]) -> Any:
+    """What an operator makes of its arguments: an operand, or a list of several.
+
+    Args:
+        changed: the stages of tensors that were changed in place, as by `relu_`. Neither they nor views of them may
+            be used any more; what the operator returned may.
+    """
+    if any(part.stage in changed for part in _features(arguments.values())):
+        raise Unread("uses a tensor that was changed in place before")
+    if name.endswith("_") and not name.startswith("_"):
+        changed |= {part.stage for part in _features([next(iter(arguments.values()))])}
+        name = name[:-1]
     decided = [part for part in arguments.values() if isinstance(part, Decided)]
     if decided and name not in ("softmax", "log_softmax", "_softmax", "_log_softmax", "argmax"):
-        if len(decided) > 1 or not (decided[0].is_class or name in KEEP) or _has_features(arguments.values()):
+        if len(decided) > 1 or not (decided[0].is_class or name in KEEP) or any(_features(arguments.values())):
             raise Unread(f"works on what {decided[0].by[-1]} has made of the outputs")
         return decided[0].then(name)
     if name not in OPERATORS:
@@ -314,9 +299,10 @@ def call(name: str, arguments: Arguments) -> Any:
     return OPERATORS[name](arguments)
 
 
-def _has_features(values: Any) -> bool:
-    return any(
-        isinstance(part, Rows)
-        or (isinstance(part, Sequence) and not isinstance(part, str) and _has_features(part))
-        for part in values
-    )
+def _features(values: Iterable[Any]) -> Iterator[Rows]:
+    """All features among some values, and in the lists among them."""
+    for part in values:
+        if isinstance(part, Rows):
+            yield part
+        elif isinstance(part, list):
+            yield from _features(part)

@@ -12,8 +12,8 @@ import logging
 import operator
 import warnings
 import zipfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import BytesIO, StringIO
@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 
 from lipexp.config import one_line
 from lipexp.foreign import aten
-from lipexp.foreign.features import Numbers, Rows, Unread, entry
+from lipexp.foreign.features import Numbers, Rows, Stage, Unread, entry
 from lipexp.foreign.operands import Decided
 from lipexp.foreign.outputs import Graph, at
 
@@ -61,8 +61,7 @@ class Call:
 
 def follow(calls: Sequence[Call], values: dict[str, Any], outputs: Sequence[tuple[str, Named]]) -> Graph:
     """The outputs of a program, whose inputs and weights are among the values."""
-    uses = Counter(name for call in calls for name in _names(call.arguments.values()))
-    views: set[str] = set()
+    changed: set[Stage] = set()
     for call in calls:
         space, _, rest = call.target.partition(".")
         name = rest.partition(".")[0] if space == "aten" else call.target
@@ -73,14 +72,9 @@ def follow(calls: Sequence[Call], values: dict[str, Any], outputs: Sequence[tupl
             if space == "_operator":
                 found = _of_sizes(rest, list(arguments.values()))
             else:
-                if name.endswith("_") and not name.startswith("_"):
-                    name = name[:-1]
-                    own = next(iter(_names(call.arguments.values())), "")
-                    if uses[own] > 1 or own in views:
-                        raise Unread("changes a tensor in place that has other uses")
                 if space != "aten":
                     raise Unread("is no operator that lipexp reads")
-                found = aten.call(name, arguments)
+                found = aten.call(name, arguments, changed)
             parts = found if isinstance(found, list) else [found]
             names = call.outputs
             if len(names) == 1 and isinstance(names[0], list):
@@ -88,18 +82,8 @@ def follow(calls: Sequence[Call], values: dict[str, Any], outputs: Sequence[tupl
             elif len(names) == 1 and isinstance(found, list):
                 parts = [found]
             values.update(zip(names, parts, strict=False))
-            if name in aten.VIEWS or name == "getitem":
-                views.update(map(str, names))
     found = [(name, values.get(where.name)) for name, where in outputs]
     return Graph([(name, value) for name, value in found if isinstance(value, Rows | Decided)])
-
-
-def _names(values: Iterable[Any]) -> Iterator[str]:
-    for value in values:
-        if isinstance(value, Named):
-            yield value.name
-        elif isinstance(value, list | tuple):
-            yield from _names(value)
 
 
 def _resolved(value: Any, values: Mapping[str, Any]) -> Any:
@@ -247,7 +231,7 @@ def read(content: bytes) -> Graph:
         return _of_json(module["graph"], module["signature"], files)
     except Unread:
         raise
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RecursionError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, RecursionError, zlib.error) as error:
         raise Unread(f"is no program of torch.export: {one_line(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise Unread(f"is a damaged program: {one_line(error)}") from None

@@ -12,6 +12,7 @@ import ast
 import operator
 import pickle
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -21,7 +22,7 @@ import torch
 
 from lipexp.config import one_line
 from lipexp.foreign import aten
-from lipexp.foreign.features import Rows, Unread, entry
+from lipexp.foreign.features import Rows, Stage, Unread, entry
 from lipexp.foreign.operands import Decided
 from lipexp.foreign.outputs import Graph, at
 from lipexp.foreign.programs import ROWS, held
@@ -108,7 +109,14 @@ def read(content: bytes, n_inputs: int) -> Graph:
             return script.graph(n_inputs)
     except Unread:
         raise
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RecursionError, NotImplementedError) as error:
+    except (
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+        EOFError,
+        RecursionError,
+        NotImplementedError,
+        zlib.error,
+    ) as error:
         raise Unread(f"is a damaged TorchScript file: {one_line(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise Unread(f"is a damaged TorchScript file: {one_line(error)}") from None
@@ -125,7 +133,7 @@ class _Script:
             raise Unread("holds no module")
         self.constants = _Pickle(files, "constants").load() if "constants.pkl" in files else ()
         self.defined: dict[str, Any] = {}  # path -> a class, or a function
-        self.calls = 0
+        self.calls, self.changed = 0, set[Stage]()
         for name, source in files.items():
             if name.startswith("code/") and name.endswith(".py"):
                 path = name.removeprefix("code/").removesuffix(".py").replace("/", ".")
@@ -222,16 +230,16 @@ class _Script:
         root = what.partition(".")[0]
         arguments = [self._value(part, names) for part in node.args]
         given = {str(part.arg): self._value(part.value, names) for part in node.keywords}
+        if what == "torch.device":
+            return None
         if what in ("int", "float", "bool", "ops.prim.NumToTensor"):
             return arguments[0]
         if root == "torch" and root not in names:
             name = what.partition(".")[2]
             with at(name, f"line {node.lineno}"):
-                if name.endswith("_") and not name.startswith("_"):
-                    raise Unread("changes a tensor in place")
                 if name in OF_NUMBERS and not any(isinstance(part, Rows | Decided | list) for part in arguments):
                     return OF_NUMBERS[name](*arguments)
-                return aten.call(name, _named(name, arguments) | given)
+                return aten.call(name, _named(name, arguments) | given, self.changed)
         function = names.get(what, self.defined.get(what))
         if isinstance(function, ast.FunctionDef):
             return self._function(function, arguments)
