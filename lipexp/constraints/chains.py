@@ -25,13 +25,12 @@ class Unconstrained(Constraint):
     Several outputs are measured in the 2-norm for p = 2, else each by itself.
 
     Args:
-        p: the norm in which inputs move: 1, 2 or inf.
-        hidden_p: that of the hidden spaces, for the product of norms; 2 for p = 2 by default, else inf.
+        p: the norm in which inputs move: 1, 2 or inf. That of the hidden spaces is 2 for p = 2, else inf.
     """
 
-    def __init__(self, p: float | str = 2, hidden_p: float | None = None) -> None:
+    def __init__(self, p: float | str = 2) -> None:
         self.p = norm_order("p", p)
-        self.hidden_p = hidden_p or (2.0 if self.p == 2 else math.inf)
+        self.hidden_p = 2.0 if self.p == 2 else math.inf
 
     @property
     def output_p(self) -> float:

@@ -86,7 +86,7 @@ def prove(problem: Problem, method: str | None = None) -> Certificate:
     proofs: dict[str, Proof] = {}
     several = method is None or method in ON_REQUEST
     for name in METHODS if several else dict.fromkeys([*QUICK, *([method] if method else [])]):
-        if name == "multipliers" and not problem.network.whole:
+        if name == "multipliers" != method and not problem.network.whole:
             continue
         if name != method and (name in ON_REQUEST or (name == "exact" and method in ON_REQUEST)):
             continue

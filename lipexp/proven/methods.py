@@ -81,7 +81,8 @@ class Chain:
         spaces = (2.0, math.inf, 1.0) if network.is_plain else (2.0,)
         found: list[tuple[float, int, BakedNetwork, Chain]] = []
         for h in spaces:
-            constraint, constants = Unconstrained(p, h), network.act_constants(h)
+            constraint, constants = Unconstrained(p), network.act_constants(h)
+            constraint.hidden_p = h
             proven = constraint.prove(network)
             known = [] if constants is None else [*(norm for (norm,) in proven.norms), *constants]
             product = product_bound(known) if known else math.inf

@@ -44,8 +44,8 @@ FLOAT32 = Arithmetic(2.0**-24, 2.0**-149, 2.0**127)
 def why_no_radii(network: BakedNetwork) -> str | None:
     """Why no radius can be proven for the network, whatever its Lipschitz constant; None if one can."""
     if _spread(network) is None:
-        labels = ", ".join(dict.fromkeys(act.label for _, act in network.placed))
-        return f"{labels}: neither norms nor slopes bound the rounding errors"
+        label = next(act.label for _, act in network.placed if act.lipschitz(math.inf) is None)
+        return f"{label} declares neither norms nor slopes, which would bound its rounding errors"
     return semidefinite.why_no_residual_norms(network)
 
 
