@@ -12,8 +12,8 @@ The rule of the house: configuration group (singular) = module (plural) = test f
 The road of a command: cli -> hydra_app -> members (configurations -> objects) -> loop (K stacked runs) ->
 evaluate, with measured (lower bounds) and proven (upper bounds) -> record and runs (the folder of a run). A sweep
 takes the side road sweep -> training. What is finished is read back by loading, for certify, predict, export,
-report and figures. A network from elsewhere is read by foreign, and certified as a run is (finding). From Python the same road begins at `lipexp.train` (python), or at a scikit-learn estimator
-(estimators, fitting).
+report and figures. A network from elsewhere is read by foreign, and certified as a run is (finding). From Python
+the same road begins at `lipexp.train` (python), or at a scikit-learn estimator (estimators, fitting).
 """
 
 from __future__ import annotations
