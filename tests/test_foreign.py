@@ -87,6 +87,24 @@ class Residual(nn.Module):
         return x + torch.relu(self.inner(x))
 
 
+class Mixture(nn.Module):
+    """What programs write in several ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.register_buffer("turn", torch.randn(8, D))
+
+    def forward(self, x):
+        z = (self.turn @ x.T).T
+        z = torch.rsub(torch.sub(z, 0.5, alpha=2), 1.0, alpha=0.5)
+        z = torch.clamp(torch.maximum(z, -0.2 * z), max=0.3)
+        z = torch.clamp(self.inner(z), min=-0.5)
+        top = z.topk(3, dim=1)[0]
+        means = z.unflatten(1, (2, 4)).mean(dim=2)
+        return torch.cat([top, means, z.narrow(1, 2, 2), z[:, ::3], z.amax(dim=1, keepdim=True)], dim=1)
+
+
 class Reused(nn.Module):
     """Uses the features from before an activation that changes them in place."""
 
@@ -98,6 +116,15 @@ class Reused(nn.Module):
         z = self.inner(x)
         view = z.flatten()
         return torch.tanh_(z) + torch.relu(view).view(z.shape)
+
+
+class Rounded(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x):
+        return self.change(x)
 
 
 def linear(n_in: int = D, n_out: int = 8) -> nn.Linear:
@@ -116,6 +143,8 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
         linear(), nn.ELU(0.5), nn.SELU(), nn.CELU(2.0), nn.Softplus(2.0), linear(8, 2)
     ),
     "sigmoids": lambda: nn.Sequential(linear(), nn.Sigmoid(), nn.Hardsigmoid(), nn.LogSigmoid(), linear(8, 2)),
+    "channels": lambda: nn.Sequential(linear(), nn.Unflatten(1, (2, 4)), nn.PReLU(2), nn.Flatten(), linear(8, 2)),
+    "mixture": Mixture,
     "unflattened": lambda: nn.Sequential(
         linear(), nn.Unflatten(1, (2, 4)), nn.Linear(4, 3), nn.ReLU(), nn.Flatten()
     ),
@@ -191,6 +220,12 @@ def test_a_module_is_left_in_its_mode():
             r"linear at 'linear_2 of module 2\.inner \(Linear\)': takes a sum",
         ),
         (nn.Sequential(linear(), nn.ReLU(), Residual()), r"add at 'add of module 2 \(Residual\)': joins features"),
+        (Rounded(lambda x: torch.div(x, 2, rounding_mode="floor")), r"div at 'div of .*': rounds features"),
+        (Rounded(lambda x: x.half()), r"to at 'to of .*': rounds features"),
+        (Rounded(lambda x: x.sum(1, dtype=torch.float16)), r"sum at 'sum_1 of .*': rounds features"),
+        (nn.Softplus(threshold=1.0), r"softplus at 'softplus of .*': is no softplus, for its threshold"),
+        (Rounded(lambda x: x.mean(0, keepdim=True).expand(x.shape)), "mean at .*: mixes the rows of a batch"),
+        (Rounded(lambda x: x.flip(0)), "output at 'flip': mixes the rows of a batch"),
         (Reused(), r"relu at 'relu of module itself .*': uses a tensor that was changed in place before"),
         (nn.Sequential(linear(), nn.Softmax(0)), r"softmax at 'softmax of module 1 \(Softmax\)': decides along"),
         (nn.Sequential(linear(), nn.Mish()), r"mish at 'mish of module 1 \(Mish\)': is no operator"),

@@ -460,6 +460,12 @@ def softplus_with_another_threshold(net: Net, x: str) -> str:
     return net.node("Where", net.node("Greater", x, np.float32(0)), x, net.node("Softplus", x))
 
 
+def training(net: Net, x: str) -> str:
+    node = net.node("BatchNormalization", x, *(np.ones(D, dtype=np.float32) for _ in range(4)))
+    net.nodes[-1].output.extend(["mean", "variance"])
+    return node
+
+
 def ended_twice(net: Net, x: str) -> str:
     net.node("Relu", x, output="y")
     return net.node("Tanh", x, output="y")
@@ -482,6 +488,7 @@ REFUSED = {
     "error function": (plain_error_function, "output at 'Erf_1': takes the error function outside of GELU"),
     "another softplus": (softplus_with_another_threshold, "Where at 'Where_2': chooses between features"),
     "a name twice": (ended_twice, "Tanh at 'y': sets a value that there is already"),
+    "training": (training, "BatchNormalization at 'BatchNormalization_0': is in training mode"),
     "nothing": (lambda net, x: net.node("Relu", "nowhere"), "Relu at 'Relu_0': takes nowhere, which is not read"),
     "another domain": (lambda net, x: net.node("Relu", x, domain="mine"), "Relu at 'Relu_0': is no operator"),
     "a constant": (lambda net, x: net.node("Relu", net.numbers(2, 2)), "Relu at 'Relu_0': activates a constant"),

@@ -25,12 +25,6 @@ def _places(a: Arguments, name: str = "dim", default: Any = None) -> list[int] |
     return None if found is None else numbers_of(found)
 
 
-def _cast(a: Arguments) -> Any:
-    if isinstance(a["self"], Rows) and a.get("dtype") is not None and a["dtype"] not in FLOATS:
-        raise Unread("rounds features")
-    return a["self"]
-
-
 def _linear(a: Arguments) -> Any:
     x, bias = tensor(a["input"]), a.get("bias")
     weight = constant(a["weight"], "a weight")
@@ -120,10 +114,6 @@ def _swap(a: Arguments) -> Any:
     return moved(_x(a), lambda places: np.swapaxes(places, first, second))
 
 
-def _turn(a: Arguments) -> Any:
-    return moved(_x(a), lambda places: places.T)
-
-
 def _stack(a: Arguments) -> Any:
     axis = int(a.get("dim", 0))
     return operands.concat([operands.unsqueeze(tensor(part), [axis]) for part in a["tensors"]], axis)
@@ -165,6 +155,23 @@ def _elu(a: Arguments) -> Any:
     return operators.elu(a["self"], float(a.get("alpha", 1)), scale)
 
 
+def _divide(a: Arguments) -> Any:
+    if a.get("rounding_mode") is not None:
+        raise Unread("rounds features")
+    return operators.divide(a["self"], a["other"])
+
+
+def _prelu(a: Arguments) -> Any:
+    slopes = constant(a["weight"])  # of the channels, which are the second axis
+    return operators.prelu(a["self"], slopes.reshape(-1, *[1] * (len(_x(a).shape) - 2)))
+
+
+def _softplus(a: Arguments) -> Any:
+    if float(a.get("threshold", 20)) < 20:  # above 20 what torch returns, x, is softplus(x) to 2e-9
+        raise Unread("is no softplus, for its threshold")
+    return operators.softplus(a["self"], float(a.get("beta", 1)))
+
+
 def _compared(name: str, turned: bool) -> Callable[[Arguments], Any]:
     def found(a: Arguments) -> Any:
         pair = (a["other"], a["self"]) if turned else (a["self"], a["other"])
@@ -189,7 +196,7 @@ OPERATORS: dict[str, Callable[[Arguments], Any]] = {
     **dict.fromkeys(
         ("detach", "clone", "contiguous", "alias", "lift_fresh_copy", "lift_fresh", "positive"), _same
     ),
-    **dict.fromkeys(("to", "_to_copy", "type_as", "float", "double"), _cast),
+    **dict.fromkeys(("to", "_to_copy"), lambda a: a["self"]),
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout"), _dropout),
     "flatten": lambda a: operands.flatten(_x(a), int(a.get("start_dim", 0)), int(a.get("end_dim", -1))),
     **dict.fromkeys(
@@ -199,7 +206,8 @@ OPERATORS: dict[str, Callable[[Arguments], Any]] = {
     "view_as": lambda a: operands.reshape(_x(a), tensor(a["other"]).shape, False),
     "unflatten": _unflatten,
     **dict.fromkeys(("transpose", "swapaxes"), _swap),
-    **dict.fromkeys(("t", "numpy_T", "mT"), _turn),
+    **dict.fromkeys(("t", "numpy_T"), lambda a: moved(_x(a), lambda places: places.T)),
+    "mT": lambda a: moved(_x(a), lambda places: places.swapaxes(-1, -2)),
     "permute": lambda a: moved(_x(a), lambda places: np.transpose(places, numbers_of(a["dims"]))),
     "squeeze": lambda a: operands.squeeze(_x(a), _places(a)),
     "unsqueeze": lambda a: operands.unsqueeze(_x(a), numbers_of(a["dim"])),
@@ -225,9 +233,9 @@ OPERATORS: dict[str, Callable[[Arguments], Any]] = {
     **dict.fromkeys(("mm", "mv"), lambda a: operators.matmul(a["self"], a["mat2"] if "mat2" in a else a["vec"])),
     "add": _add,
     "sub": lambda a: _add(a, -1.0),
-    "rsub": lambda a: operators.subtract(a["other"], a["self"]),
+    "rsub": lambda a: _add({"self": a["other"], "other": a["self"], "alpha": a.get("alpha", 1)}, -1.0),
     "mul": lambda a: operators.multiply(a["self"], a["other"]),
-    "div": lambda a: operators.divide(a["self"], a["other"]),
+    "div": _divide,
     "neg": lambda a: operators.multiply(a["self"], np.asarray(-1)),
     **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training"), _normalised),
     "mean": _mean,
@@ -245,11 +253,11 @@ OPERATORS: dict[str, Callable[[Arguments], Any]] = {
     **dict.fromkeys(("minimum", "amin"), _extreme(False)),
     **{name: partial(_activated, of) for name, of in operators.ACTIVATIONS.items()},
     "leaky_relu": lambda a: operators.leaky_relu(a["self"], float(a.get("negative_slope", 0.01))),
-    "prelu": lambda a: operators.prelu(a["self"], constant(a["weight"])),
+    "prelu": _prelu,
     "elu": _elu,
     "celu": lambda a: operators.celu(a["self"], float(a.get("alpha", 1))),
     "gelu": lambda a: operators.gelu(a["self"], a.get("approximate", "none")),
-    "softplus": lambda a: operators.softplus(a["self"], float(a.get("beta", 1))),
+    "softplus": _softplus,
     "hardtanh": lambda a: operators.clip(a["self"], a.get("min_val", -1), a.get("max_val", 1)),
     "hardsigmoid": lambda a: operators.hard_sigmoid(a["self"], 1 / 6, 0.5),
     "clamp": lambda a: operators.clip(a["self"], a.get("min"), a.get("max")),
@@ -281,8 +289,8 @@ def call(name: str, arguments: Arguments, changed: set[Stage]) -> Any:
     """What an operator makes of its arguments: an operand, or a list of several.
 
     Args:
-        changed: the stages of tensors that were changed in place, as by `relu_`. Neither they nor views of them may
-            be used any more; what the operator returned may.
+        changed: the stages of tensors that were changed in place, as by `relu_`. Neither they nor views of them
+            may be used any more; what the operator returned may.
     """
     if any(part.stage in changed for part in _features(arguments.values())):
         raise Unread("uses a tensor that was changed in place before")
@@ -296,6 +304,12 @@ def call(name: str, arguments: Arguments, changed: set[Stage]) -> Any:
         return decided[0].then(name)
     if name not in OPERATORS:
         raise Unread("is no operator that lipexp reads")
+    if (
+        arguments.get("dtype") is not None
+        and arguments["dtype"] not in FLOATS
+        and any(_features(arguments.values()))
+    ):
+        raise Unread("rounds features")
     return OPERATORS[name](arguments)
 
 

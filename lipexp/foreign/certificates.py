@@ -46,7 +46,7 @@ class Certified(record.Certification):
     """
 
     notes: list[str] = field(default_factory=list)  # what was left off behind the outputs
-    rounding: float = 0.0  # the largest relative change of a number that was rounded to float32
+    rounding: float = 0.0  # the largest relative change of a number that was rounded to float32, at most 2^-24
     radii: pd.DataFrame | None = None  # a row for each point; None: there are none
     network: BakedNetwork | None = None  # what was certified, of which `rounding` is a part
 

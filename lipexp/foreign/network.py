@@ -20,6 +20,7 @@ from lipexp.foreign.features import Numbers, Rows, Stage, Unread
 from lipexp.networks import BakedNetwork
 
 IDENTITY = Identity()
+SMALLEST = 2.0**-126  # number of float32 that has all its digits: the change of smaller ones is relative to it
 
 
 class Layer(NamedTuple):
@@ -35,7 +36,7 @@ class Foreign:
     """A network from elsewhere, as lipexp certifies it."""
 
     network: BakedNetwork  # K = 1
-    rounding: float  # of its numbers to float32: the largest relative change of one
+    rounding: float  # of its numbers to float32: the largest relative change of one, at most 2^-24
     notes: Sequence[str] = ()  # what was left off, and the like
     names: Sequence[str] = field(default_factory=list)  # of its inputs, where they are known
     classes: Sequence[object] = ()  # of a classifier, where they are known
@@ -57,7 +58,7 @@ def network_of(layers: Sequence[Layer], linear: Numbers | None = None) -> tuple[
     if not all(np.isfinite(part).all() for part in rounded):
         raise Unread("holds numbers beyond the range of float32")
     changes = [
-        float(np.max(np.abs(new.astype(np.float64) - old)[old != 0] / np.abs(old[old != 0]), initial=0.0))
+        float(np.max(np.abs(new.astype(np.float64) - old) / np.maximum(np.abs(old), SMALLEST), initial=0.0))
         for new, old in zip(rounded, numbers, strict=True)
     ]
     tensors = [torch.from_numpy(np.ascontiguousarray(part))[None] for part in rounded]

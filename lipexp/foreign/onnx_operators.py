@@ -176,7 +176,7 @@ def _dropout(node: Node) -> Operand:
 
 def _normalised(node: Node) -> Operand:
     x, weight, bias, mean, variance = (node.operand(i) for i in range(5))
-    if node.attributes.get("training_mode", 0):
+    if node.attributes.get("training_mode", 0) or node.n_outputs > 1:
         raise Unread("is in training mode")
     return operators.normalised(x, mean, variance, weight, bias, node.attributes.get("epsilon", 1e-5))
 
@@ -243,7 +243,9 @@ OPERATORS: dict[str, Callable[[Node], Operand | Sequence[Operand]]] = {
     "Concat": lambda node: operands.concat(_of_all(node), node.axis(0)),
     "FeatureVectorizer": lambda node: operands.concat(_of_all(node), 1),
     "Expand": lambda node: operands.expand(tensor(node.x), numbers_of(node.operand(1))),
-    "Shape": lambda node: np.asarray(tensor(node.x).shape),
+    "Shape": lambda node: np.asarray(
+        tensor(node.x).shape[node.attributes.get("start", 0) : node.attributes.get("end", None)]
+    ),
     "Constant": _constant,
     "ConstantOfShape": _filled,
     "Range": _range,
@@ -278,7 +280,6 @@ OPERATORS: dict[str, Callable[[Node], Operand | Sequence[Operand]]] = {
     "Log": lambda node: operators.log(node.x),
     "Erf": lambda node: operators.erf(node.x),
     "Gelu": lambda node: operators.gelu(node.x, node.attributes.get("approximate", "none")),
-    "Swish": lambda node: operators.silu(node.x),
     "HardSigmoid": lambda node: operators.hard_sigmoid(
         node.x, *(node.attributes.get(*own) for own in (("alpha", 0.2), ("beta", 0.5)))
     ),

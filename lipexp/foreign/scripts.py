@@ -55,7 +55,7 @@ class Part:
     path = ""  # of its class, as __torch__.torch.nn.modules.linear.Linear
 
 
-class _Pickle(pickle.Unpickler):
+class _Pickle(pickle._Unpickler):  # which, other than the one in C, believes no sizes
     """Reads tensors, plain data, and modules as `Part`s; everything else is refused."""
 
     def __init__(self, files: Mapping[str, bytes], name: str) -> None:
@@ -255,7 +255,10 @@ def _named(name: str, arguments: Sequence[Any]) -> dict[str, Any]:
         if len(arguments) <= len(own) and all(map(_fits, arguments, [str(part.type) for part in own])):
             rest = own[len(arguments) :]
             if all(part.has_default_value() or part.kwarg_only for part in rest):
-                return {part.name: value for part, value in zip(own, arguments, strict=False)}
+                named = {part.name: value for part, value in zip(own, arguments, strict=False)}
+                if isinstance(named.get("dtype"), int):  # which a program of torch.export numbers from 1
+                    named["dtype"] += 1
+                return named
     raise Unread("is no operator that lipexp reads")
 
 
