@@ -100,9 +100,9 @@ class Mixture(nn.Module):
         z = torch.rsub(torch.sub(z, 0.5, alpha=2), 1.0, alpha=0.5)
         z = torch.clamp(torch.maximum(z, -0.2 * z), max=0.3)
         z = torch.clamp(self.inner(z), min=-0.5)
-        top = z.topk(3, dim=1)[0]
         means = z.unflatten(1, (2, 4)).mean(dim=2)
-        return torch.cat([top, means, z.narrow(1, 2, 2), z[:, ::3], z.amax(dim=1, keepdim=True)], dim=1)
+        z = torch.cat([means, z.narrow(1, 2, 2), z[:, ::3], z[:, 3:4]], dim=1)
+        return torch.stack([*z.topk(3, dim=1)[0].unbind(1)[:1], z.sort(dim=1)[0].select(1, -2)], dim=1)
 
 
 class Reused(nn.Module):

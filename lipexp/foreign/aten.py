@@ -92,6 +92,14 @@ def _split(a: Arguments) -> Any:
     return operands.split(x, sizes, axis)
 
 
+def _unbind(a: Arguments) -> Any:
+    x, axis = _x(a), int(a.get("dim", 0))
+    return [
+        moved(part, lambda places: np.squeeze(places, axis))
+        for part in operands.split(x, [1] * x.shape[axis], axis)
+    ]
+
+
 def _slice(a: Arguments) -> Any:
     ends = [a.get("start"), a.get("end")]
     start, end = (default if part is None else int(part) for part, default in zip(ends, (0, 2**62), strict=True))
@@ -216,6 +224,7 @@ OPERATORS: dict[str, Callable[[Arguments], Any]] = {
     ),
     "stack": _stack,
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
+    "unbind": _unbind,
     "slice": _slice,
     "narrow": lambda a: operands.sliced(
         _x(a), [int(a["start"])], [int(a["start"]) + int(a["length"])], [int(a["dim"])]
