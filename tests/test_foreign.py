@@ -530,6 +530,13 @@ def test_maps_are_multiplied_only_where_that_needs_no_rounding():
         assert ((outer.dot(inner) << (e + f - lowest)) == (exact << (exponent - lowest))).all()
     kept = folded([random_layer(6, 4, 3), random_layer(2, 6, 4)])
     assert len(kept) == 2  # a product of dense matrices is rounded
+    units = (
+        Layer(np.ones((1, 2)), np.zeros(1), IDENTITY),
+        Layer(np.array([[1.0], [2.0**-80]]), np.zeros(2), IDENTITY),
+    )
+    assert len(folded(units[::-1])) == 2  # 1 + 2^-80 is 1 in float64
+    thirds = [Layer(np.array([[own]]), np.zeros(1), IDENTITY) for own in (3.0, 1 / 3)]
+    assert len(folded(thirds)) == 2  # and so is 3 times a third
     shift = Layer(np.eye(4), random_layer(4, 4, 5).bias, IDENTITY)
     assert len(folded([shift, random_layer(2, 4, 6)])) == 2  # so is W (x - c)
 

@@ -119,6 +119,16 @@ def maxout(net: Net, x: str) -> str:
     return net.gemm(net.node("ReduceMax", pools, axes=[2], keepdims=0), 3, 2)
 
 
+def pairs_of_two_layers(net: Net, x: str) -> str:
+    a, b = net.gemm(x, D, 4), net.dense(x, D, 4)
+    return net.gemm(net.node("Concat", net.node("Max", a, b), net.node("Min", b, a), axis=1), 8, 2)
+
+
+def twice_the_same(net: Net, x: str) -> str:
+    z = net.node("Relu", net.gemm(x, D, 4))
+    return net.gemm(net.node("Concat", z, z, axis=1), 8, 2)
+
+
 def preprocessed(net: Net, x: str) -> str:
     z = net.node("Div", net.node("Sub", x, net.numbers(D)), 1 + np.abs(net.numbers(D)))
     return net.dense(net.node("Relu", net.dense(z, D, 8)), 8, 2)
@@ -239,7 +249,16 @@ READ = {
     **{
         write.__name__: write
         for write in (
-            *(max_min, interleaved_pairs, descending_groups, largest_three_of_columns, maxout, preprocessed),
+            *(
+                pairs_of_two_layers,
+                twice_the_same,
+                max_min,
+                interleaved_pairs,
+                descending_groups,
+                largest_three_of_columns,
+                maxout,
+                preprocessed,
+            ),
             *(scaled, branches, both_signs, beside_the_layers, turned, shapes_of_torch, leaky_by_max),
             *(relu6_of_keras, normalised, softplus_of_torch, sums, weighted_gemm, columns, image, two_layers),
         )
@@ -409,6 +428,24 @@ def test_what_does_not_change_a_decision_is_left_off(ending, tmp_path):
     if ending == "sigmoid":  # which a regression keeps
         whole = network_of(net.model(decision), tmp_path)
         np.testing.assert_allclose(outputs(whole, x), run(net.model(decision), x), rtol=CLOSE, atol=CLOSE)
+
+
+@pytest.mark.parametrize("threshold", [0.25, 0.75])
+@pytest.mark.parametrize("ending", ["above", "beside"])
+def test_what_would_change_a_decision_is_kept(ending, threshold, tmp_path):
+    net = Net()
+    p = net.node("Sigmoid", net.node("Mul", net.gemm("x", D, 1), np.float32(4)))
+    limit = np.float32(threshold)
+    if ending == "above":
+        decision = net.node("Cast", net.node("Greater", p, limit), to=TensorProto.FLOAT)
+    else:
+        decision = net.node("Concat", net.node("Sub", 2 * limit, p), p, axis=1)
+    model, x = net.model(decision), points(400)
+    f, known = outputs(network_of(model, tmp_path, decides=True), x), run(model, x)
+    number = f.argmax(axis=1) if f.shape[1] > 1 else f[:, 0] > 0
+    expected = known.argmax(axis=1) if known.shape[1] > 1 else known[:, 0] > 0
+    np.testing.assert_array_equal(number, expected)
+    assert 0 < expected.mean() < 1
 
 
 # What is refused -------------------------------------------------------------------------------------------------
