@@ -121,6 +121,8 @@ def maxout(net: Net, x: str) -> str:
 
 def pairs_of_two_layers(net: Net, x: str) -> str:
     a, b = net.gemm(x, D, 4), net.dense(x, D, 4)
+    z = net.node("Concat", net.node("Sub", a, b), net.node("Mul", net.node("Sub", b, a), np.float32(2)), axis=1)
+    a, b = net.gemm(net.node("Relu", z), 8, 4), net.dense(net.node("Relu", z), 8, 4)
     return net.gemm(net.node("Concat", net.node("Max", a, b), net.node("Min", b, a), axis=1), 8, 2)
 
 
