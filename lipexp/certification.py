@@ -47,8 +47,10 @@ y, or in --target, and without any those of the predicted classes. What cannot b
 
 exit status: 0; 1 if a bound is broken or a radius refuted; 2 if a run cannot be read or is not trusted
 
-examples: lipexp certify outputs/2026-01-31 --attack
-          lipexp certify net.onnx --data points.csv --p inf --json found.json"""
+examples:
+  lipexp certify outputs/2026-01-31 --attack
+  lipexp certify outputs/2026-01-31 --method bnb --around=-0.5,0.25 --within 0.1
+  lipexp certify net.onnx --data points.csv --p inf --json found.json"""
 
 
 # One run ---------------------------------------------------------------------------------------------------------
@@ -113,6 +115,14 @@ def main(arguments: Sequence[str]) -> int:
         metavar="NAME",
         choices=list(METHODS),
         help=f"one of {', '.join(METHODS)}; default: all but bnb, branch and bound over the box of the data",
+    )
+    parser.add_argument(
+        "--around",
+        metavar="X,X,…",
+        help="with bnb: the constant over a ball around this point only (see --within)",
+    )
+    parser.add_argument(
+        "--within", metavar="R", type=float, help="the radius of that ball, in the norm of the run"
     )
     parser.add_argument(
         "--p", metavar="P", help="the norm in which inputs move: 1, 2 or inf (default: that of the constraint)"

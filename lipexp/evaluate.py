@@ -138,7 +138,7 @@ class Evaluator:
     def _problem(self, network: BakedNetwork, run: int, measured: Maximum = NOTHING) -> Problem:
         chain = Chain.of(self.stack.constraint, network.layers, run)
         box = self.x[run].amin(dim=0), self.x[run].amax(dim=0)
-        return Problem(network, chain, box, measured, self.stack.max_regions)
+        return Problem(network, chain, box, measured, self.stack.max_regions, self.stack.task.decides)
 
     def _certificate(self, network: BakedNetwork, run: int, measured: Maximum) -> Certificate:
         """The best bound that is proven for the finished network.

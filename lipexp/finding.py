@@ -21,8 +21,10 @@ from lipexp.measured.attack import RECORDED, Attack, attack
 from lipexp.measured.gradients import Maximum, scan
 from lipexp.networks import BakedNetwork
 from lipexp.proven import METHODS, Certificate, Chain, Problem, Proof, prove
+from lipexp.proven.balls import bound_on
+from lipexp.proven.branching import Ball
 from lipexp.proven.radii import Robustness, assess
-from lipexp.wording import above, broken_bound, interval_line, monotone_line, robustness_line
+from lipexp.wording import above, broken_bound, interval_line, local_line, monotone_line, robustness_line
 
 CONTENTS = conf_dir() / "config.yaml"
 PAIRS = 100_000  # compared in an attack on a monotone network
@@ -46,6 +48,8 @@ class Request:
     max_seconds: float = 60.0
     max_regions: int | None = None  # None: what the run says, or the default
     radii: Any = None  # for certified accuracy; None: the same
+    around: Any = None  # with bnb: the centre of a ball over which alone the constant is bounded, ...
+    within: float | None = None  # ... and its radius in p
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Request:
@@ -72,15 +76,28 @@ class Request:
         number(f"{dashes}max{'-' if dashes else '_'}seconds", self.max_seconds, above=0)
         if self.max_regions is not None:
             whole(f"{dashes}max{'-' if dashes else '_'}regions", self.max_regions, least=0)
-        radii = self.radii
-        if radii is not None:
-            try:
-                radii = [float(part) for part in (radii.split(",") if isinstance(radii, str) else radii)]
-            except (TypeError, ValueError):
-                raise ConfigError(f"{dashes}radii", self.radii, "must be numbers, such as 0.1,0.25") from None
-            for radius in radii:
-                number(f"{dashes}radii", radius, above=0)
-        return replace(self, p=p, radii=radii)
+        radii, around = (_numbers(f"{dashes}{name}", getattr(self, name)) for name in ("radii", "around"))
+        for radius in radii or []:
+            number(f"{dashes}radii", radius, above=0)
+        if (around is None) != (self.within is None):
+            given, missing = ("within", "around") if around is None else ("around", "within")
+            raise ConfigError(f"{dashes}{given}", getattr(self, given), f"needs {dashes}{missing} as well")
+        if around is not None:
+            if self.method != "bnb":
+                raise ConfigError(f"{dashes}around", self.around, f"is for {dashes}method bnb")
+            number(f"{dashes}within", self.within, above=0)
+        return replace(self, p=p, radii=radii, around=around)
+
+
+def _numbers(option: str, value: Any) -> list[float] | None:
+    """A list of finite numbers, or one in words: 0.1,0.25."""
+    if value is None:
+        return None
+    try:
+        found = [float(part) for part in (value.split(",") if isinstance(value, str) else value)]
+    except (TypeError, ValueError):
+        raise ConfigError(option, value, "must be numbers, such as 0.1,0.25") from None
+    return [number(option, part) for part in found]
 
 
 @dataclass(frozen=True)
@@ -108,12 +125,18 @@ class Finding:
     robustness: Robustness | None  # None where nothing is classified
     monotone: record.Monotone | None  # None where it need not be
     attack: Attack | None
+    local: record.LocalInterval | None = None  # over the ball that was asked for
     broken_layers: Sequence[str] = ()  # those whose norms are above their bounds
 
     @property
     def refuted(self) -> bool:
         found = self.attack is not None and bool(self.attack.flips)
-        return self.interval.verdict == "FAIL" or found or self.breaks_direction
+        return self.interval.verdict == "FAIL" or found or self.breaks_direction or self.breaks_ball
+
+    @property
+    def breaks_ball(self) -> bool:
+        """Whether a steeper point was found in the ball than is proven."""
+        return self.local is not None and self.local.measured > self.local.certified
 
     @property
     def breaks_direction(self) -> bool:
@@ -138,6 +161,7 @@ class Finding:
             robustness=None if self.robustness is None else self.robustness.summary(radii),
             monotone=self.monotone,
             attack=None if self.attack is None else self.attack.record(),
+            local=self.local,
         )
 
     def described(self, radii: Sequence[float], attacked: bool) -> Iterator[str]:
@@ -148,6 +172,8 @@ class Finding:
                 f"{name} {_bound(proof, self.interval.target)}" for name, proof in proofs.items()
             )
         yield interval_line(self.interval)
+        if self.local is not None:
+            yield local_line(self.local)
         yield from self.broken_layers
         if self.robustness is not None:
             yield robustness_line(self.robustness.summary(radii))
@@ -164,6 +190,8 @@ class Finding:
             return f"certified is above L: {', '.join(self.broken_layers)}"
         if self.interval.verdict == "FAIL":
             return broken_bound(self.interval)
+        if self.local is not None and self.breaks_ball:
+            return f"{local_line(self.local)}: a bound is broken, a bug in lipexp; please report it"
         if self.monotone is not None and self.breaks_direction:
             return monotone_line(self.monotone)
         assert self.attack is not None
@@ -188,19 +216,22 @@ def look(subject: Subject, request: Request, report: Callable[[str], None]) -> F
         (x[0].amin(dim=0), x[0].amax(dim=0)),
         measured,
         subject.max_regions,
+        decides=subject.decided is not None,
         gap=request.gap,
         seconds=request.max_seconds,
         report=report,
     )
-    certificate = prove(problem, request.method)
+    certificate = prove(problem, None if request.around else request.method)
+    ball = None if request.around is None else _on_ball(request, problem._replace(best=certificate.value))
     for name, proof in certificate.proofs.items():
         if proof.best is not None and proof.best.value > measured.value:  # a search came across a steeper point
             by[name] = measured = proof.best
     robustness = attacked = None
     if subject.decided is not None:
+        report("proving: radii")
         robustness = assess(network, subject.decided, certificate)
         if request.attack and robustness.columns is not None:
-            (test_x, _), radius = subject.decided["test"], robustness.of("test")["radius"]
+            (test_x, _), radius = subject.decided["test"], robustness.of("test")[robustness.largest]
             report(f"attacking {len(test_x):,} points")
             attacked = attack(network, test_x, radius, chain.p, subject.draws())
     directions = None
@@ -210,7 +241,17 @@ def look(subject: Subject, request: Request, report: Callable[[str], None]) -> F
             report(f"comparing {PAIRS:,} pairs of points")
             tried = monotone.violations(network, problem.box, subject.signs, subject.draws(), PAIRS)
             directions = replace(directions, violations=tried)
-    return Finding(chain, certificate.interval(measured), certificate, by, robustness, directions, attacked)
+    interval = certificate.interval(measured)
+    return Finding(chain, interval, certificate, by, robustness, directions, attacked, ball)
+
+
+def _on_ball(request: Request, problem: Problem) -> record.LocalInterval:
+    """The local constant over the ball that is asked for."""
+    assert request.within is not None
+    if len(request.around) != problem.network.n_inputs:
+        wanted = f"must be {problem.network.n_inputs} numbers, the coordinates of a point"
+        raise ConfigError("--around", ",".join(f"{value:g}" for value in request.around), wanted)
+    return bound_on(Ball(torch.tensor(request.around).double(), request.within, problem.chain.p), problem)
 
 
 def _bound(proof: Proof, target: float | None) -> str:

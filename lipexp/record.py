@@ -18,7 +18,7 @@ from lipexp.runs import RunFolder, flat
 from lipexp.tasks import SPLITS, TASKS
 
 METRICS, FAILURE = "metrics.json", "failed.json"
-SCHEMA = 4  # of metrics.json; raised when its content changes
+SCHEMA = 5  # of metrics.json; raised when its content changes
 
 Norm = Annotated[int | str, (1, 2, "inf")]
 Verdict = Annotated[str, ("PASS", "FAIL", "OPEN")]
@@ -55,7 +55,7 @@ class Interval:
     q: Norm  # gradients are measured in this one, its dual
     target: float | None  # L; None without a constraint
     measured: float
-    measured_by: str  # "exact arithmetic" or "float64 estimate"
+    measured_by: str  # "exact arithmetic", "interval arithmetic" or "float64 estimate"
     certified: float | None  # the smallest bound proven to hold everywhere
     method: str  # behind `certified`, an identifier; "none" where nothing is certified
     reason: str | None  # why nothing is certified
@@ -69,11 +69,27 @@ class Interval:
 
 
 @dataclass
+class LocalInterval:
+    """What is known of the Lipschitz constant over a ball only: measured <= local constant <= certified."""
+
+    around: list[float]
+    within: float  # the radius, in p
+    p: Norm
+    q: Norm
+    measured: float
+    measured_by: str
+    point: list[float]  # that has `measured`; empty if none was looked at
+    certified: float
+
+
+@dataclass
 class Certified:
     """Certified accuracy of some points: the fraction whose class is right, and stays so within a radius."""
 
     certified_accuracy: dict[str, float] | None  # radius -> fraction
     median_radius: float | None  # None also where it is infinite
+    local_accuracy: dict[str, float] | None = None  # the same with radii by local constants
+    median_local_radius: float | None = None
 
 
 @dataclass
@@ -86,6 +102,15 @@ class Pairs:
 
 
 @dataclass
+class Tightness:
+    """The radii of test points over their exact distances from the decision boundary; medians, of finite ones."""
+
+    distance: float  # itself, in the norm p
+    radius: float
+    local: float  # of radii by local constants
+
+
+@dataclass
 class Robustness:
     """The certified radii of validation and test points."""
 
@@ -95,6 +120,7 @@ class Robustness:
     test: Certified
     reason: str | None  # why there are no radii, or none for a network evaluated in float32
     pairs: Pairs | None = None  # of several outputs
+    exact: Tightness | None = None  # of one or two inputs, where all linear regions are known
 
 
 @dataclass
@@ -140,6 +166,7 @@ class Certification:
     robustness: Robustness | None
     monotone: Monotone | None
     attack: dict[str, Any] | None = None
+    local: LocalInterval | None = None  # over the ball that was asked for last
 
 
 @dataclass(repr=False)
@@ -221,6 +248,7 @@ def certify(folder: RunFolder, found: Certification) -> bool:
                 broken_layers=found.broken_layers,
                 monotone=directions,
                 attack=attack,
+                local=found.local or old.local,
             )
         if is_own:
             metrics.certify = found
@@ -284,7 +312,9 @@ def numeric_keys(task: str, radii: Iterable[float]) -> list[str]:
     """The dotted keys of all numbers that a finished run of this task records, for the goal of a search."""
     keys = [f"{split}.{name}" for split in SPLITS for name in ("loss", *TASKS[task].scores)]
     if TASKS[task].decides:
-        names = [f"certified_accuracy.{radius_name(radius)}" for radius in radii] + ["median_radius"]
+        names = ["median_radius", "median_local_radius"]
+        for radius in map(radius_name, radii):
+            names += [f"certified_accuracy.{radius}", f"local_accuracy.{radius}"]
         keys += [
             "robustness.lipschitz",
             *(f"robustness.{split}.{name}" for split in ("val", "test") for name in names),

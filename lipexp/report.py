@@ -42,7 +42,7 @@ BEST_HIGH = (
 # What the keys of upper bounds, and of lower bounds, end in.
 PAIRS = ("robustness.pairs.smallest", "robustness.pairs.largest")
 UPPER = (".certified", ".product", ".exact", ".exact_box.value", "robustness.lipschitz", *PAIRS)
-LOWER = (".measured", "gradient_norm.max", ".median_radius")
+LOWER = (".measured", "gradient_norm.max", ".median_radius", ".median_local_radius")
 CHOICES = ["dataset", "act", "constraint", "loss"]  # the groups that are columns of every table
 UNFINISHED = ["missing", "running"]  # statuses of runs that have neither a result nor a failure
 PLAIN = [*CHOSEN, *TESTED, MEASURED, CERTIFIED, Q, VERDICT, "status"]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from acts import ACTS
-from networks import NORMS, generator, groups_of, network, normal, pairs, scaled, slopes_of
-from scipy.optimize import linprog
+from networks import NORMS, generator, groups_of, network, normal, pairs, scaled, slopes_of, uniform
+from scipy.optimize import linprog, minimize
 
-from lipexp.activations import GroupSort, as_activation
+from lipexp.activations import GroupSort, SiLU, Tanh, as_activation
 from lipexp.evaluate import Evaluator
 from lipexp.loop import fit
 from lipexp.measured import ascent as module
@@ -58,6 +58,27 @@ def test_random_steps_climb_from_every_start(q, monkeypatch):
     assert (after >= before * (1 - 1e-14)).all()
     assert (after > before * 1.01).any()
     assert before.max() >= heights(net, x, q).max() * (1 - 1e-14)  # the steepest data point is a start
+
+
+@pytest.mark.parametrize("act", [Tanh(), SiLU()], ids=lambda act: act.label)
+def test_smooth_networks_are_climbed_as_high_as_by_a_quasi_newton_method_from_many_points(act):
+    """Of -log ||grad f||_2 within the box, with gradients by automatic differentiation."""
+    net, x = network(12, 16, 16, 1, act=act), 2 * uniform(1, 300, 12)
+    own = net.double
+
+    def minus_height(point):
+        z = torch.from_numpy(point).view(1, 1, -1).requires_grad_()
+        (slope,) = torch.autograd.grad(own(z).sum(), z, create_graph=True)
+        height = -slope.square().sum().log() / 2
+        (gradient,) = torch.autograd.grad(height, z)
+        return float(height.detach()), gradient.view(-1).numpy()
+
+    bounds = list(zip(x[0].amin(dim=0).tolist(), x[0].amax(dim=0).tolist(), strict=True))
+    ends = [
+        minimize(minus_height, start, jac=True, method="L-BFGS-B", bounds=bounds).fun
+        for start in x[0, :12].numpy()
+    ]
+    assert heights(net, ascended(net, x)).max() >= 0.995 * np.exp(-min(ends))
 
 
 @pytest.mark.parametrize(("q", "h"), [(1, np.inf), (2, np.inf), (2, 2), (np.inf, np.inf)])

@@ -3,32 +3,53 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from acts import ACTS, Bent, Tripled, Unlisted
-from networks import NORMS, gradient, network, norm_at, pairs, scaled, uniform, with_act
+from acts import ACTS, Tripled, Unlisted
+from networks import (
+    NORMS,
+    by_hand,
+    generator,
+    gradient,
+    network,
+    norm_at,
+    normal,
+    pairs,
+    residual,
+    scaled,
+    uniform,
+    with_act,
+)
 
-from lipexp.activations import ActiveMap, Elementwise, GroupSort, NActivation, ReLU, as_activation
-from lipexp.measured.gradients import Maximum, norms, scan
+from lipexp.activations import (
+    ELU,
+    GELU,
+    Elementwise,
+    GroupSort,
+    LipschitzSpline,
+    NActivation,
+    ReLU,
+    Sigmoid,
+    SiLU,
+    Softplus,
+    Tanh,
+    as_activation,
+)
+from lipexp.jacobians import IntervalNetwork
+from lipexp.measured.gradients import INTERVAL, Maximum, norms, operator_norms, scan
+from lipexp.norms import dual
 from lipexp.proven import branching
-from lipexp.proven.branching import branch_and_bound, why_not_applicable
+from lipexp.proven.branching import Ball, Domain, branch_and_bound, why_not_applicable
 from lipexp.proven.regions import constants
 
 NOTHING = Maximum(0.0, ())
 # Where three features tie, the hull never shrinks to what is there, and the bound not to the constant.
 THREES = ("groups of 3", "fullsort", "descending threes")
-
-
-class Mixed(Bent):
-    """Its active map has another slope for every other feature."""
-
-    def active_map(self, z):
-        found = super().active_map(z)
-        return found and ActiveMap(found.index, found.factor * (1 + np.arange(z.shape[-1]) % 2) / 8)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +61,7 @@ def clock(monkeypatch):
 
 def searched(net, q=2.0, best=NOTHING, root=None, gap=1e-3, seconds=math.inf, report=None):
     box = tuple(torch.full((net.n_inputs,), end).double() for end in (-2, 2))
-    return branch_and_bound(net, box, q, root, best, gap, seconds, report)
+    return branch_and_bound(net, Domain(box, q), root, best, gap, seconds, report)
 
 
 def sampled(net, q=2.0):
@@ -68,11 +89,11 @@ class Steep(Elementwise):
 
 def test_the_rounding_errors_of_a_single_region_grow_with_the_slopes():
     net = network(3, 12, 12, 12, 1, act=Steep())
-    own = branching._network(net)
+    own = IntervalNetwork(net)
     for point in uniform(100, 3):
         inputs, _ = net.double.inputs_and_output(point.view(1, 1, -1))
         z = [layer(x, net.acts[0])[0] for layer, x in zip(net.double.layers[:-1], inputs, strict=False)]
-        found = branching._gradients(own, [part.sign() for part in z])
+        found = branching._single(own, [part.sign() for part in z])
         sides = (part[0, 0].tolist() for part in found)
         for centre, radius, exactly in zip(*sides, gradient(net, point), strict=True):
             assert abs(Fraction(centre) - exactly) <= Fraction(radius)
@@ -91,18 +112,200 @@ def test_more_dimensions_close_on_small_networks(name, dims):
 def test_bounds_of_boxes_hold_at_all_their_points(name, side):
     """Of boxes anywhere, with 50 points each: the states of breakpoints, and the norms."""
     net = network(3, 12, 12, 1, act=ACTS[name])
-    own, low = branching._network(net), 2 * uniform(100, 3) - side / 2
+    own, low = IntervalNetwork(net), 2 * uniform(100, 3) - side / 2
     x = low.unsqueeze(1) + side * uniform(100, 50, 3, seed=1).abs()
     gradients = scan(net, x.view(1, -1, 3)).gradient.view(100, 50, 3)
     for q in NORMS:
-        assert (norms(gradients, q).amax(dim=1) <= branching._bound(own, low, low + side, q)[0]).all()
-    states, _, hull = branching._forward(own, low, low + side)
+        assert (
+            norms(gradients, q).amax(dim=1) <= branching._bound(own, low, low + side, Domain((low, low), q))[0]
+        ).all()
+    sides, _, hull = own.over(low, low + side)
     assert ((gradients - hull.centre).abs() <= hull.radius).all()
     inputs, _ = net.double.inputs_and_output(x.view(1, -1, 3))
-    for layer, received, hidden, state in zip(net.double.layers, inputs, own.hidden, states, strict=False):
+    for layer, received, hidden, state in zip(net.double.layers, inputs, own.hidden, sides, strict=False):
         z, (first, second) = layer(received, net.acts[0])[0].view(100, 50, -1), hidden.pairs.T
         gap = z[..., first] - torch.where(second < 0, 0.0, z[..., second])
+        state = state.state
         assert (gap.sign() == state.unsqueeze(1))[(state != 0).unsqueeze(1).expand(gap.shape)].all()
+
+
+# Other networks --------------------------------------------------------------------------------------------------
+
+
+CURVED = {
+    "tanh": Tanh(),
+    "sigmoid": Sigmoid(),
+    "softplus": Softplus(beta=2),
+    "elu": ELU(alpha=2, scaled=False),
+    "gelu": GELU("tanh", scaled=False),
+    "silu": SiLU(),
+    "n": NActivation(),
+    "spline": LipschitzSpline(5),
+}
+
+
+def steepest_seen(net, low, high, q, h=math.inf, n=20_000):
+    x = low + (high - low) * torch.rand(1, n, net.n_inputs, generator=generator(5), dtype=torch.float64)
+    return float(operator_norms(scan(net, x).gradient, q, h).max())
+
+
+@pytest.mark.parametrize("name", CURVED)
+@pytest.mark.parametrize("side", [2.0, 0.2, 1e-3])
+def test_jacobians_of_other_networks_are_within_their_hulls(name, side):
+    """Curved, residual, with several outputs and with a linear term."""
+    nets = [network(3, 8, 8, 3, act=CURVED[name]), residual(3, 8, 2, act=CURVED[name])]
+    nets.append(replace(nets[0], linear=normal(1, 3, 3).float()))
+    for net in nets:
+        own, low = IntervalNetwork(net), 2 * uniform(50, 3) - side / 2
+        x = low.unsqueeze(1) + side * uniform(50, 40, 3, seed=1).abs()
+        jacobians = scan(net, x.view(1, -1, 3)).gradient.view(50, 40, *(net.n_outputs, 3))
+        hull = own.over(low, low + side).jacobian
+        assert ((jacobians - hull.centre.unsqueeze(1)).abs() <= hull.radius.unsqueeze(1) + 1e-14).all()
+        assert side > 1e-3 or float(hull.radius.median()) < 0.05
+        for q, h in [(q, math.inf) for q in NORMS] + [(2.0, 2.0), (math.inf, 1.0)]:
+            seen = operator_norms(jacobians, q, h).amax(dim=1)
+            bound = branching._bound(own, low, low + side, Domain((low, low), q, h))[0]
+            assert (seen <= bound * (1 + 1e-14)).all()
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_the_search_closes_on_curved_networks(name):
+    for dims, gap in ((1, 1e-4), (2, 0.05)):
+        net = network(dims, 6, 6, 1, act=CURVED[name], seed=1)
+        low, high = -torch.ones(dims).double(), torch.ones(dims).double()
+        for q in NORMS:
+            found = branch_and_bound(net, Domain((low, high), q), None, NOTHING, gap, math.inf)
+            assert steepest_seen(net, low, high, q) <= found.upper <= found.best.value * (1 + gap)
+
+
+@pytest.mark.parametrize(("q", "h"), [(1.0, math.inf), (2.0, 2.0), (math.inf, 1.0)])
+@pytest.mark.parametrize("kind", ["relu", "maxmin", "tanh", "residual", "linear"])
+def test_the_search_closes_on_several_outputs_residual_layers_and_linear_terms(kind, q, h):
+    act = {"maxmin": ACTS["maxmin"], "tanh": Tanh()}.get(kind, ReLU())
+    net = residual(2, 6, 3, act=act) if kind == "residual" else network(2, 6, 6, 3, act=act)
+    net = replace(net, linear=normal(1, 3, 2).float()) if kind == "linear" else net
+    low, high = -torch.ones(2).double(), torch.ones(2).double()
+    found = branch_and_bound(net, Domain((low, high), q, h), None, NOTHING, 0.05, math.inf)
+    assert steepest_seen(net, low, high, q, h) <= found.upper <= found.best.value * 1.05
+
+
+def test_layers_may_have_different_activations():
+    net = replace(network(2, 6, 6, 6, 1), acts=[Tanh(), GroupSort(), GELU(), Tanh()])
+    low, high = -torch.ones(2).double(), torch.ones(2).double()
+    found = branch_and_bound(net, Domain((low, high), 2.0), None, NOTHING, 0.02, math.inf)
+    assert steepest_seen(net, low, high, 2.0) <= found.upper <= found.best.value * 1.02
+    assert found.best.by == INTERVAL
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 2), (1, 4), (6, 6)], ids=str)
+def test_spectral_norms_are_bounded_closely(shape):
+    """Of random, singular, orthogonal, tiny, huge and zero matrices."""
+    matrices = normal(20, *shape)
+    matrices[0] = 1.0
+    matrices[1], matrices[2], matrices[3] = matrices[1] * 1e-200, matrices[2] * 1e200, 0
+    matrices[4] = torch.eye(*shape)
+    exactly = torch.linalg.matrix_norm(matrices, ord=2)
+    found = branching._spectral_norms_above(matrices)
+    assert (found >= exactly * (1 - 1e-14)).all()
+    assert (found <= exactly * 1.0001 + 1e-250).all()
+
+
+@pytest.mark.parametrize("dims", [5, 6])
+def test_five_and_six_inputs_are_searched(dims):
+    net = network(dims, 4, 4, 1, seed=dims)
+    found = searched(net, gap=0.01)
+    assert sampled(net) <= found.upper <= found.best.value * 1.01
+
+
+# Balls -----------------------------------------------------------------------------------------------------------
+
+# The largest slope 4 lies to the right of x = 1; it is 2 between 0 and 1, and 1 to the left of 0.
+STAIRS = by_hand(([[1.0], [1.0], [1.0], [-1.0]], [0.0, 0.0, -1.0, 0.0]), ([[1.0, 1.0, 2.0, -1.0]], [0.0]))
+
+
+def on_ball(net, centre, radius, p=2.0, gap=1e-3, **options):
+    ball = Ball(torch.tensor(centre).double(), radius, p)
+    return branch_and_bound(net, Domain(ball.box, dual(p), ball=ball), None, NOTHING, gap, math.inf, **options)
+
+
+@pytest.mark.parametrize(
+    ("centre", "radius", "constant"), [(-2.0, 1.5, 1), (0.5, 0.4, 2), (0.5, 0.6, 4), (-1, 9, 4)]
+)
+def test_a_ball_has_the_constant_of_what_it_reaches(centre, radius, constant):
+    found = on_ball(STAIRS, [centre], radius)
+    assert constant <= found.upper <= constant * (1 + 1e-9)
+    assert found.best.value == constant
+    assert abs(found.best.point[0] - centre) <= radius
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+def test_corners_of_the_box_do_not_count_for_a_round_ball(p):
+    """10 relu(x + y - 1.5) + x: the kink is in the box of the unit ball, but only for p = inf in the ball."""
+    net = by_hand(([[1.0, 1.0], [1.0, 0.0]], [-1.5, 9.0]), ([[10.0, 1.0]], [-9.0]))
+    ball = on_ball(net, [0.0, 0.0], 1.0, p)
+    steep, flat = float(np.linalg.norm([11, 10], dual(p))), 1.0
+    farther = on_ball(net, [0.0, 0.0], {1.0: 1.501, 2.0: 1.07, math.inf: 0.751}[p], p)
+    nearer = on_ball(net, [0.0, 0.0], {1.0: 1.499, 2.0: 1.05, math.inf: 0.749}[p], p)
+    assert ball.upper == pytest.approx(steep if math.isinf(p) else flat, rel=1e-9)
+    assert farther.upper == pytest.approx(steep, rel=1e-9)
+    assert nearer.upper == pytest.approx(flat, rel=1e-9)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("name", ["relu", "maxmin", "tanh"])
+def test_the_constant_of_a_ball_is_above_all_that_is_seen_in_it(name, p):
+    net = network(3, 8, 8, 1, act=(ACTS | CURVED)[name])
+    for centre in normal(3, 3).tolist():
+        found = on_ball(net, centre, 0.2, p, gap=0.05)
+        away = uniform(20_000, 3)
+        x = torch.tensor(centre) + 0.2 * away[torch.linalg.vector_norm(away, ord=p, dim=1) <= 1]
+        assert float(norms(scan(net, x.unsqueeze(0)).gradient, dual(p)).max()) <= found.upper
+        assert found.upper <= found.best.value * 1.05
+        inside = np.linalg.norm(np.array(found.best.point) - centre, p) <= 0.2
+        assert inside
+        assert found.upper <= searched(net, dual(p), gap=0.05).upper * 1.05
+
+
+def test_certify_bounds_the_constant_in_a_ball(lipexp, run):
+    folder = run("act=tanh", "constraint=linf", "model.width=8")
+    before = lipexp("certify", str(folder)).out
+    options = ("--method", "bnb", "--around=-0.5,0.25", "--within", "0.1", "--gap", "0.01")
+    done = lipexp("certify", str(folder), *options)
+    assert (done.code, done.err) == (0, "")
+    line = next(line for line in done.out.splitlines() if "in this ball only" in line)
+    assert line.startswith("‖x - (-0.5, 0.25)‖₂ ≤ 0.1: ‖∇f‖₂  measured ")
+    assert before.splitlines()[1:] == [row for row in done.out.splitlines()[1:] if row != line]
+    local = json.loads((folder / "metrics.json").read_text())["certify"]["local"]
+    assert local["measured"] <= local["certified"] <= local["measured"] * 1.01
+    assert (local["around"], local["within"], local["measured_by"]) == ([-0.5, 0.25], 0.1, "interval arithmetic")
+    assert math.dist(local["point"], local["around"]) <= 0.1
+    lipexp("certify", str(folder))  # which asks for none, and leaves what is known
+    assert json.loads((folder / "metrics.json").read_text())["certify"]["local"] == local
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--around=1,2", "--within", "1"), "--around=1,2: is for --method bnb"),
+        (("--method", "rows", "--around=1,2", "--within", "1"), "--around=1,2: is for --method bnb"),
+        (("--method", "bnb", "--around=1,2"), "--around=1,2: needs --within as well"),
+        (("--method", "bnb", "--within=1"), "--within=1.0: needs --around as well"),
+        (("--method", "bnb", "--around=1,x", "--within=1"), "--around=1,x: must be numbers, such as 0.1,0.25"),
+        (("--method", "bnb", "--around=1,inf", "--within=1"), "--around=inf: must be a finite number"),
+        (("--method", "bnb", "--around=1,2", "--within=0"), "--within=0.0: must be a finite number above 0"),
+        (
+            ("--method", "bnb", "--around=1,2,3", "--within=1"),
+            "--around=1,2,3: must be 2 numbers, the coordinates",
+        ),
+    ],
+)
+def test_a_ball_that_is_none_is_refused(lipexp, run, options, said):
+    done = lipexp("certify", str(run("max_regions=0")), *options)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert said in done.err
+
+
+# Limits ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_time_limit_leaves_a_valid_interval_below_the_root():
@@ -124,7 +327,7 @@ def test_a_known_point_and_a_known_bound_are_used():
 
 def test_a_box_without_interior_is_bounded_at_once():
     net, point = network(2, 8, 8, 1), torch.tensor([0.3, 0.4]).double()
-    found = branch_and_bound(net, (point, point), 2.0, None, NOTHING, 1e-6, math.inf)
+    found = branch_and_bound(net, Domain((point, point), 2.0), None, NOTHING, 1e-6, math.inf)
     slope = float(scan(net, point.view(1, 1, 2)).gradient.norm())
     assert slope <= found.upper <= slope * (1 + 1e-9)
 
@@ -173,9 +376,16 @@ def test_sorted_groups_of_one_feature_have_no_breakpoints():
 
 def test_what_the_search_is_not_for_is_refused():
     assert why_not_applicable(network(4, 8, 1)) is None
-    assert why_not_applicable(network(5, 8, 1)) == "is for 4 inputs or fewer"
-    assert why_not_applicable(network(2, 8, 2)) == "is for one output"
-    for act in (Tripled(), Unlisted(), Mixed(), NActivation(), as_activation(torch.tanh)):
+    assert why_not_applicable(network(7, 8, 1)) == "is for 6 inputs or fewer"
+    reason = "knows no norm of several outputs from the inf-norm to the 2-norm"
+    assert [why_not_applicable(network(2, 8, 2), q, h) for q, h in ((2, 2), (1, math.inf), (1, 2))] == [
+        None,
+        None,
+        reason,
+    ]
+    declared = as_activation(torch.nn.Tanh())
+    declared.function.slopes = (0, 1)  # which says nothing of a small box
+    for act in (Tripled(), Unlisted(), as_activation(torch.tanh), declared):
         assert why_not_applicable(with_act(network(2, 8, 1), act)) == f"is not for {act.label}"
 
 

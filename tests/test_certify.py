@@ -392,7 +392,7 @@ BROKEN = {
     ),
     "no seed": (replaced("seed: 0", "seeed: 0"), "seed: must be a whole number"),
     "another class": (replaced(TWO_MOONS, MSE), f"dataset._target_={MSE}: is no class of lipexp.datasets"),
-    "an older schema": (recorded('{"schema": 1}'), "its schema is 1, this lipexp reads 4: train it again"),
+    "an older schema": (recorded('{"schema": 1}'), "its schema is 1, this lipexp reads 5: train it again"),
     "metrics that are cut": (recorded("{"), "metrics.json cannot be read"),
     "metrics that are a list": (recorded("[]"), "metrics.json cannot be read: it is no JSON object"),
     "an empty model": (lambda folder: (folder / "model.pt").write_bytes(b""), "is not a plain state dict"),

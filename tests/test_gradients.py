@@ -25,7 +25,7 @@ from networks import (
 
 from lipexp.activations import GroupSort, ReLU, as_activation
 from lipexp.measured import gradients as module
-from lipexp.measured.gradients import grid, largest, norms, operator_norms, scan
+from lipexp.measured.gradients import EXACT, grid, largest, norms, operator_norms, scan
 from lipexp.norms import dual
 
 TANH = as_activation(torch.nn.Tanh())
@@ -122,7 +122,7 @@ def test_the_largest_gradient_is_measured_exactly_and_below_the_constant(name, s
     net, points = network(*sizes, act=ACTS[name], bias=1.0), 3 * normal(200, sizes[0])
     for q in NORMS:
         found = measured(net, points, q)
-        assert found.exact
+        assert found.by == EXACT
         assert found.value == pytest.approx(float(norms(scan(net, points[None]).gradient, q).max()), rel=1e-12)
         # It is the norm of the gradient at its point, less one rounding.
         assert is_rounded_down(found.value, power(gradient(net, found.point), q), q)
@@ -186,7 +186,7 @@ def test_a_breakpoint_at_the_steepest_point_is_left_by_a_small_step():
     found = measured(by_hand(([[1.0], [-1.0]], [0.0, 0.0]), ([[1.0, 1.0]], [0.0])), torch.zeros(1, 1).double(), 2)
     assert found.value == 1
     assert 0 < abs(found.point[0]) < 1e-6
-    assert measured(by_hand(([[0.0, 0.0]], [0.0]), ([[1.0]], [0.0])), normal(50, 2), 2)[::2] == (0.0, True)
+    assert measured(by_hand(([[0.0, 0.0]], [0.0]), ([[1.0]], [0.0])), normal(50, 2), 2)[::2] == (0.0, EXACT)
 
 
 def test_a_point_on_the_wrong_side_by_rounding_gives_way_to_a_steeper_one():

@@ -16,7 +16,7 @@ import torch
 from conftest import CONF, choices_in, defaults_of, part, suits
 from omegaconf import DictConfig, OmegaConf
 
-from lipexp.activations import ALL_NORMS, Activation, ActiveMap, NActivation, ReLU
+from lipexp.activations import ALL_NORMS, Activation, ActiveMap, NActivation, ReLU, Tanh
 from lipexp.blocks import Affine
 from lipexp.check import composed
 from lipexp.config import GROUPS, ConfigError
@@ -141,6 +141,15 @@ def baked(change, factor=1.0):
     return but(Spectral, bake=bake)
 
 
+def at_the_lower_input(self, low, high):
+    return Tanh.slopes_between(self, low, low)
+
+
+def with_an_error_of_a_billionth(self, z):
+    value, error = Tanh.enclosed(self, z)
+    return value + 1e-9, error
+
+
 def margin_of_the_first_run(self, f, y):
     return torch.relu(torch.as_tensor(self.margin).flatten()[0] - (2 * y - 1) * f)
 
@@ -171,6 +180,8 @@ BROKEN = [
     ("has_slopes_within_its_range", "act", act(torch.relu, slopes=(0.1, 1))),
     ("has_slopes_within_its_range", "act", act(torch.relu, slopes=(0, 0.9))),
     ("has_slopes_within_its_range", "act", act(rotated, slopes=(-1, 1))),
+    ("has_slopes_between_two_inputs_within_their_hull", "act", but(Tanh, slopes_between=at_the_lower_input)),
+    ("encloses_its_values", "act", but(Tanh, enclosed=with_an_error_of_a_billionth)),
     ("sorts_its_groups", "act", act(lambda z: z.sort(descending=True).values, **DOWN)),
     ("sorts_its_groups", "act", act(lambda z: z.sort().values, **TWICE)),
     ("equals_its_active_map", "act", act(torch.relu, active_map=identity_map)),

@@ -57,7 +57,7 @@ def test_what_is_no_finished_run_of_this_lipexp_is_refused(run, tmp_path):
     with pytest.raises(ConfigError, match=r"is no finished run: there is no \.hydra/config\.yaml"):
         lipexp.load(folder)
     (folder / "metrics.json").write_text('{"schema": 1}')
-    with pytest.raises(ConfigError, match=r"its schema is 1, this lipexp reads 4: train it again$"):
+    with pytest.raises(ConfigError, match=r"its schema is 1, this lipexp reads 5: train it again$"):
         lipexp.load(folder)
 
 

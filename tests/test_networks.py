@@ -238,7 +238,7 @@ def test_a_network_with_residual_layers_is_measured_exactly_and_proven_by_its_no
         slope = (scan(net, x + step * unit).f - scan(net, x - step * unit).f) / (2 * step)
         assert torch.quantile((slope - found.gradient[..., axis]).abs(), 0.9) < 1e-6
     measured = overall(steepest(net, sources(net, x, found, 2.0, [generator()]), 0, 2.0))
-    assert measured.exact
+    assert measured.by == "exact arithmetic"
     assert 0 < measured.value <= norm_at(net, measured.point, 2.0) <= measured.value * (1 + 1e-12)
     constraint, box = SLL(), (x[0].amin(dim=0), x[0].amax(dim=0))
     certificate = prove(Problem(net, Chain.of(constraint, net.layers), box, measured, 1000))

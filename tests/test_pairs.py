@@ -141,7 +141,7 @@ def test_what_pairs_gain_over_the_bound_of_the_whole_network_is_told():
     assert found.pairs.largest == pytest.approx(2, rel=1e-12)
     assert found.pairs.median_gain == pytest.approx(math.sqrt(6), rel=1e-9)
     own = found.of("test")
-    names = "split index x0 x1 y prediction runner_up correct f radius radius_float32"
+    names = "split index x0 x1 y prediction runner_up correct f radius radius_float32 radius_local"
     assert " ".join(own) == names
     np.testing.assert_allclose(own["radius"], [0.5, 8.5, 8.5, 0], rtol=1e-9, atol=1e-15)
     assert (own["correct"] == [1, 1, 1, own["prediction"][3] == 0]).all()

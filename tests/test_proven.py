@@ -101,7 +101,7 @@ def test_a_verdict_compares_what_is_measured_proven_and_targeted():
             "PASS",
             "FAIL",
         )
-    interval = certificate(4.0, proofs).interval(Maximum(1.0, (0.5,), exact=False))
+    interval = certificate(4.0, proofs).interval(Maximum(1.0, (0.5,), by="float64 estimate"))
     assert (interval.verdict, interval.measured_by) == ("PASS", "float64 estimate")
     assert (interval.exact, interval.exact_box["value"], interval.regions) == (4.0, 2.0, 7)
 

@@ -217,7 +217,8 @@ def test_where_nothing_is_known_of_float32_its_column_is_empty_and_the_reason_is
     assert (summary.reason, summary.lipschitz) == (reason, 1.0)
     median = summary.test.median_radius
     assert median == summary.val.median_radius
-    assert robustness_line(summary).endswith(f"{below(median)} (none in float32: {reason})")
+    line, *_ = robustness_line(summary).split("\n")
+    assert line.endswith(f"{below(median)} (none in float32: {reason})")
     RunFolder(tmp_path).write_columns("radii", found.columns)
     table = pd.read_csv(tmp_path / "radii.csv")
     assert table["radius_float32"].isna().all()
@@ -229,11 +230,19 @@ def test_certified_accuracy_counts_points_that_are_right_and_stay_so():
         "split": np.array(["val", *["test"] * 4]),
         "correct": np.array([1, 1, 1, 0, 1]),
         "radius": np.array([0.4, 0.3, 0.1, 9.0, 0.0]),
+        "radius_local": np.array([0.4, 0.3, 0.2, 9.0, 0.0]),
     }
     summary = Robustness(math.inf, 2.0, columns, None).summary([0.05, 0.1, 0.2, 1.0])
     assert (summary.p, summary.lipschitz, summary.reason) == ("inf", 2.0, None)
-    assert summary.test == record.Certified({"0.05": 0.5, "0.1": 0.5, "0.2": 0.25, "1": 0.0}, 0.05)
-    assert summary.val == record.Certified({"0.05": 1.0, "0.1": 1.0, "0.2": 1.0, "1": 0.0}, 0.4)
+    near = {"0.05": 0.5, "0.1": 0.5, "0.2": 0.5, "1": 0.0}
+    assert summary.test == record.Certified({"0.05": 0.5, "0.1": 0.5, "0.2": 0.25, "1": 0.0}, 0.05, near, 0.1)
+    every = {"0.05": 1.0, "0.1": 1.0, "0.2": 1.0, "1": 0.0}
+    assert summary.val == record.Certified(every, 0.4, every, 0.4)
+    assert summary.exact is None
+    # Of three points with a finite distance the radii are 3/4, 1/4 and 9/10 of it, the local 3/4, 1/2 and 9/10.
+    columns["radius_exact"] = np.array([0.5, 0.4, 0.4, 10.0, 0.0])
+    summary = Robustness(math.inf, 2.0, columns, None).summary([])
+    assert summary.exact == record.Tightness(0.4, pytest.approx(0.75), pytest.approx(0.75))
     columns["radius"] = np.full(5, math.inf)
     assert Robustness(math.inf, 0.0, columns, None).summary([]).test.median_radius is None
 
@@ -246,7 +255,11 @@ def test_a_run_reports_radii_of_its_test_points_if_it_classifies(lipexp, run_fol
     metrics, of_regression = (json.loads((one / "metrics.json").read_text()) for one in (folder, regression))
     radii, table = (pd.read_csv(folder / f"{name}.csv") for name in ("radii", "gradients"))
     test = table[table["split"] == "test"].reset_index(drop=True)
-    assert " ".join(radii) == "split index x0 x1 y prediction correct f radius radius_float32"
+    names = "split index x0 x1 y prediction correct f radius radius_float32 radius_local radius_exact"
+    assert " ".join(radii) == names
+    assert (radii["radius"] <= radii["radius_local"]).all()
+    assert (radii["radius_local"] <= radii["radius_exact"]).all()
+    assert (radii["radius_local"] > 1.01 * radii["radius"]).any()
     assert (radii["split"].unique() == ["val", "test"]).all()
     val, radii = (radii[radii["split"] == split].reset_index(drop=True) for split in ("val", "test"))
     assert radii[["x0", "x1", "y"]].equals(test[["x0", "x1", "y"]])
@@ -255,11 +268,19 @@ def test_a_run_reports_radii_of_its_test_points_if_it_classifies(lipexp, run_fol
     assert radii["correct"].mean() == metrics["test"]["accuracy"]
     right = (radii["radius"] >= 0.001) & (radii["correct"] == 1)
     assert metrics["robustness"]["test"]["certified_accuracy"] == {"0.001": right.mean(), "2": 0.0}
-    held = val["radius"].where(val["correct"] == 1, 0)
+    held, near = (val[name].where(val["correct"] == 1, 0) for name in ("radius", "radius_local"))
     assert metrics["robustness"]["val"] == {
         "certified_accuracy": {"0.001": (held >= 0.001).mean(), "2": 0.0},
         "median_radius": held.median(),
+        "local_accuracy": {"0.001": (near >= 0.001).mean(), "2": (near >= 2).mean()},
+        "median_local_radius": near.median(),
     }
+    exact = radii["radius_exact"]
+    ratios = {
+        name: (radii[column] / exact).median()
+        for name, column in (("radius", "radius"), ("local", "radius_local"))
+    }
+    assert metrics["robustness"]["exact"] == pytest.approx({"distance": exact.median(), **ratios})
     assert "certified accuracy within ‖δ‖₂ ≤ 0.001: " in done.out
     assert of_regression["robustness"] is None
     assert not (regression / "radii.csv").exists()

@@ -26,7 +26,7 @@ def change(folder: RunFolder, **values: object) -> None:
 def test_metrics_are_read_as_they_were_written(folder, trained_run, tmp_path):
     for run in (folder, RunFolder(trained_run("dataset=absolute_value"))):
         written = run.read_json("metrics.json")
-        assert written["schema"] == 4
+        assert written["schema"] == 5
         Metrics.read(run).write(folder)
         assert folder.read_json("metrics.json") == written
 
@@ -34,7 +34,7 @@ def test_metrics_are_read_as_they_were_written(folder, trained_run, tmp_path):
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"schema": 1}, "its schema is 1, this lipexp reads 4: train it again"),
+        ({"schema": 1}, "its schema is 1, this lipexp reads 5: train it again"),
         ({"lipschitz": {}}, "Interval lacks 'p'"),
         ({"lipschitz": [1]}, r"Interval must be an object, not \[1\]"),
         ({"more": 1}, "Metrics does not know 'more'"),

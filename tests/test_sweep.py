@@ -148,7 +148,7 @@ def test_resume_trains_what_is_missing_and_nothing_else(sweep):
     Path("s/0/metrics.json").write_text('{"schema": 1}')
     again = sweep(*jobs, "resume=true")
     assert (again.code, len(again.err.splitlines())) == (1, 3)
-    assert "cannot be read: its schema is 1, this lipexp reads 4: train it again (s/0)" in again.err
+    assert "cannot be read: its schema is 1, this lipexp reads 5: train it again (s/0)" in again.err
     assert "stack 1" not in again.out
     for record in Path("s").glob("*/.hydra"):
         assert "resume" not in (record / "overrides.yaml").read_text()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lipexp.record import Certified, Interval, Pairs, Robustness
+from lipexp.record import Certified, Interval, Pairs, Robustness, Tightness
 from lipexp.wording import above, below, broken_bound, interval_line, robustness_line
 
 POSITIVE = st.floats(1e-30, 1e30, allow_nan=False)
@@ -69,6 +69,21 @@ def test_the_line_of_radii_says_what_pairs_of_outputs_gain(pairs, shown):
     found = Certified({"0.1": 0.98, "0.25": 0.951234}, 0.51239)
     line = "certified accuracy within ‖δ‖₂ ≤ 0.1: 0.98  0.25: 0.9512   median radius 0.5123"
     assert robustness_line(Robustness(2, 1.0, found, found, None, pairs)) == line + shown
+
+
+def test_a_second_line_says_what_local_constants_prove_and_how_close_that_comes():
+    plain, near = (
+        Certified({"0.1": 0.98}, 0.5, {"0.1": 0.98}, 0.5),
+        Certified({"0.1": 0.98}, 0.5, {"0.1": 0.99}, 0.625),
+    )
+    first = "certified accuracy within ‖δ‖₂ ≤ 0.1: 0.98   median radius 0.5"
+    exact = Tightness(0.61239, 0.90567, 0.97399)
+    assert robustness_line(Robustness(2, 1.0, plain, plain, None)) == first
+    second = "by local constants  0.1: 0.99   median radius 0.625"
+    assert robustness_line(Robustness(2, 1.0, near, near, None)) == f"{first}\n{second}"
+    close = " (0.973 of the exact distance, without them 0.905)"
+    assert robustness_line(Robustness(2, 1.0, near, near, None, exact=exact)) == f"{first}\n{second}{close}"
+    assert robustness_line(Robustness(2, 1.0, near, plain, None, exact=exact)).endswith(close)
 
 
 def numbers(line):

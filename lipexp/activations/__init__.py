@@ -6,15 +6,17 @@ To add one: a class derived from `Activation` with a `forward`, and one file in 
 `Activation` says what else it may declare, and what each declaration buys.
 """
 
-from lipexp.activations.base import ALL_NORMS, Activation, ActiveMap, Array, as_activation
+from lipexp.activations.base import ALL_NORMS, LOST_BITS, Activation, ActiveMap, Array, as_activation
 from lipexp.activations.elementwise import Abs, Elementwise, Identity, LeakyReLU, ReLU
 from lipexp.activations.learnable import Householder, LipschitzSpline, NActivation
-from lipexp.activations.smooth import ELU, Sigmoid, Softplus, Tanh
+from lipexp.activations.smooth import ELU, GELU, Sigmoid, SiLU, Softplus, Tanh
 from lipexp.activations.sorting import GroupSort
 
 __all__ = [
     "ALL_NORMS",
     "ELU",
+    "GELU",
+    "LOST_BITS",
     "Abs",
     "Activation",
     "ActiveMap",
@@ -27,6 +29,7 @@ __all__ = [
     "LipschitzSpline",
     "NActivation",
     "ReLU",
+    "SiLU",
     "Sigmoid",
     "Softplus",
     "Tanh",

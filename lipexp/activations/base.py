@@ -6,6 +6,7 @@ Shapes: K runs, B points, H features; every map takes and returns (K, B, H).
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from lipexp.config import ConfigError
 Array = np.ndarray[Any, Any]
 
 ALL_NORMS = frozenset({1.0, 2.0, math.inf})
+LOST_BITS = (
+    10  # of 53, which an activation may lose to rounding that says nothing of it: see `Activation.enclosed`
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,10 @@ class Activation(nn.Module):
     |                      |                                                          | sorts or has two slopes  |
     | `thresholds(width)`  | its breakpoints are not those of z_i = z_j and z_i = 0,  | the same; no `bnb`, and  |
     |                      | but at these distances, and its maps may have offsets    | no radii in float32      |
+    | `slopes_between(low, | its slopes between these inputs, where that is not yet   | `bnb`, and rigorous      |
+    | high)`               | known from `breakpoints`                                 | measurement              |
+    | `enclosed(z)`        | its values in float64, with bounds on their errors       | the same, with nothing   |
+    |                      |                                                          | assumed of `forward`     |
     | `onnx(add, z, theta)`| how it is written with the operators of ONNX             | `lipexp export`          |
     | `check_width(width)` | which numbers of features suit it                        | one clear line otherwise |
     | `n_parameters(width)`| it has so many parameters of its own in a layer, which   | they are trained, each   |
@@ -97,7 +105,7 @@ class Activation(nn.Module):
             if "forward" in vars(ancestor):
                 break
         declared = ("norms", "slopes", "groups", "active_map", "breakpoints", "thresholds", "onnx", "n_parameters")
-        for name in declared:
+        for name in (*declared, "slopes_between", "enclosed"):
             if name not in own:
                 setattr(cls, name, vars(Activation)[name])
 
@@ -125,6 +133,40 @@ class Activation(nn.Module):
     def thresholds(self, width: int) -> Array | None:
         """(M,) c of each breakpoint, exact in float64: it lies where z_i - z_j = c, or z_i = c for j = -1."""
         return None
+
+    def slopes_between(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Bounds on all difference quotients of each feature between inputs low <= high, (..., H) in float64.
+
+        The least and the largest slope of the linear pieces between them, where these are known; else `slopes`.
+        Slopes that jump at an input count there. Inputs may be infinite or NaN, which stands for any input.
+
+        Returns:
+            (least, most), (..., H) each; None: it does not act feature by feature.
+        """
+        if self.slopes is None:
+            return None
+        pieces = self.pieces(low.shape[-1])
+        if pieces is None:
+            return torch.full_like(low, self.slopes[0]), torch.full_like(high, self.slopes[1])
+        knots, slopes = (torch.from_numpy(part) for part in pieces)
+        end = torch.full_like(slopes[:1], math.inf)
+        first, last = torch.cat([-end, knots]), torch.cat([knots, end])  # of each piece
+        low, high = low.unsqueeze(-2), high.unsqueeze(-2)
+        apart = (low >= last) | (high <= first)
+        apart = apart & ~((low == high) & (low <= last) & (high >= first))
+        return slopes.masked_fill(apart, math.inf).amin(dim=-2), slopes.masked_fill(apart, -math.inf).amax(dim=-2)
+
+    def enclosed(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """act(z) in float64 for z (..., H), and bounds on the errors of these numbers, (..., H) each.
+
+        Those of linear maps without offsets have one rounding error. Of another `forward` it is assumed that each
+        feature is off by no more than 2^-43 times the largest of 1, all |z_i| and all |act(z)_i|.
+        """
+        out = self(z.reshape(1, -1, z.shape[-1])).view(z.shape)
+        if self.is_piecewise_linear and self.is_homogeneous:
+            return out, 2.0**-52 * out.abs()
+        largest = torch.maximum(z.abs(), out.abs()).amax(dim=-1, keepdim=True).clamp_min(1)
+        return out, (2.0 ** (LOST_BITS - 53) * largest).expand_as(out)
 
     def onnx(self, add: Callable[..., str], z: str, theta: str) -> str | None:
         """The name of its output, computed by ONNX operators from z (N, H); None: they are not known.
@@ -188,6 +230,34 @@ class Activation(nn.Module):
     def is_homogeneous(self) -> bool:
         """Whether act(c z) = c act(z) for c > 0, where it is piecewise linear."""
         return type(self).thresholds is Activation.thresholds
+
+    def has_local_slopes(self, width: int) -> bool:
+        """Whether `slopes_between` says more than `slopes` does."""
+        kind = type(self).slopes_between
+        return self.slopes is not None and (
+            kind is not Activation.slopes_between or self.pieces(width) is not None
+        )
+
+    def pieces(self, width: int) -> tuple[Array, Array] | None:
+        """Knots (M, H) and the slopes (M + 1, H) before, between and behind them, ascending, of each feature.
+
+        None: it does not act on each feature alone, is not piecewise linear, or features differ in their number.
+        """
+        breakpoints = self.breakpoints(width)
+        if self.slopes is None or not self.is_piecewise_linear or breakpoints is None:
+            return None
+        features, others = breakpoints.T
+        counts = np.bincount(features, minlength=width)
+        if (others >= 0).any() or np.ptp(counts):
+            return None
+        at = self.thresholds(width)
+        at = np.zeros(len(features)) if at is None else at
+        knots = at[np.lexsort((at, features))].reshape(width, -1).T
+        inside = [(a + b) / 2 for a, b in itertools.pairwise(knots)]
+        places = [knots[0] - 1, *inside, knots[-1] + 1] if len(knots) else [np.zeros(width)]
+        maps = [self.active_map(place) for place in places]
+        slopes = [np.asarray(found.factor, dtype=np.float64) for found in maps if found is not None]
+        return (knots, np.stack(slopes)) if len(slopes) == len(maps) else None
 
     def two_slopes(self, width: int) -> tuple[float, float] | None:
         """The slopes of all features below and above 0, if it acts on each alone, with no other breakpoint."""

@@ -15,6 +15,7 @@ from lipexp.laws.subject import Broken, Law, Subject, shown
 from lipexp.norms import norm_name
 
 ROUNDING = 1 + 1e-12
+ROUNDING_OF_FORWARD = 2.0**-42
 
 
 def act_of(subject: Subject, runs: int = 1, dtype: torch.dtype = torch.float64) -> Activation:
@@ -76,6 +77,44 @@ def has_slopes_within_its_range(subject: Subject) -> str | None:
         slope = ((act(a) - act(b)) / (a - b)).masked_fill((a - b).abs() < 1e-9, low)
         if slope.min() < low - 1e-6 or slope.max() > high + 1e-6:
             raise Broken(f"slopes from {slope.min():.6g} to {slope.max():.6g}, declared {low:g} to {high:g}")
+    return None
+
+
+def has_slopes_between_two_inputs_within_their_hull(subject: Subject) -> str | None:
+    """Its slopes and difference quotients between two inputs are within the hull that it declares."""
+    act = act_of(subject)
+    if act.slopes is None:
+        return "it declares no slopes"
+    for a, b in pairs(subject):
+        low, high = torch.minimum(a, b), torch.maximum(a, b)
+        least, most = act.slopes_between(low, high) or (low, high)
+        if least.shape != low.shape or most.shape != low.shape or least.dtype != torch.float64:
+            raise Broken(f"bounds for {tuple(low.shape)} are {tuple(least.shape)} {least.dtype}")
+        for _ in range(4):
+            shares = torch.rand(2, *low.shape, generator=subject.generator, dtype=torch.float64)
+            first, second = (low + shares * (high - low)).unbind()
+            first.requires_grad_()
+            (slope,) = torch.autograd.grad(act(first).sum(), first)
+            quotient = (act(first) - act(second)) / (first - second)
+            rounding = 1e-13 * act(first).abs().clamp_min(1) / (first - second).abs()
+            for found, unsure in ((slope, 1e-12), (quotient.where(rounding < 1e-3, slope), rounding + 1e-12)):
+                outside = torch.maximum(least - found, found - most) - unsure
+                if not (outside <= 0).all():
+                    worst = int(outside.argmax())
+                    value, lowest, highest = (float(part.flatten()[worst]) for part in (found, least, most))
+                    where = f"[{float(low.flatten()[worst]):.6g}, {float(high.flatten()[worst]):.6g}]"
+                    raise Broken(f"a slope of {value:.9g} in {where}, declared {lowest:.9g} to {highest:.9g}")
+    return None
+
+
+def encloses_its_values(subject: Subject) -> str | None:
+    """What it computes in float64 is within the errors of the values that it encloses."""
+    act, z = act_of(subject), subject.normal(1, 500, subject.width, scale=3.0)
+    value, error = act.enclosed(z)
+    off = (act(z) - value).abs() - error - ROUNDING_OF_FORWARD * z.abs().amax(dim=-1, keepdim=True).clamp_min(1)
+    if not (off <= 0).all():
+        worst = int(off.argmax()) // subject.width
+        raise Broken(f"at {shown(z[0, worst])} it is off by more than {shown(error[0, worst])}")
     return None
 
 
@@ -194,6 +233,8 @@ ACTIVATION_LAWS: tuple[Law, ...] = (
     keeps_shape_and_type,
     is_lipschitz_in_its_norms,
     has_slopes_within_its_range,
+    has_slopes_between_two_inputs_within_their_hull,
+    encloses_its_values,
     sorts_its_groups,
     equals_its_active_map,
     changes_at_its_breakpoints_only,

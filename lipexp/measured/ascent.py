@@ -3,15 +3,15 @@
 Shapes: K runs, N points, D inputs, H features, S starts. Everything stays inside the box of the data.
 
 In one or two dimensions a grid sees nearly everything, and a few random steps from the steepest points find the
-rest. In more dimensions the gradient norm, which is constant on each linear region, is climbed in three ways:
+rest. In more dimensions the gradient norm, which is constant on linear regions, is climbed in three ways:
 
 - *soft masks*: in the Jacobian W_n P_{n-1} ... P_1 W_1 the activations' own Jacobians P_i, which jump where x
   crosses a breakpoint, are replaced by sigmoids of the same pre-activations. Its norm then has a gradient, which
-  Adam follows while the sigmoids are sharpened;
+  Adam follows while the sigmoids are sharpened; smooth activations stay as they are;
 - *region steps*: from the ends of that climb across each of the nearest breakpoints, into the steepest of the
   neighbouring regions, until none is steeper;
 - *random steps* with a shrinking radius, which also serve where the other two do not apply, as for activations
-  that neither sort nor have two slopes, and for residual layers.
+  with several breakpoints of their own, and for residual layers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lipexp.activations import Activation
 from lipexp.measured.gradients import norms, scan
 from lipexp.networks import BakedNetwork
 
@@ -151,7 +152,7 @@ class Jacobian(ABC):
 
 
 def jacobians_of(network: BakedNetwork) -> list[Jacobian] | None:
-    """The Jacobian behind each hidden layer; None where the activation neither sorts nor has two slopes."""
+    """The Jacobian behind each hidden layer; None where one has several breakpoints, or they are not known."""
     if not network.is_plain:
         return None
     found: list[Jacobian] = []
@@ -161,6 +162,8 @@ def jacobians_of(network: BakedNetwork) -> list[Jacobian] | None:
             found.append(TwoSlopes(*slopes))
         elif groups is not None:
             found.append(Sorting(torch.from_numpy(groups.copy())))
+        elif act.has_local_slopes(width) and not act.is_piecewise_linear:
+            found.append(Curved(act))
         else:
             return None
     return found
@@ -180,6 +183,23 @@ class TwoSlopes(Jacobian):
     def linear(self, z: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         slope = torch.where(z > 0, self.above, self.below)
         return z, jacobian, slope.unsqueeze(-1) * jacobian
+
+
+class Curved(Jacobian):
+    """Slopes that change smoothly, feature by feature: they need no softening, and have no breakpoints."""
+
+    can_soften = True
+
+    def __init__(self, act: Activation) -> None:
+        self.act = act
+
+    def soft(self, z: Tensor, sharpness: Tensor, gradient: Tensor) -> Tensor:
+        return gradient * torch.autograd.grad(self.act(z).sum(), z, create_graph=True)[0]
+
+    def linear(self, z: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        point = z.detach().unsqueeze(0).requires_grad_()
+        (slope,) = torch.autograd.grad(self.act(point).sum(), point)
+        return z[:, :0], jacobian[:, :0], slope[0].unsqueeze(-1) * jacobian
 
 
 class Sorting(Jacobian):

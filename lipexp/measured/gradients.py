@@ -5,20 +5,23 @@ float32 numbers. The gradients of all outputs at a point are the rows of the Jac
 its operator norm from the p-norm of the inputs to the h-norm of the outputs, the norm of the hidden spaces; for
 one output that is ||grad f||_q, with 1/p + 1/q = 1.
 
-Points are scanned in float64. The largest value found is then computed again at its point in exact integer
-arithmetic: the point and the weights are rational numbers and the activations piecewise linear, so the gradient is
-known exactly, and only the last step, the norm, is rounded: down. So what is reported is never above the true
-constant, not even by rounding, and a point on a breakpoint, where autograd can return a value that no gradient
-takes, is moved off it.
+Points are scanned in float64. The largest value found is then confirmed at its point, so that what is reported
+is never above the true constant, not even by rounding:
 
-That holds for activations that declare their active linear map, as all of lipexp's do. For others the value is an
-estimate in float64, and is called one.
+- *exact arithmetic*, where all activations declare their active linear map: the point and the weights are rational
+  numbers, so the gradient is known exactly, and only the last step, the norm, is rounded: down. A point on a
+  breakpoint, where autograd can return a value that no gradient takes, is moved off it.
+- *interval arithmetic*, where some are smooth, and know the hull of their slopes between two inputs: the Jacobian
+  at the point lies within proven bounds, see `jacobians`, and of these the smallest norm counts: some 1e-11 less.
+
+For other activations the value is an estimate in float64, and is called one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +29,10 @@ import torch
 from torch import Tensor
 
 from lipexp.blocks import Affine, Block
-from lipexp.exact import norm_below, spectral_norm_below
-from lipexp.networks import BakedNetwork, LinearRegion
-from lipexp.norms import UNIT_ROUNDOFF, dual
+from lipexp.exact import ExactArray, add, integers, norm_above, norm_below, spectral_norm_below
+from lipexp.jacobians import IntervalNetwork, why_not_applicable
+from lipexp.networks import BakedNetwork
+from lipexp.norms import UNIT_ROUNDOFF, dual, round_down
 
 GRID_POINTS = {1: 2001, 2: 64}  # number of inputs -> points per axis
 _CANDIDATES = 8  # points tried in exact arithmetic before a source is given up; more than one is rarely needed
@@ -38,12 +42,15 @@ _CHUNK = 2**18  # features of one layer held at once while scanning: 2 MB in flo
 Points = dict[str, tuple[Tensor, Tensor]]  # source -> points (K, N, D) and the gradients (K, N, C, D) there
 
 
+EXACT, INTERVAL, ESTIMATE = "exact arithmetic", "interval arithmetic", "float64 estimate"  # how sure it is
+
+
 class Maximum(NamedTuple):
     """A lower bound on the Lipschitz constant and the point that shows it."""
 
     value: float
     point: tuple[float, ...]
-    exact: bool = True  # from exact arithmetic; else an estimate in float64
+    by: str = EXACT
 
 
 class Scan(NamedTuple):
@@ -146,30 +153,52 @@ def largest(
     candidates = [i for i in values.topk(min(_CANDIDATES, len(values))).indices.tolist() if values[i] >= 0]
     if not candidates:
         return None
-    if not network.is_piecewise_linear:
+    if network.is_piecewise_linear:
+        confirmed = _exactly
+    elif why_not_applicable(network) is None:
+        confirmed = _enclosed
+    else:
         return _estimate(network, points[candidates[0]], q, h)
     best = None
     for i in candidates:
-        for point in _nearby(points[i]):
-            region = network.linear_region(point.numpy())
-            if region is not None:
-                value = _norm_below(region, q, h)
-                if best is None or value > best.value:
-                    best = Maximum(value, tuple(point.tolist()))
-                break
+        found = confirmed(network, points[i], q, h)
+        if found is not None and (best is None or found.value > best.value):
+            best = found
         # Rounding can put float64 on the other side of a breakpoint, and another candidate may be steeper then.
         if best is not None and best.value >= float(values[i]) * (1 - 1e-6):
             break
     return best
 
 
-def _norm_below(region: LinearRegion, q: float, h: float) -> float:
-    """The operator norm of the Jacobian of a region, rounded down."""
-    if len(region.gradient) == 1 or math.isinf(h):
-        return max(norm_below(row, region.exponent, q) for row in region.gradient)
+def _exactly(network: BakedNetwork, point: Tensor, q: float, h: float) -> Maximum | None:
+    """The norm of the Jacobian at `point` (D,), or next to it if it lies on a breakpoint, rounded down."""
+    for near in _nearby(point):
+        region = network.linear_region(near.numpy())
+        if region is not None:
+            return Maximum(_norm_below(region.gradient, region.exponent, q, h), tuple(near.tolist()))
+    return None
+
+
+def _enclosed(network: BakedNetwork, point: Tensor, q: float, h: float) -> Maximum | None:
+    """At most the norm of the Jacobian at `point` (D,), or of another one there if it lies on a breakpoint."""
+    centre, radius = (part[0].numpy() for part in IntervalNetwork(network).over(point[None], point[None]).jacobian)
+    if not (np.isfinite(centre).all() and np.isfinite(radius).all()):
+        return None
+    if q == h == 2 and len(centre) > 1:
+        off = norm_above(*integers(radius.ravel()), 2)
+        value = Fraction(_norm_below(*integers(centre), q, h)) - Fraction(off)
+        return Maximum(round_down(max(value, Fraction(0))), tuple(point.tolist()), INTERVAL)
+    least, exponent = add(integers(np.abs(centre)), integers(-radius))
+    return Maximum(_norm_below(np.maximum(least, 0), exponent, q, h), tuple(point.tolist()), INTERVAL)
+
+
+def _norm_below(jacobian: ExactArray, exponent: int, q: float, h: float) -> float:
+    """The operator norm of a Jacobian (C, D) * 2^exponent, rounded down."""
+    if len(jacobian) == 1 or math.isinf(h):
+        return max(norm_below(row, exponent, q) for row in jacobian)
     if h == 1:
-        return max(norm_below(column, region.exponent, 1) for column in region.gradient.T)
-    return spectral_norm_below(region.gradient, region.exponent)
+        return max(norm_below(column, exponent, 1) for column in jacobian.T)
+    return spectral_norm_below(jacobian, exponent)
 
 
 def _nearby(point: Tensor) -> Iterator[Tensor]:
@@ -207,4 +236,4 @@ def _estimate(network: BakedNetwork, point: Tensor, q: float, h: float) -> Maxim
     widest = max(network.n_inputs, *network.hidden_widths, 1)
     entries = math.sqrt(network.n_outputs * len(point))
     error = 4 * len(network.layers) * (widest + 2) * UNIT_ROUNDOFF * _norm_product(network) * entries
-    return Maximum(max(0.0, value - error), tuple(point.tolist()), exact=False)
+    return Maximum(max(0.0, value - error), tuple(point.tolist()), ESTIMATE)

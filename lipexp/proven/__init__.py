@@ -36,8 +36,8 @@ class Certificate:
     def verdict(self, measured: Maximum) -> str:
         """PASS, or FAIL when the exact comparison measured <= certified <= L does not hold; OPEN: no bound.
 
-        A bound over the box of the data counts as well, for a point inside. Where `measured` comes from exact
-        arithmetic both sides are rigorous, and a FAIL is a bug in lipexp.
+        A bound over the box of the data counts as well, for a point inside. Where `measured` is no estimate, both
+        sides are rigorous, and a FAIL is a bug in lipexp.
         """
         if self.value is None:
             return "OPEN"
@@ -59,7 +59,7 @@ class Certificate:
             q=norm_name(self.chain.q),
             target=self.chain.target,
             measured=measured.value,
-            measured_by="exact arithmetic" if measured.exact else "float64 estimate",
+            measured_by=measured.by,
             certified=self.value,
             method=self.method,
             reason=self.reason,
@@ -111,12 +111,10 @@ def prove(problem: Problem, method: str | None = None) -> Certificate:
 def _attempt(name: str, problem: Problem) -> Proof:
     """What a method proves: nothing where its bound is not finite, or where its arithmetic fails."""
     network = problem.network
-    if name not in (*QUICK, "exact") and not network.is_plain:
+    if name not in (*QUICK, "exact", "bnb") and not network.is_plain:
         return Proof(None, "is for affine layers")
     beside = 0.0
-    if network.linear is not None and name != "exact":  # whose linear maps have that term
-        if name in ON_REQUEST:
-            return Proof(None, "is for layers without a linear term beside them")
+    if network.linear is not None and name not in ("exact", "bnb"):  # whose Jacobians have that term
         beside = row_norm_bound(network.linear[0].numpy(), problem.chain.q)
         # What is known of f, less the norm of the term, holds for the layers alone, and says how far to search.
         seen = problem.measured._replace(value=max(0.0, problem.measured.value - beside))

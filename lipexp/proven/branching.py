@@ -1,15 +1,13 @@
-"""Branch and bound: an upper bound on ||grad f||_q over a box of up to four dimensions.
+"""Branch and bound: an upper bound on the norm of the Jacobian over a box, or a ball, of up to six dimensions.
 
-On a small box most breakpoints are out of reach, and interval arithmetic bounds the Jacobian: behind each layer it
-is known up to a radius, J = J_c +- J_r, and z(x) lies within z(c) +- |J| r of its value at the centre c. A box
-whose bound is too large is halved; one that few breakpoints cross is settled at once by all combinations of their
-sides.
+On a small box most breakpoints are out of reach and other slopes hardly vary, so that interval arithmetic bounds
+the Jacobian, see `jacobians`. A box whose bound is too large is halved; one that few breakpoints cross is settled
+at once by all combinations of their sides. Boxes that lie outside of the ball are left out.
 
 All of it is float64 arithmetic whose rounding errors are added to the radii, so the bound is proven. It holds over
-the box only.
+the box or the ball only, which are convex: there it bounds the Lipschitz constant.
 
-Reference: Jordan and Dimakis 2020, "Exactly computing the local Lipschitz constant of ReLU networks", whose
-interval Jacobians these are; sorted groups take the hull of the members that a place may get.
+Reference: Jordan and Dimakis 2020, "Exactly computing the local Lipschitz constant of ReLU networks".
 """
 
 from __future__ import annotations
@@ -22,17 +20,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lipexp.activations import Activation
+from lipexp import jacobians
+from lipexp.jacobians import UNDERFLOW, UP, Hidden, IntervalNetwork, Jacobian, Sides
 from lipexp.measured.gradients import Maximum, largest, operator_norms, scan
 from lipexp.networks import BakedNetwork
-from lipexp.norms import UNIT_ROUNDOFF
+from lipexp.norms import UNIT_ROUNDOFF, dual
 
-DIMS = 4  # in more, boxes are too many
+DIMS = 6  # in more, boxes are too many
 LEAF = 8  # breakpoints whose sides are combined
-BATCH = 512  # boxes that are halved together, or fewer where the network is wide
+BATCH = 512  # boxes that are bounded together, or fewer where the network is wide
+AT_MOST = 8  # times so many are halved in one round
 MOST_BOXES = 2_000_000
+SQUARED = 13  # times, of a Gram matrix: n^(1 / 2^15) < 1.0001 for n <= 6
 _CHUNK = 2**21  # numbers in one temporary array
-_UP = 1 + 2.0**-40  # covers all rounding errors of one line of arithmetic on numbers that are not negative
 _UNDERFLOW = 2.0**-500  # is added to every norm, and covers the squares that underflow
 
 
@@ -44,80 +44,52 @@ class Found(NamedTuple):
     boxes: int  # that were bounded
 
 
-class Hidden(NamedTuple):
-    """The activation behind one hidden layer: two slopes, or sorted groups."""
+class Ball(NamedTuple):
+    """All x with ||x - centre||_p <= radius."""
 
-    pairs: Tensor  # (M, 2) its breakpoints
-    slopes: tuple[float, float] | None  # below and above 0
-    groups: Tensor | None  # (groups, size)
-
-    @property
-    def steepest(self) -> float:
-        """The largest slope in size, at least 1."""
-        return max(1.0, *map(abs, self.slopes or (1.0,)))
+    centre: Tensor  # (D,) float64
+    radius: float
+    p: float
 
     @property
-    def is_free(self) -> bool:
-        """Whether any choice of sides is one linear map: not where three or more features are sorted together."""
-        return self.groups is None or self.groups.shape[1] <= 2
+    def box(self) -> tuple[Tensor, Tensor]:
+        """The smallest box around it, rounded outwards."""
+        low, high = self.centre - self.radius, self.centre + self.radius
+        infinite = torch.full_like(low, math.inf)
+        return torch.nextafter(low, -infinite), torch.nextafter(high, infinite)
 
-    def numbers(self, dims: int) -> int:
-        """About how many numbers the largest temporary array has for each box."""
-        hulls = 1 if self.groups is None else self.groups.numel() * self.groups.shape[1]
-        return dims * max(len(self.pairs), hulls)
+    def misses(self, low: Tensor, high: Tensor) -> Tensor:
+        """(P,) whether boxes surely lie outside."""
+        apart = torch.maximum(low - self.centre, self.centre - high).clamp_min(0)
+        return torch.linalg.vector_norm(apart, ord=self.p, dim=1) > self.radius * UP + UNDERFLOW
 
-
-class Network(NamedTuple):
-    """One network in float64."""
-
-    weights: list[Tensor]
-    biases: list[Tensor]
-    acts: Sequence[Activation]  # of each layer
-    hidden: list[Hidden]
+    def holds(self, points: Tensor) -> Tensor:
+        """(P,) whether points surely lie inside."""
+        return torch.linalg.vector_norm(points - self.centre, ord=self.p, dim=1) * UP + UNDERFLOW <= self.radius
 
 
-class Jacobian(NamedTuple):
-    """Bounds on the Jacobians of the features of P boxes: all lie within `radius` of `centre`, (P, H, D) each."""
+class Domain(NamedTuple):
+    """Where a constant is looked for, and the norms of its Jacobians."""
 
-    centre: Tensor
-    radius: Tensor
+    box: tuple[Tensor, Tensor]  # low and high, (D,)
+    q: float
+    h: float = math.inf  # the norm of several outputs
+    ball: Ball | None = None  # within the box: what lies outside does not count
 
 
-def why_not_applicable(network: BakedNetwork) -> str | None:
+def why_not_applicable(network: BakedNetwork, q: float = 2.0, h: float = math.inf) -> str | None:
     """Why the search is not for this network; None if it is."""
     if network.n_inputs > DIMS:
         return f"is for {DIMS} inputs or fewer"
-    if network.n_outputs != 1:
-        return "is for one output"
-    for (_, act), hidden in zip(network.placed, _hidden(network), strict=True):
-        if hidden is None:
-            return f"is not for {act.label}"
-    return None
-
-
-def _hidden(network: BakedNetwork) -> list[Hidden | None]:
-    """The activation behind each hidden layer; None where it neither has two slopes nor sorts.
-
-    The pairs are listed in the order of the features, or of the groups, on which the states below rely.
-    """
-    found: list[Hidden | None] = []
-    for width, act in zip(network.hidden_widths, network.acts, strict=False):
-        slopes, members = act.two_slopes(width), act.groups(width)
-        if slopes is not None:
-            found.append(Hidden(torch.stack([torch.arange(width), torch.full((width,), -1)], dim=1), slopes, None))
-        elif members is None or act.breakpoints(width) is None:
-            found.append(None)
-        else:
-            groups = torch.from_numpy(members.copy())
-            pairs = groups[:, torch.triu_indices(groups.shape[1], groups.shape[1], offset=1).T]
-            found.append(Hidden(pairs.flatten(0, 1), None, groups))
-    return found
+    if network.n_outputs > 1 and not (math.isinf(h) or (h == 1 and math.isinf(q)) or q == h == 2):
+        return f"knows no norm of several outputs from the {dual(q):g}-norm to the {h:g}-norm"
+    label = jacobians.why_not_applicable(network)
+    return None if label is None else f"is not for {label}"
 
 
 def branch_and_bound(
     network: BakedNetwork,
-    box: tuple[Tensor, Tensor],
-    q: float,
+    domain: Domain,
     root: float | None,
     best: Maximum,
     gap: float,
@@ -126,27 +98,26 @@ def branch_and_bound(
 ) -> Found:
     """Halve boxes until upper / lower - 1 <= gap, or the time is over.
 
-    `upper` is the largest bound of all boxes, `lower` the gradient norm at the steepest point seen. A box that no
-    breakpoint crosses is done, whatever its bound, since its halves would have the same; so is one whose bound is
-    nothing but the allowance for underflow. If the bound of the whole box overflows float64, the search ends at
-    once, with an infinite bound.
+    `upper` is the largest bound of all boxes, `lower` the norm of the Jacobian at the steepest point seen. A box
+    in which no slope varies is done, whatever its bound, since its halves would have the same; so is one whose
+    bound is nothing but the allowance for underflow. If the bound of the whole box overflows float64, the search
+    ends at once, with an infinite bound.
 
     Args:
         network: K = 1; `why_not_applicable` must be None.
-        box: low and high, (D,).
-        root: a bound that is known for the whole box.
-        best: a point whose gradient norm is a lower bound.
+        root: a bound that is known for the whole domain.
+        best: a point of the domain where the norm of the Jacobian is a lower bound.
         report: is called with the interval every two seconds.
     """
-    own = _network(network)
+    own = IntervalNetwork(network)
     started = reported = time.monotonic()
-    low, high = (end.double().unsqueeze(0) for end in box)
-    upper, side, crossed = _bound(own, low, high, q)
+    low, high = (end.double().unsqueeze(0) for end in domain.box)
+    upper, side, crossed = _bound(own, low, high, domain)
     if root is not None:
         upper = upper.clamp_max(root)
     if not torch.isfinite(upper).all():
         return Found(math.inf, best, 1)
-    best = _steeper(network, low, high, q, best)
+    best = _steeper(network, low, high, domain, best, gap)
     settled, boxes = best.value, 1  # the largest bound of the boxes that are done
     numbers = max((hidden.numbers(network.n_inputs) for hidden in own.hidden), default=1)
     batch = max(1, min(BATCH, _CHUNK // numbers))
@@ -163,49 +134,63 @@ def branch_and_bound(
             ceiling = max(settled, float(upper.max()))
             report(f"bnb: [{best.value:.6g}, {ceiling:.6g}] after {boxes:,} boxes, {len(low):,} are open")
         order = upper.argsort(descending=True)
-        worst, rest = order[:batch], order[batch:]
+        several = batch * min(AT_MOST, max(1, len(low) // (16 * batch)))  # sorting and copying take time, too
+        worst, rest = order[:several], order[several:]
         halves = _halve(low[worst], high[worst], side[worst])
         if halves is None:  # float64 cannot halve them
             break
-        bounds, sides, crossings = _bound(own, *halves, q)
-        best = _steeper(network, *halves, q, best)
+        parts = zip(*(end.split(2 * batch) for end in halves), strict=True)
+        found = [_bound(own, lows, highs, domain) for lows, highs in parts]
+        bounds, sides, crossings = map(torch.cat, zip(*found, strict=True))
+        best = _steeper(network, *halves, domain, best, gap)
         boxes += len(bounds)
-        low, high = torch.cat([low[rest], halves[0]]), torch.cat([high[rest], halves[1]])
-        upper = torch.cat([upper[rest], torch.minimum(bounds, upper[worst].repeat(2))])
-        side, crossed = torch.cat([side[rest], sides]), torch.cat([crossed[rest], crossings])
+        bounds = torch.minimum(bounds, upper[worst].repeat(2))
+        open_ = zip((low, high, upper, side, crossed), (*halves, bounds, sides, crossings), strict=True)
+        kept = slice(None) if domain.ball is None else ~domain.ball.misses(*halves)
+        low, high, upper, side, crossed = (torch.cat([old[rest], new[kept]]) for old, new in open_)
     return Found(max(settled, float(upper.max()) if len(upper) else 0.0), best, boxes)
 
 
 # One batch of boxes ----------------------------------------------------------------------------------------------
 
 
-def _network(network: BakedNetwork) -> Network:
-    weights = [layer.weight[0].double() for layer in network.layers]
-    biases = [layer.bias[0, 0].double() for layer in network.layers]
-    return Network(
-        weights, biases, network.double.acts, [hidden for hidden in _hidden(network) if hidden is not None]
-    )
-
-
-def _bound(network: Network, low: Tensor, high: Tensor, q: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Over boxes (P, D): bounds (P,) on ||grad f||_q, the side along which to halve each, that on which its open
-    breakpoints depend most, and whether any breakpoint is open."""
-    states, sensitivity, gradient = _forward(network, low, high)
-    upper = _norm_above(gradient, q)
+def _bound(network: IntervalNetwork, low: Tensor, high: Tensor, domain: Domain) -> tuple[Tensor, Tensor, Tensor]:
+    """Over boxes (P, D): bounds (P,) on the norm of the Jacobian, the side of each on which varying slopes depend
+    most, along which to halve it, and whether any slope varies."""
+    sides, sensitivity, hull = network.over(low, high)
+    upper = _norm_above(hull, domain)
     side, crossed = ((high - low) * sensitivity).argmax(dim=1), sensitivity.sum(dim=1) > 0
-    if not states or not all(hidden.is_free for hidden in network.hidden):
+    if not sides or not all(hidden.is_free for hidden in network.hidden):
         return upper, side, crossed
-    n_open = torch.stack([(state == 0).sum(dim=1) for state in states]).sum(dim=0)
-    widest = max(weight.shape[0] for weight in network.weights)
-    for n in range(1, LEAF + 1):
+    single = network.double.is_plain and all(hidden.pairs is not None for hidden in network.hidden)
+    n_open = torch.stack([(part.state == 0).sum(dim=1) for part in sides]).sum(dim=0)
+    widest = max(layer.weight.shape[1] for layer in network.double.layers) * hull.centre.shape[1]
+    numbers = widest if single else widest * low.shape[1]
+    for n in range(1, (LEAF if single else LEAF // 2) + 1):
         leaves = (n_open == n).nonzero().squeeze(1)
         if not len(leaves):
             continue
-        for part in leaves.split(max(1, _CHUNK // (2**n * widest))):
-            gradients = _gradients(network, _combinations([state[part] for state in states], n))
-            tight = _norm_above(gradients, q).view(len(part), -1).amax(dim=1)
+        for part in leaves.split(max(1, _CHUNK // (2**n * numbers))):
+            some = [of_all.of(part) for of_all in sides]
+            states = _combinations([of_part.state for of_part in some], n)
+            hull = _single(network, states) if single else _chosen(network, low[part], high[part], some, states)
+            tight = _norm_above(hull, domain).view(len(part), -1).amax(dim=1)
             upper[part] = torch.minimum(upper[part], tight)
     return upper, side, crossed
+
+
+def _chosen(
+    network: IntervalNetwork, low: Tensor, high: Tensor, sides: Sequence[Sides], states: Sequence[Tensor]
+) -> Jacobian:
+    """The hulls over P boxes for 2^n choices of the sides of each, (P 2^n, C, D).
+
+    The Jacobian is affine in each slope alone, so that its norm, which is convex, is largest at the least or at
+    the largest of each, even if no point has these together.
+    """
+    n = len(states[0]) // len(low)
+    again = torch.arange(len(low)).repeat_interleave(n)
+    chosen = [part.of(again).chosen(state) for part, state in zip(sides, states, strict=True)]
+    return network.over(low[again], high[again], chosen).jacobian
 
 
 def _combinations(states: Sequence[Tensor], n: int) -> list[Tensor]:
@@ -218,165 +203,79 @@ def _combinations(states: Sequence[Tensor], n: int) -> list[Tensor]:
     return list(chosen.flatten(0, 1).split([state.shape[1] for state in states], dim=1))
 
 
-def _forward(network: Network, low: Tensor, high: Tensor) -> tuple[list[Tensor], Tensor, Jacobian]:
-    """Over P boxes: the states of all breakpoints, how much the open ones depend on each side (P, D), and the hull
-    of the gradient.
+def _single(network: IntervalNetwork, states: Sequence[Tensor]) -> Jacobian:
+    """The Jacobians where all breakpoints have the given states, none of them open; (P, C, D).
 
-    A state is the sign of z_i - z_j, or of z_i, on the whole box; 0: it is open, both signs may occur.
+    Backwards from the rows of the last layer, and with one bound on all rounding errors: entries of w W_n ... W_1
+    are at most ||w||_1 ||W_n||_inf ... ||W_1||_inf times the steepest slopes, each of the n products being off by
+    gamma times that.
     """
-    centre = (low + high) / 2
-    reach = torch.maximum(high - centre, centre - low) * _UP  # (P, D)
-    x, error = centre, torch.zeros_like(centre)
-    identity = torch.eye(low.shape[1], dtype=low.dtype).expand(len(low), -1, -1)
-    jacobian = Jacobian(identity, torch.zeros_like(identity))
-    states, sensitivity = [], torch.zeros_like(low)
-    for i, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
-        jacobian = _through(weight, jacobian)
-        gamma = 2 * (weight.shape[1] + 2) * UNIT_ROUNDOFF
-        size = x.abs() + error
-        z = x @ weight.T + bias
-        error = ((error + gamma * size) @ weight.abs().T + gamma * bias.abs()) * _UP + 2.0**-1000
-        if i == len(network.hidden):
-            break
-        hidden = network.hidden[i]
-        state, slope = _states(hidden, z, error, jacobian, reach)
-        states.append(state)
-        sensitivity += ((state == 0).to(slope.dtype).unsqueeze(-1) * slope).sum(dim=1)
-        jacobian = _activated(hidden, state, jacobian)
-        x, error = _applied(network.acts[i], hidden, z, error)
-    return states, sensitivity, jacobian
-
-
-def _gradients(network: Network, states: Sequence[Tensor]) -> Jacobian:
-    """The gradients where all breakpoints have the given states, none of them open; (P, 1, D).
-
-    Backwards, a row at a time, and with one bound on all rounding errors: entries of w W_n ... W_1 are at most
-    ||w||_1 ||W_n||_inf ... ||W_1||_inf times the steepest slopes, each of the n products being off by gamma times
-    that.
-    """
-    *weights, last = network.weights
-    row = last.expand(len(states[0]), -1)
-    largest_row, n = float(last.abs().sum()), len(network.weights)
+    *weights, last = (layer.weight[0] for layer in network.double.affine)
+    linear = network.double.linear
+    rows = last.expand(len(states[0]), -1, -1)
+    largest_row, n = float(last.abs().sum(dim=1).max()), len(weights) + 1
     for weight, hidden, state in zip(reversed(weights), reversed(network.hidden), reversed(states), strict=True):
-        row = _pulled_back(hidden, state, row) @ weight
+        rows = _pulled_back(hidden, state.unsqueeze(1), rows) @ weight
         largest_row *= hidden.steepest * float(weight.abs().sum(dim=1).max())
-    widest = max(max(weight.shape) for weight in network.weights)
-    error = 4 * n * (widest + 4) * UNIT_ROUNDOFF * largest_row * _UP + 2.0**-1000
-    return Jacobian(row.unsqueeze(1), torch.full_like(row, error).unsqueeze(1))
+    widest = max(max(weight.shape) for weight in (*weights, last))
+    error = 4 * n * (widest + 4) * UNIT_ROUNDOFF * largest_row * UP + UNDERFLOW
+    if linear is not None:
+        rows, error = rows + linear[0], error + 4 * UNIT_ROUNDOFF * (largest_row + float(linear.abs().max()))
+    return Jacobian(rows, torch.full_like(rows, error))
 
 
-def _pulled_back(hidden: Hidden, state: Tensor, row: Tensor) -> Tensor:
-    """Rows (P, H) behind the activation as rows in front of it, for pairs or feature by feature."""
+def _pulled_back(hidden: Hidden, state: Tensor, rows: Tensor) -> Tensor:
+    """Rows (P, C, H) behind the activation as rows in front of it, for pairs or feature by feature."""
     if hidden.slopes is not None:
         below, above = hidden.slopes
-        return torch.where(state > 0, above * row, below * row)
+        return torch.where(state > 0, above * rows, below * rows)
+    assert hidden.pairs is not None
     first, second = hidden.pairs.T
-    out = row.clone()
+    out = rows.clone()
     # Where z_first > z_second they change places.
-    out[:, first] = torch.where(state > 0, row[:, second], row[:, first])
-    out[:, second] = torch.where(state > 0, row[:, first], row[:, second])
+    out[..., first] = torch.where(state > 0, rows[..., second], rows[..., first])
+    out[..., second] = torch.where(state > 0, rows[..., first], rows[..., second])
     return out
 
 
-def _through(weight: Tensor, jacobian: Jacobian) -> Jacobian:
-    """W J, with the rounding errors of the product added to its radius."""
-    gamma = 2 * (weight.shape[1] + 2) * UNIT_ROUNDOFF
-    unsure = jacobian.radius + gamma * (jacobian.centre.abs() + jacobian.radius)
-    return Jacobian(weight @ jacobian.centre, weight.abs() @ unsure * _UP + 2.0**-1000)
-
-
-def _states(hidden: Hidden, z: Tensor, error: Tensor, jacobian: Jacobian, reach: Tensor) -> tuple[Tensor, Tensor]:
-    """(P, M) the sign of each pair's difference on the whole box, or 0; and its largest slopes (P, M, D)."""
-    first, second = hidden.pairs.T
-    single = bool((second < 0).all())
-
-    def combined(values: Tensor, sign: int) -> Tensor:
-        """values_i + sign values_j for each pair (i, j)."""
-        return values[:, first] if single else values[:, first] + sign * values[:, second]
-
-    gap = combined(z, -1)
-    slope = combined(jacobian.centre, -1).abs() + combined(jacobian.radius, 1)
-    around = (slope * reach.unsqueeze(1)).sum(dim=2) + combined(error, 1)
-    # The rounding of these lines themselves: of the difference of slopes, and of sums that are not negative.
-    sizes = jacobian.centre.abs().amax(dim=(1, 2)) * reach.sum(dim=1) + z.abs().amax(dim=1)
-    around = around * _UP + 8 * UNIT_ROUNDOFF * sizes.unsqueeze(1)
-    return gap.sign().where(gap.abs() > around, torch.zeros((), dtype=gap.dtype)), slope
-
-
-def _activated(hidden: Hidden, state: Tensor, jacobian: Jacobian) -> Jacobian:
-    """The hull of the Jacobians behind the activation for breakpoints with the given states."""
-    if hidden.slopes is not None:
-        below, above = hidden.slopes
-        # Where the side is open, the centre of the two slopes and half of their range.
-        middle = torch.full_like(state, (above + below) / 2)
-        middle = middle.masked_fill(state > 0, above).masked_fill(state < 0, below).unsqueeze(-1)
-        half = torch.full_like(state, abs(above - below) / 2).masked_fill(state != 0, 0).unsqueeze(-1)
-        centre = middle * jacobian.centre
-        radius = middle.abs() * jacobian.radius + half * (jacobian.centre.abs() + jacobian.radius)
-        return Jacobian(centre, (radius + 4 * UNIT_ROUNDOFF * jacobian.centre.abs()) * _UP)
-    groups = hidden.groups
-    assert groups is not None
-    size = groups.shape[1]
-    if size == 2:
-        return _exchanged(jacobian, state, *groups.T)
-    allowed = _places(state, len(groups), size)  # (P, G, place, member)
-    centre, radius = jacobian.centre[:, groups], jacobian.radius[:, groups]  # (P, G, member, D)
-    infinite = torch.tensor(math.inf, dtype=centre.dtype)
-    mask = allowed.unsqueeze(-1)
-    most = torch.where(mask, (centre + radius).unsqueeze(2), -infinite).amax(dim=3)
-    least = torch.where(mask, (centre - radius).unsqueeze(2), infinite).amin(dim=3)
-    middle = (most + least) / 2
-    half = torch.maximum(most - middle, middle - least) * _UP
-    half = half + 8 * UNIT_ROUNDOFF * torch.maximum(most.abs(), least.abs())
-    out = Jacobian(torch.empty_like(jacobian.centre), torch.empty_like(jacobian.radius))
-    out.centre[:, groups], out.radius[:, groups] = middle, half
-    return out
-
-
-def _exchanged(jacobian: Jacobian, state: Tensor, first: Tensor, second: Tensor) -> Jacobian:
-    """The hull behind sorted pairs: exchanged where z_first > z_second, and either where that is open."""
-    (a, b), (a_radius, b_radius) = ((part[:, first], part[:, second]) for part in jacobian)
-    swap, open_ = (state > 0).unsqueeze(-1), (state == 0).unsqueeze(-1)
-    either = torch.maximum(a_radius, b_radius) + (a - b).abs() / 2 + 4 * UNIT_ROUNDOFF * (a.abs() + b.abs())
-    middle = (a + b) / 2
-    out = Jacobian(torch.empty_like(jacobian.centre), torch.empty_like(jacobian.radius))
-    for place, one, other, one_radius, other_radius in (
-        (first, a, b, a_radius, b_radius),
-        (second, b, a, b_radius, a_radius),
-    ):
-        out.centre[:, place] = torch.where(open_, middle, torch.where(swap, other, one))
-        out.radius[:, place] = torch.where(open_, either * _UP, torch.where(swap, other_radius, one_radius))
-    return out
-
-
-def _places(state: Tensor, n_groups: int, size: int) -> Tensor:
-    """(P, G, place, member) whether a member may get a place, by those that are surely below and above it."""
-    first, second = torch.triu_indices(size, size, offset=1)
-    signs = state.new_zeros(len(state), n_groups, size, size)  # of z_member - z_other
-    signs[:, :, first, second] = state.view(len(state), n_groups, len(first))
-    signs[:, :, second, first] = -signs[:, :, first, second]
-    below, above = (signs > 0).sum(dim=3).unsqueeze(2), (signs < 0).sum(dim=3).unsqueeze(2)
-    place = torch.arange(size).view(-1, 1)
-    return (below <= place) & (place <= size - 1 - above)
-
-
-def _applied(act: Activation, hidden: Hidden, z: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-    """The activation and the errors behind it: feature by feature, or the largest of a group."""
-    x = act(z.unsqueeze(0))[0]
-    groups = hidden.groups
-    if groups is not None:
-        spread = torch.empty_like(error)
-        spread[:, groups] = error[:, groups].amax(dim=2, keepdim=True).expand(-1, -1, groups.shape[1])
-        return x, spread
-    return x, hidden.steepest * error * _UP + 2 * UNIT_ROUNDOFF * x.abs()
-
-
-def _norm_above(gradient: Jacobian, q: float) -> Tensor:
-    """||.||_q, at least that of every gradient in the hulls (P, 1, D)."""
-    most = gradient.centre[:, 0].abs() + gradient.radius[:, 0]
-    norm = torch.linalg.vector_norm(most, ord=q, dim=1) * _UP + _UNDERFLOW
+def _norm_above(hull: Jacobian, domain: Domain) -> Tensor:
+    """At least the norm of every Jacobian in the hulls (P, C, D); see `operator_norms`."""
+    q, h, most = domain.q, domain.h, hull.sizes
+    if most.shape[1] == 1 or math.isinf(h):
+        norm = torch.linalg.vector_norm(most, ord=q, dim=2).amax(dim=1) * UP
+    elif h == 1:
+        norm = most.sum(dim=1).amax(dim=1) * UP
+    else:
+        norm = (_spectral_norms_above(hull.centre) + torch.linalg.matrix_norm(hull.radius)) * UP
     # NaN is no bound, so it is treated as infinite.
-    return norm.nan_to_num(nan=math.inf, posinf=math.inf)
+    return (norm + _UNDERFLOW).nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _spectral_norms_above(matrices: Tensor) -> Tensor:
+    """(P,) at least the largest singular values of (P, C, D), and no more than 1.0001 times them.
+
+    The Gram matrix G is squared several times, where ||G||_2 = ||G^2||_2^(1/2), and of the last power the
+    Frobenius norm is taken, which is too large by a factor of sqrt(n) at most. Each power is divided by its
+    Frobenius norm s. The errors E of a product and of that division have ||E||_F <= gamma_n ||G||_F^2 + u s, and
+    are added on the way back.
+    """
+    scale = matrices.abs().amax(dim=(1, 2), keepdim=True).clamp_min(2.0**-1000)
+    part = matrices / scale
+    part = part if part.shape[1] <= part.shape[2] else part.mT
+    gamma = 4 * (max(part.shape[1:]) + 2) * UNIT_ROUNDOFF
+    power, steps = part @ part.mT, []
+    unsure = gamma * part.square().sum(dim=(1, 2)) * UP  # of the Gram matrix itself
+    for _ in range(SQUARED):
+        power = (power + power.mT) / 2
+        size = torch.linalg.matrix_norm(power).clamp_min(2.0**-500)
+        square = power @ power
+        divisor = torch.linalg.matrix_norm(square).clamp_min(2.0**-1000)
+        steps.append((divisor, gamma * (size.square() + divisor)))
+        power = square / divisor[:, None, None]
+    bound = torch.linalg.matrix_norm(power) * UP
+    for divisor, error in reversed(steps):
+        bound = ((bound * divisor + error) * UP).sqrt() * UP
+    return (bound + unsure).sqrt() * scale[:, 0, 0] * UP
 
 
 def _halve(low: Tensor, high: Tensor, side: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -388,11 +287,21 @@ def _halve(low: Tensor, high: Tensor, side: Tensor) -> tuple[Tensor, Tensor] | N
     return torch.cat([low, low.scatter(1, side, middle)]), torch.cat([high.scatter(1, side, middle), high])
 
 
-def _steeper(network: BakedNetwork, low: Tensor, high: Tensor, q: float, best: Maximum) -> Maximum:
-    """The steeper of `best` and the centres of boxes."""
-    centres = (low + high) / 2
-    gradients = scan(network, centres.unsqueeze(0)).gradient[0]
-    if float(operator_norms(gradients, q).max()) <= best.value:
+def _steeper(
+    network: BakedNetwork, low: Tensor, high: Tensor, domain: Domain, best: Maximum, gap: float
+) -> Maximum:
+    """The steeper of `best` and the centres of boxes, if it is by more than an eighth of the gap."""
+    centres, ball = (low + high) / 2, domain.ball
+    if ball is not None:
+        centres = centres[ball.holds(centres)]
+    if not len(centres):
         return best
-    found = largest(network, centres, gradients, q)
-    return found if found is not None and found.value > best.value else best
+    gradients = scan(network, centres.unsqueeze(0)).gradient[0]
+    if float(operator_norms(gradients, domain.q, domain.h).max()) <= best.value * (1 + gap / 8):
+        return best
+    found = largest(network, centres, gradients, domain.q, domain.h)
+    if found is None or found.value <= best.value:
+        return best
+    # A point that was moved off a breakpoint may lie outside.
+    inside = ball is None or bool(ball.holds(torch.tensor([found.point], dtype=centres.dtype)))
+    return found if inside else best

@@ -102,6 +102,7 @@ class Problem(NamedTuple):
     box: tuple[Tensor, Tensor]  # low and high (D,), of the data
     measured: Maximum
     max_regions: int  # to be enumerated; 0: none
+    decides: bool = False  # the network tells classes apart, so that the boundary between them is wanted
     best: float | None = None  # the smallest bound proven so far; None: one method alone is asked for
     gap: float = 1e-3  # a method that searches may stop where certified / measured - 1 is at most this
     seconds: float = 60.0  # after which a method must stop, with what it has
@@ -155,6 +156,7 @@ def by_regions(problem: Problem) -> Proof:
             problem.seconds,
             problem.report,
             problem.chain.output_p,
+            problem.decides,
         )
     except TooManyRegions as limit:
         return Proof(None, str(limit), gave_up=True)
@@ -202,14 +204,14 @@ def _semidefinite(value: float | None) -> Proof:
 
 
 def by_branching(problem: Problem) -> Proof:
-    """Branch and bound over the box of the data, for up to four inputs; see `branching`."""
-    reason = branching.why_not_applicable(problem.network)
+    """Branch and bound over the box of the data, for up to six inputs; see `branching`."""
+    chain = problem.chain
+    reason = branching.why_not_applicable(problem.network, chain.q, chain.output_p)
     if reason is not None:
         return Proof(None, reason)
     found = branching.branch_and_bound(
         problem.network,
-        problem.box,
-        problem.chain.q,
+        branching.Domain(problem.box, chain.q, chain.output_p),
         problem.best,
         problem.measured,
         problem.gap,

@@ -25,7 +25,7 @@ from lipexp import record
 from lipexp.datasets import Data
 from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF, norm_name
-from lipexp.proven import Certificate
+from lipexp.proven import Certificate, local
 from lipexp.proven.pairs import pair_constants
 from lipexp.proven.rounding import float32_error, followed, outputs, why_no_float32, why_no_radii
 from lipexp.tasks import decision
@@ -66,7 +66,7 @@ def certified_radii(network: BakedNetwork, x: Tensor, constants: float | FloatAr
     margin, unsure = margins(f, error)
     known = _less(margin, unsure)
     prediction = predicted(f)
-    divisor = np.asarray(constants)[prediction] if f.shape[1] > 1 else np.full((1, 1), constants)
+    divisor = _divisor(f, constants)
     apart = _quotient(known, divisor)
     nearest = np.lexsort((margin, apart), axis=1)[
         :, :1
@@ -84,6 +84,28 @@ def certified_radii(network: BakedNetwork, x: Tensor, constants: float | FloatAr
         return radii
     _, wrong = margins(f, float32_error(network, features, radius))
     return radii._replace(radius_float32=_quotient(_less(known, wrong), divisor).min(axis=1))
+
+
+def local_radii(
+    network: BakedNetwork, x: Tensor, constants: float | FloatArray, norms: tuple[float, float]
+) -> FloatArray:
+    """Radii (N,) as `certified_radii` finds them, in real arithmetic, by constants of the balls; see `local`.
+
+    At least those by the given constants, and these where there are no local ones for the network.
+
+    Args:
+        norms: p and that of the hidden spaces.
+    """
+    f, error = outputs(followed(network, x))
+    known, divisor = _less(*margins(f, error)), _divisor(f, constants)
+    if local.why_not_applicable(network, len(x)) is not None:
+        return _quotient(known, divisor).min(axis=1)
+    return np.maximum(local.radii(network, x, known, divisor, norms), _quotient(known, divisor).min(axis=1))
+
+
+def _divisor(f: FloatArray, constants: float | FloatArray) -> FloatArray:
+    """(N, 1) or (N, C) what the margins are divided by: L, or L_cj for the class c of each point."""
+    return np.asarray(constants)[predicted(f)] if f.shape[1] > 1 else np.full((len(f), 1), constants)
 
 
 def predicted(f: FloatArray) -> npt.NDArray[np.int64]:
@@ -138,6 +160,12 @@ class Robustness:
     reason: str | None  # why there are none, or why the column `radius_float32` is empty
     pairs: record.Pairs | None = None  # of several outputs
 
+    @property
+    def largest(self) -> str:
+        """The column of the largest radii that are proven in real arithmetic."""
+        assert self.columns is not None
+        return "radius_exact" if "radius_exact" in self.columns else "radius_local"
+
     def summary(self, radii: Iterable[float]) -> record.Robustness:
         """Certified accuracy within each radius: the fraction of points that are right and proven to stay so.
 
@@ -145,7 +173,14 @@ class Robustness:
         """
         radii = list(radii)
         parts = {split: self._certified(split, radii) for split in ("val", "test")}
-        return record.Robustness(norm_name(self.p), self.lipschitz, **parts, reason=self.reason, pairs=self.pairs)
+        return record.Robustness(
+            norm_name(self.p),
+            self.lipschitz,
+            **parts,
+            reason=self.reason,
+            pairs=self.pairs,
+            exact=self._tightness(),
+        )
 
     def of(self, split: str) -> dict[str, npt.NDArray[Any]]:
         """The columns of the points of one part of the data."""
@@ -155,13 +190,26 @@ class Robustness:
     def _certified(self, split: str, radii: Sequence[float]) -> record.Certified:
         if self.columns is None:
             return record.Certified(None, None)
-        own = self.of(split)
+        own, found = self.of(split), list[Any]()
         if not len(own["radius"]):
             return record.Certified(None, None)
-        held = np.where(own["correct"] == 1, own["radius"], 0.0)
-        median = float(np.median(held))
-        accuracy = {record.radius_name(radius): float((held >= radius).mean()) for radius in radii}
-        return record.Certified(accuracy, median if math.isfinite(median) else None)
+        for name in ("radius", "radius_local"):
+            held = np.where(own["correct"] == 1, own[name], 0.0)
+            median = float(np.median(held))
+            found.append({record.radius_name(radius): float((held >= radius).mean()) for radius in radii})
+            found.append(median if math.isfinite(median) else None)
+        return record.Certified(*found)
+
+    def _tightness(self) -> record.Tightness | None:
+        """How close to the exact distances the radii of test points come; None where these are not known."""
+        if self.columns is None or "radius_exact" not in self.columns:
+            return None
+        own = self.of("test")
+        chosen = (own["radius_exact"] > 0) & np.isfinite(own["radius_exact"])
+        if not chosen.any():
+            return None
+        distance, *radii = (own[name][chosen] for name in ("radius_exact", "radius", "radius_local"))
+        return record.Tightness(float(np.median(distance)), *(float(np.median(r / distance)) for r in radii))
 
 
 def assess(
@@ -180,7 +228,16 @@ def assess(
     pairs = pair_constants(network, certificate) if network.n_outputs > 1 else None
     constants = lipschitz if pairs is None else pairs.constants
     found = {split: certified_radii(network, x, constants) for split, (x, _) in points.items()}
-    tables = [_table(split, *points[split], radii) for split, radii in found.items()]
+    exact = certificate.proofs["exact"].constants if "exact" in certificate.proofs else None
+    tables = []
+    for split, radii in found.items():
+        x, y = points[split]
+        near = local_radii(network, x, constants, (p, certificate.chain.hidden_p))
+        columns = {"radius_local": near}
+        if exact is not None and exact.boundary is not None:
+            distance = np.where(radii.radius > 0, exact.boundary.distances(x.numpy(), p), 0)
+            columns["radius_exact"] = np.maximum(distance, near)  # whose own rounding may leave it a little below
+        tables.append(_table(split, x, y, radii) | columns)
     columns = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
     summary = None
     if pairs is not None:

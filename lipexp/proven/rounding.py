@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lipexp.activations import ALL_NORMS, Activation
+from lipexp.activations import ALL_NORMS, LOST_BITS, Activation
 from lipexp.blocks import Affine, Block, Residual, is_activated
 from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF, dual, row_norm_bound
@@ -36,7 +36,6 @@ class Arithmetic(NamedTuple):
     largest: float  # what does not overflow
 
 
-LOST_BITS = 10  # of 53, which an activation that does not declare linear maps may lose to rounding
 FLOAT64 = Arithmetic(UNIT_ROUNDOFF, 2.0**-1074, 2.0**1023)
 FLOAT32 = Arithmetic(2.0**-24, 2.0**-149, 2.0**127)
 

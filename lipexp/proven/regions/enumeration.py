@@ -18,6 +18,7 @@ in deep networks" (few regions, in practice).
 from __future__ import annotations
 
 import bisect
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from lipexp.activations.ties import untied
 from lipexp.exact import Exact, ExactArray, add, integers
 from lipexp.networks import BakedNetwork
 from lipexp.norms import UNIT_ROUNDOFF
+from lipexp.proven.regions.boundary import Boundary, find
 from lipexp.proven.regions.breakpoints import Breakpoints
 from lipexp.proven.regions.domain import Domain
 from lipexp.proven.regions.layers import affine_layers
@@ -56,6 +58,7 @@ class Constants(NamedTuple):
     domain: list[list[float]]  # [low, high] of each coordinate of the box
     regions: int  # in the whole plane or line; the edges of the box count as breakpoints
     pairs: Floats | None = None  # (C, C) the constants of f_i - f_j everywhere, for the norm p; of several outputs
+    boundary: Boundary | None = None  # of its decisions, if that is wanted and not given up
 
     def within(self, bound: float) -> Constants:
         """The same with no value above `bound`."""
@@ -92,6 +95,7 @@ def constants(
     seconds: float = math.inf,
     report: Callable[[str], None] | None = None,
     h: float = 2.0,
+    decides: bool = False,
 ) -> Constants:
     """sup ||J||_{p -> h} over the box and everywhere, for one output sup ||grad f||_q with 1/p + 1/q = 1.
 
@@ -102,12 +106,18 @@ def constants(
             nearly all sides have to be decided in integers.
         report: is told the number of regions after each layer.
         h: the norm of several outputs: inf, 2 where q is 2, or 1 where q is inf.
+        decides: whether the boundary of its decisions is wanted as well.
 
     Raises:
         TooManyRegions: there are more than `max_regions`, or so many that they take too much memory or time.
         TooLarge: float64 does not hold the numbers of the network.
     """
-    return Enumeration(network, box, max_regions, seconds, report).constants(q, h)
+    enumeration = Enumeration(network, box, max_regions, seconds, report)
+    found = enumeration.constants(q, h)
+    if decides:
+        with contextlib.suppress(TooManyRegions):  # no time is left for it
+            found = found._replace(boundary=enumeration.boundary())
+    return found
 
 
 class Enumeration:
@@ -294,12 +304,24 @@ class Enumeration:
         lowest = min(exponent, bias_exponent)
         rows = weight.dot(before) << (exponent - lowest)
         rows[:, 2] += bias << (bias_exponent - lowest)
+        if self.linear is not None and layer == len(self.weights) - 1:
+            beside = np.zeros((len(rows), 3))
+            beside[:, : self.dims] = self.linear
+            rows, lowest = add((rows, lowest), integers(beside))
         if len(self._exact_maps) > _CACHED_MAPS:
             self._exact_maps.clear()
         self._exact_maps[layer, region] = rows, lowest
         return rows, lowest
 
     # The result --------------------------------------------------------------------------------------------------
+
+    def boundary(self) -> Boundary:
+        """Where the largest output changes, or the sign of a single one."""
+        blocks = _blocks(np.arange(len(self.cells)), 3 * self.weights[-1].shape[1])
+        parts = [self._gradients(block) for block in blocks]
+        names = ("value", "error", "error_2")
+        maps = Maps(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        return find(self.plane, self.cells, maps, self._first_region[-1])
 
     def constants(self, q: float, h: float = 2.0) -> Constants:
         """The largest norms of a Jacobian, and where they are; see the function `constants`."""

@@ -13,7 +13,8 @@ from lipexp.sweep.options import typed
 from lipexp.tasks import METRICS, TASKS
 
 WARNING = "chosen on the test set, whose scores then look better than those of new data"
-LARGER_IS_BETTER = METRICS | {"r2": True, "certified_accuracy": True, "median_radius": True, "loss": False}
+CERTIFIED = ("certified_accuracy", "local_accuracy", "median_radius", "median_local_radius")
+LARGER_IS_BETTER = METRICS | {"r2": True, "loss": False} | dict.fromkeys(CERTIFIED, True)
 
 
 @dataclass
