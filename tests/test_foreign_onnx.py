@@ -195,6 +195,11 @@ def gelu_of_older_exporters(net: Net, x: str) -> str:
     return net.gemm(net.node("Mul", net.node("Mul", z, share), np.float32(0.5)), 8, 2)
 
 
+def silu_of_exporters(net: Net, x: str) -> str:
+    z = net.gemm(x, D, 8)
+    return net.gemm(net.node("Mul", net.node("Sigmoid", z), z), 8, 2)
+
+
 def softplus_of_torch(net: Net, x: str) -> str:
     z = net.gemm(x, D, 8)
     return net.gemm(net.node("Where", net.node("Greater", z, np.float32(20)), z, net.node("Softplus", z)), 8, 2)
@@ -262,7 +267,18 @@ READ = {
                 preprocessed,
             ),
             *(scaled, branches, both_signs, beside_the_layers, turned, shapes_of_torch, leaky_by_max),
-            *(relu6_of_keras, normalised, softplus_of_torch, sums, weighted_gemm, columns, image, two_layers),
+            *(
+                relu6_of_keras,
+                normalised,
+                gelu_of_older_exporters,
+                silu_of_exporters,
+                softplus_of_torch,
+                sums,
+                weighted_gemm,
+                columns,
+                image,
+                two_layers,
+            ),
         )
     },
 }

@@ -83,25 +83,3 @@ class Clip(Activation):
 
     def extra_repr(self) -> str:
         return f"low={self.low}, high={self.high}"
-
-
-class AlphaELU(Activation):
-    """x above 0 and alpha (exp(x) - 1) below: ELU with any alpha. Its slopes below 0 lie between 0 and alpha.
-
-    It is 1-Lipschitz in every p-norm if alpha is at most 1 in size.
-    """
-
-    def __init__(self, alpha: float) -> None:
-        super().__init__()
-        self.alpha = float(alpha)
-        self.norms = ALL_NORMS if abs(self.alpha) <= 1 else frozenset()
-
-    @property
-    def slopes(self) -> tuple[float, float]:
-        return min(0.0, self.alpha), max(1.0, self.alpha)
-
-    def forward(self, z: Tensor) -> Tensor:
-        return torch.where(z > 0, z, self.alpha * torch.expm1(z.clamp(max=0)))
-
-    def extra_repr(self) -> str:
-        return f"alpha={self.alpha}"

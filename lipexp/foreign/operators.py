@@ -14,7 +14,7 @@ import numpy as np
 
 from lipexp import activations as room
 from lipexp.activations import Activation
-from lipexp.activations.elsewhere import AlphaELU, Clip, PReLU
+from lipexp.activations.elsewhere import Clip, PReLU
 from lipexp.foreign import features
 from lipexp.foreign.features import Rows, Stage, Tensor, Unread, scaled
 from lipexp.foreign.operands import Compared, Decided, Operand, constant, squeeze, tensor
@@ -225,7 +225,7 @@ def prelu(x: Operand, slopes: Any) -> Rows:
 
 def elu(x: Operand, alpha: float = 1.0, scale: float = 1.0) -> Rows:
     """scale (x above 0 and alpha (exp(x) - 1) below)."""
-    return scaled(activated(x, room.ELU() if alpha == 1 else AlphaELU(alpha)), scale)
+    return scaled(activated(x, room.ELU(alpha, scaled=False)), scale)
 
 
 def celu(x: Operand, alpha: float) -> Rows:

@@ -98,7 +98,7 @@ def local_radii(
     """
     f, error = outputs(followed(network, x))
     known, divisor = _less(*margins(f, error)), _divisor(f, constants)
-    if local.why_not_applicable(network, len(x)) is not None:
+    if not len(x) or local.why_not_applicable(network, len(x)) is not None:
         return _quotient(known, divisor).min(axis=1)
     return np.maximum(local.radii(network, x, known, divisor, norms), _quotient(known, divisor).min(axis=1))
 
