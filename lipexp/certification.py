@@ -125,10 +125,15 @@ def main(arguments: Sequence[str]) -> int:
         "--within", metavar="R", type=float, help="the radius of that ball, in the norm of the run"
     )
     parser.add_argument(
-        "--p", metavar="P", help="the norm in which inputs move: 1, 2 or inf (default: that of the constraint)"
+        "--p",
+        metavar="P",
+        help="the norm in which inputs move: 1, 2 or inf (default: that of the constraint, or 2)",
     )
     parser.add_argument(
-        "--max-regions", metavar="N", type=int, help="linear regions to enumerate (default: the run's own)"
+        "--max-regions",
+        metavar="N",
+        type=int,
+        help="linear regions to enumerate (default: the run's own, or 200000)",
     )
     parser.add_argument(
         "--gap", metavar="G", type=float, default=1e-3, help="bnb stops at upper / lower - 1 <= G (default: 0.001)"
