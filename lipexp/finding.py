@@ -21,8 +21,7 @@ from lipexp.measured.attack import RECORDED, Attack, attack
 from lipexp.measured.gradients import Maximum, scan
 from lipexp.networks import BakedNetwork
 from lipexp.proven import METHODS, Certificate, Chain, Problem, Proof, prove
-from lipexp.proven.balls import bound_on
-from lipexp.proven.branching import Ball
+from lipexp.proven.balls import bound_on_ball
 from lipexp.proven.radii import Robustness, assess
 from lipexp.wording import above, broken_bound, interval_line, local_line, monotone_line, robustness_line
 
@@ -222,7 +221,9 @@ def look(subject: Subject, request: Request, report: Callable[[str], None]) -> F
         report=report,
     )
     certificate = prove(problem, None if request.around else request.method)
-    ball = None if request.around is None else _on_ball(request, problem._replace(best=certificate.value))
+    ball = None
+    if request.around is not None and request.within is not None:
+        ball = bound_on_ball(problem._replace(best=certificate.value), request.around, request.within)
     for name, proof in certificate.proofs.items():
         if proof.best is not None and proof.best.value > measured.value:  # a search came across a steeper point
             by[name] = measured = proof.best
@@ -243,15 +244,6 @@ def look(subject: Subject, request: Request, report: Callable[[str], None]) -> F
             directions = replace(directions, violations=tried)
     interval = certificate.interval(measured)
     return Finding(chain, interval, certificate, by, robustness, directions, attacked, ball)
-
-
-def _on_ball(request: Request, problem: Problem) -> record.LocalInterval:
-    """The local constant over the ball that is asked for."""
-    assert request.within is not None
-    if len(request.around) != problem.network.n_inputs:
-        wanted = f"must be {problem.network.n_inputs} numbers, the coordinates of a point"
-        raise ConfigError("--around", ",".join(f"{value:g}" for value in request.around), wanted)
-    return bound_on(Ball(torch.tensor(request.around).double(), request.within, problem.chain.p), problem)
 
 
 def _bound(proof: Proof, target: float | None) -> str:

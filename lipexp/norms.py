@@ -122,13 +122,14 @@ def operator_norm_bound(weight: FloatArray, p: float, h: float) -> float:
     return min(with_all, root_up(sum((length**2 for length in lengths), Fraction(0))))
 
 
-def from_two_norm(bound: float, p: float, n_inputs: int, h: float, n_outputs: int) -> float:
-    """A bound on ||J||_{p -> h}, rounded up, from one on ||J||_{2 -> 2}, for J (C, D).
+def conversion(p: float, h: float, n_inputs: int, n_outputs: int) -> float:
+    """What a bound from the 2-norm to the 2-norm is multiplied by to hold from the norm p to the norm h.
 
-    The factor is sqrt(D) for p = inf, times sqrt(C) for h = 1, and else 1.
+    ||x||_2 <= ||x||_1 and ||x||_2 <= D^(1/2) ||x||_inf; ||y||_h <= ||y||_2 for h >= 2, ||y||_1 <= C^(1/2) ||y||_2.
+    Rounded up.
     """
-    square = (n_inputs if math.isinf(p) else 1) * (n_outputs if h == 1 else 1)
-    return bound if square == 1 or math.isinf(bound) else root_up(square * Fraction(bound) ** 2)
+    square = (n_inputs if math.isinf(p) else 1) * (n_outputs if h < 2 else 1)
+    return root_up(Fraction(square))
 
 
 def cholesky_shift(shape: tuple[int, int]) -> float:

@@ -117,11 +117,16 @@ def with_norms(network: BakedNetwork, *norms: float) -> BakedNetwork:
     return replace(network, norms=[[norm] for norm in norms])
 
 
+def difference(layer: Affine, i: int, j: int) -> Affine:
+    """Output i less output j of a layer."""
+    weight, bias = layer
+    return Affine(weight[:, [i]] - weight[:, [j]], bias[..., [i]] - bias[..., [j]])
+
+
 def between(network: BakedNetwork, i: int, j: int) -> BakedNetwork:
     """f_i - f_j as a network of one output, which is exact for weights that have a grain."""
-    *hidden, (weight, bias) = network.layers
-    last = Affine(weight[:, [i]] - weight[:, [j]], bias[..., [i]] - bias[..., [j]])
-    return replace(network, layers=[*hidden, last], norms=())
+    *hidden, last = network.layers
+    return replace(network, layers=[*hidden, difference(last, i, j)], norms=())
 
 
 def degenerate(network: BakedNetwork) -> BakedNetwork:

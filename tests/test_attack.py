@@ -195,6 +195,17 @@ def test_two_moons_keep_their_class_within_the_radius_and_lose_it_at_twice_of_it
 
 
 @pytest.mark.slow
+def test_two_moons_keep_their_class_within_the_exact_distance_and_lose_it_just_beyond(compose):
+    runs = stack([build(compose("eval_every=0"))])
+    (found,) = Evaluator(runs).final(fit(runs, lambda checkpoint: None))
+    assert 0.8 < found.robustness.summary([]).exact.radius < 0.95 < found.robustness.summary([]).exact.local
+    x, radii = torch.from_numpy(runs.data[0].test_x).double(), found.robustness.of("test")
+    attacked = attack(found.network, x, radii["radius_exact"], 2.0, generator())
+    assert (attacked.points, attacked.flips) == (2000, [])
+    assert attacked.power[1.05] > 0.99
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chain", "margin"),
     [
@@ -211,6 +222,8 @@ def test_ten_digits_keep_their_class_within_radii_that_are_larger_by_pairs_of_ou
     assert found.scores["test"]["accuracy"] > 0.95
     assert found.robustness.summary([]).pairs.median_gain > 1
     x = torch.from_numpy(runs.data[0].test_x).double()
-    attacked = attack(found.network, x, found.robustness.of("test")["radius"], runs.constraint.p, generator())
+    radii = found.robustness.of("test")
+    assert np.median(radii["radius_local"] / np.maximum(radii["radius"], 1e-9)) > 1.01
+    attacked = attack(found.network, x, radii["radius_local"], runs.constraint.p, generator())
     assert attacked.points >= 399
     assert not attacked.flips

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 import tempfile
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
 from lipexp import loop
 from lipexp.activations import GroupSort
-from lipexp.bench import accuracy, libraries, main, peers, steps, sweep, timing
+from lipexp.bench import accuracy, bounds, libraries, main, peers, steps, sweep, timing
 from lipexp.bench.timing import Case
 from lipexp.datasets import Data
 from lipexp.loading import load_run
@@ -66,6 +67,33 @@ def test_the_sections_of_a_sweep_compare_runs_of_a_stack(capsys):
         "linf + MaxMin, a run of 2",
         "spectral + MaxMin, a run of 2",
     ]
+
+
+def test_bounds_stand_beside_those_of_eclipse_nn_where_it_is_installed(monkeypatch, capsys):
+    class Estimator:
+        def __init__(self, weights):
+            self.weights = weights
+
+        def estimate(self, method):
+            print("falling back")
+            return torch.tensor({"ECLipsE": 2.0, "ECLipsE_Fast": 3.0}[method]) * len(self.weights)
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(
+        bounds, "NETWORKS", {"small": (lambda: bounds.random((2, 8, 8, 1)), (bounds.FAST, bounds.SLOW))}
+    )
+    for library in (SimpleNamespace(LipConstEstimator=Estimator), None):
+        monkeypatch.setitem(sys.modules, "eclipse_nn", library)
+        assert main(["bounds", "--rounds", "1"]) == 0
+        out = capsys.readouterr().out
+        (rows,) = compared(out)
+        values = {name.rsplit(maxsplit=1)[0]: float(name.split()[-1]) for name in rows}
+        product = float(re.search(r"product ([0-9.]+)", out)[1])
+        assert 0 < values["lipexp lipsdp"] < values["lipexp eclipse"] < product
+        assert ("not installed: eclipse-nn" in out) == (library is None)
+        if library is not None:
+            assert (values["ECLipsE"], values["ECLipsE_Fast"]) == (6.0, 9.0)
+            assert "falling back" not in out
 
 
 def test_a_ratio_is_the_median_of_those_within_a_round(monkeypatch):

@@ -242,8 +242,9 @@ def test_the_best_method_that_holds_everywhere_gives_the_radii(lipexp, run, monk
     assert section["lipschitz"]["certified"] == section["robustness"]["lipschitz"] == between
     assert section["lipschitz"]["method"] == "tight"
     known = {name: bound["value"] for name, bound in section["bounds"].items() if bound["value"] is not None}
-    expected = {"product": product, "rows": certified, "tight": between, "box": measured}
-    assert known == pytest.approx(expected, rel=1e-9)
+    expected = {"product": product, "tight": between, "box": measured}
+    assert {name: known.pop(name) for name in expected} == pytest.approx(expected, rel=1e-9)
+    assert min(known.values()) >= certified * (1 - 1e-9)
     # A method alone: the product and it. What another call has proven better stays, with its radii.
     radii = (folder / "certify_radii.csv").read_bytes()
     done = lipexp("certify", str(folder), "--method", "product")

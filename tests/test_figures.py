@@ -83,11 +83,13 @@ def test_more_inputs_are_drawn_as_distributions(drawn):
     )
     marked = {line.get_label(): line.get_xdata()[0] for line in gradient_ax.get_lines()}
     assert marked == {"measured": found.measured.value, "certified": found.certificate.value, "L": 1.0}
-    radius, share = radius_ax.get_lines()[0].get_data()
-    columns = found.robustness.of("test")
-    for i in (1, len(radius) // 2, len(radius) - 1):
-        held = (columns["correct"] == 1) & (columns["radius"] >= radius[i])
-        assert share[i] == pytest.approx(held.mean())
+    columns, curves = found.robustness.of("test"), radius_ax.get_lines()
+    assert [line.get_label() for line in curves] == ["local constants", "one constant"]
+    for line, name in zip(curves, ("radius_local", "radius"), strict=True):
+        radius, share = line.get_data()
+        for i in (1, len(radius) // 2, len(radius) - 1):
+            held = (columns["correct"] == 1) & (columns[name] >= radius[i])
+            assert share[i] == pytest.approx(held.mean())
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from lipexp.measured import overall, sources, steepest
 from lipexp.measured.gradients import Maximum, norms, scan
 from lipexp.norms import norm_name
 from lipexp.proven import Certificate, Chain, Problem, Proof, prove, prove_quickly
-from lipexp.proven.methods import METHODS, OVERFLOW
+from lipexp.proven.methods import METHODS, OVERFLOW, UNASKED
 from lipexp.proven.regions import Constants, Steepest
 from lipexp.proven.semidefinite import eclipse, lipsdp
 
@@ -144,25 +144,23 @@ def test_a_tighter_bound_does_not_hide_that_baking_failed(trained):
 def test_the_best_bound_is_taken_where_it_holds(constraint):
     found = prove(of_network(network(3, 16, 16, 1), constraint, measured=0.01))
     assert "bnb" not in found.proofs  # it holds over the box only, and takes long
-    if constraint.q == 2:
-        assert found.method == "lipsdp"
-        assert found.value == found.proofs["lipsdp"].value < found.proofs["eclipse"].value
-    else:
-        assert found.proofs["lipsdp"].value is found.proofs["eclipse"].value is None
-        assert found.method in ("product", "rows")
+    assert found.method == "lipsdp"
+    assert found.value == found.proofs["lipsdp"].value < found.proofs["eclipse"].value
 
 
-def test_lipsdp_is_for_small_networks_and_a_gap_above_a_tenth_unless_it_is_asked_for(monkeypatch):
-    net, none = network(3, 16, 16, 1), Unconstrained()
+def test_lipsdp_takes_some_seconds_for_a_gap_above_a_tenth_unless_it_is_asked_for(monkeypatch):
+    net, none, limits = network(3, 16, 16, 1), Unconstrained(), []
     closed = eclipse(net)
     near = prove(of_network(net, none, measured=closed / 1.09))
     assert (near.method, near.proofs["lipsdp"].reason) == ("eclipse", "the gap is below 10 %")
-    monkeypatch.setattr("lipexp.proven.methods.LARGEST", 34)
-    large = prove(of_network(net, none, measured=0.01))
-    assert (large.method, large.proofs["lipsdp"].reason[:23]) == ("eclipse", "35 inputs and features,")
-    asked = prove(of_network(net, none), "lipsdp")
-    assert asked.method == "lipsdp"
-    assert asked.value < closed
+    monkeypatch.setattr(
+        "lipexp.proven.semidefinite.lipsdp", lambda *given: limits.append(given[-1]) or lipsdp(*given)
+    )
+    for method, seconds in ((None, 60.0), (None, 3.0), ("lipsdp", 60.0)):
+        asked = prove(of_network(net, none, measured=0.01, seconds=seconds), method)
+        assert asked.method == "lipsdp"
+        assert asked.value < closed
+    assert limits == [UNASKED, 3.0, 60.0]
 
 
 def test_the_exact_constant_ends_the_table_and_too_many_regions_leave_it_open():

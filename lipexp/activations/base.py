@@ -59,13 +59,13 @@ class Activation(nn.Module):
     |                      |                                                          | certified radii          |
     | `slopes`             | it acts feature by feature, and its difference quotients | `rows`, `eclipse` and    |
     |                      | lie between these two numbers                            | `lipsdp`, and radii      |
-    | `groups(width)`      | it sorts the features within these groups, ascending     | `rows`                   |
+    | `groups(width)`      | it sorts the features within these groups, ascending     | the same, but for radii  |
     | `active_map(z)`      | it is piecewise linear, and this is its affine map at z  | exact measurement, and   |
     |                      |                                                          | radii in float32, too    |
-    | `breakpoints(width)` | where that map changes                                   | `exact`; `bnb` where it  |
-    |                      |                                                          | sorts or has two slopes  |
-    | `thresholds(width)`  | its breakpoints are not those of z_i = z_j and z_i = 0,  | the same; no `bnb`, and  |
-    |                      | but at these distances, and its maps may have offsets    | no radii in float32      |
+    | `breakpoints(width)` | where that map changes                                   | `exact`; `bnb` with      |
+    |                      |                                                          | `slopes` or `groups`     |
+    | `thresholds(width)`  | its breakpoints are not those of z_i = z_j and z_i = 0,  | the same; no radii in    |
+    |                      | but at these distances, and its maps may have offsets    | float32                  |
     | `slopes_between(low, | its slopes between these inputs, where that is not yet   | `bnb`, and rigorous      |
     | high)`               | known from `breakpoints`                                 | measurement              |
     | `enclosed(z)`        | its values in float64, with bounds on their errors       | the same, with nothing   |
@@ -85,7 +85,8 @@ class Activation(nn.Module):
     correct bits in float64, see `rounding.evaluate`. A class that declares nothing trains with constraint=none,
     and is measured in float64. An ONNX file holds no code: without `onnx`, `lipexp export` writes into it what is
     declared, either `groups`, or the three `slopes`, `active_map` and `breakpoints` where all features have the
-    same slopes below and above 0. `norms`, `slopes`, `groups` and `breakpoints` hold for any parameters, and are
+    same slopes below and above 0. `slopes_between` and `enclosed` are proofs: their numbers are rounded outwards,
+    see `Smooth` for how. `norms`, `slopes`, `groups` and `breakpoints` hold for any parameters, and are
     asked for without them. What a class inherits describes the map of its base: a class that overrides `forward`
     therefore starts without declarations, and repeats those that are still true.
     """

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from lipexp.arguments import Parser
-from lipexp.bench import accuracy, peers, predict, steps, sweep
+from lipexp.bench import accuracy, bounds, peers, predict, steps, sweep
 from lipexp.config import ConfigError, no_such, whole
 from lipexp.process import cpu_threads
 
@@ -21,6 +21,7 @@ SECTIONS = {
     "accuracy": accuracy.accuracy,
     "peers": peers.peers,
     "predict": predict.predict,
+    "bounds": bounds.bounds,
 }
 DEFAULT = ("step", "activation", "commands")  # the others take minutes
 
@@ -33,8 +34,9 @@ sections:
   accuracy    test scores on real data, against the same network without a bound and scikit-learn's models
   peers       other libraries' bounded networks, against the same ones here: scores, constants, step times
   predict     2 million rows of a table, against pandas alone reading and writing them
+  bounds      bounds on the Lipschitz constant of ReLU networks, against those of eclipse-nn
 
-The last four take minutes, so they run only when they are named. A time is CPU time, user and system, unless it
+The last five take minutes, so they run only when they are named. A time is CPU time, user and system, unless it
 says wall. Targets are aims: missing one is no error."""
 
 

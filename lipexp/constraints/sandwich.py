@@ -20,7 +20,7 @@ from lipexp.constraints.chains import Spectral
 from lipexp.constraints.norms import SPECTRAL_SHRINK, SpectralNorm
 from lipexp.constraints.orthogonal import CayleyTransform
 from lipexp.constraints.residual import FARTHEST
-from lipexp.inequality import Array, proves
+from lipexp.inequality import Array, Inequality, of_layers, proves
 from lipexp.models import Free, Layout, Shapes
 from lipexp.networks import BakedNetwork
 from lipexp.norms import even_split
@@ -37,7 +37,8 @@ class Sandwich(Spectral):
         Psi_{n-1},
 
     with R R^T = I, or R^T R = I for more outputs than features. For slopes in [0, 1] the multipliers T_k = Psi_k^2
-    prove the constant 1: with u_k = Psi_k x_k the form of `lipexp.inequality` is
+    prove the constant 1: with u_k = Psi_k x_k the form of `lipexp.inequality`, less
+    |W_n x_{n-1}|^2 and with L = 1, is
 
         |x_0 - sqrt(2) B_1^T u_1|^2 + 2 sum_k |A_k^T u_k - B_{k+1}^T u_{k+1}|^2
             + 2 |A_{n-1}^T u_{n-1}|^2 - 2 |R A_{n-1}^T u_{n-1}|^2  >=  0.
@@ -122,7 +123,9 @@ class Sandwich(Spectral):
         of_layers = multipliers.double().split([len(weight) for weight in weights[:-1]])
         b = even_split(lipschitz, n)
         numbers = [b ** (2 * (n - k)) * of_layer.numpy() for k, of_layer in enumerate(of_layers, start=1)]
-        return proves(*_scaled(lipschitz, [weight.double().numpy() for weight in weights], numbers))
+        inequality, scaled, unit = _scaled(lipschitz, [weight.double().numpy() for weight in weights], numbers)
+        square = math.nextafter(unit * unit, 0)
+        return proves(inequality, scaled / square, square * np.eye(len(weights[-1])))
 
 
 def _merged(layers: Sequence[Free], rho: float) -> tuple[list[Tensor], Tensor]:
@@ -146,8 +149,8 @@ def _merged(layers: Sequence[Free], rho: float) -> tuple[list[Tensor], Tensor]:
 
 def _scaled(
     lipschitz: float, weights: Sequence[Array], multipliers: Sequence[Array]
-) -> tuple[float, list[Array], tuple[float, float], Array]:
-    """The same inequality in units in which L, the multipliers and the weights are of a size of about 1.
+) -> tuple[Inequality, Array, float]:
+    """The inequality, T and L in units in which L, the multipliers and the weights are of a size of about 1.
 
     Features and outputs are scaled by powers of two, which is exact.
     """
@@ -158,4 +161,4 @@ def _scaled(
     behind = [*(exponent[:, None] for exponent in exponents), np.full((1, 1), -unit)]
     scaled = [np.ldexp(weight, b - a) for weight, a, b in zip(weights, before, behind, strict=True)]
     found = [np.ldexp(size, -2 * exponent) for size, exponent in zip(sizes, exponents, strict=True)]
-    return math.ldexp(lipschitz, -unit), scaled, (0.0, 1.0), np.concatenate(found)
+    return of_layers(scaled, (0.0, 1.0)), np.concatenate(found), math.ldexp(lipschitz, -unit)

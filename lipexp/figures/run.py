@@ -301,10 +301,14 @@ def _certified_accuracy(run: Evaluation, shown: Shown, ax: Axes) -> None:
     """The fraction of points that are right, and proven to stay so, against the radius."""
     assert run.robustness is not None
     radii = run.robustness.of("test")
-    held = np.sort(radii["radius"][(radii["correct"] == 1) & (radii["radius"] > 0)])
-    share = np.arange(len(held), -1, -1) / len(radii["radius"])
-    finite = int(np.isfinite(held).sum())  # a constant f leaves every point its class, however far it moves
-    ax.step([0, *held[:finite]], [share[0], *share[:finite]], where="pre", color=BLUE)
+    styles = {"radius_local": ("local constants", "solid", BLUE), "radius": ("one constant", "dashed", GREY)}
+    for name, (label, style, colour) in styles.items():
+        held = np.sort(radii[name][(radii["correct"] == 1) & (radii[name] > 0)])
+        share = np.arange(len(held), -1, -1) / len(radii[name])
+        finite = int(np.isfinite(held).sum())  # a constant f leaves every point its class, however far it moves
+        steps = [0, *held[:finite]], [share[0], *share[:finite]]
+        ax.step(*steps, where="pre", color=colour, linestyle=style, label=label)
+    _legend_above(ax)
     ax.set(xlabel=f"radius, ‖δ‖{SUBSCRIPT[norm_name(run.certificate.chain.p)]}", ylabel="certified accuracy")
     ax.set_ylim(0, 1.03)
 

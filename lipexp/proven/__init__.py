@@ -111,10 +111,10 @@ def prove(problem: Problem, method: str | None = None) -> Certificate:
 def _attempt(name: str, problem: Problem) -> Proof:
     """What a method proves: nothing where its bound is not finite, or where its arithmetic fails."""
     network = problem.network
-    if name not in (*QUICK, "exact", "bnb") and not network.is_plain:
+    if name == "rows" and not network.is_plain:
         return Proof(None, "is for affine layers")
     beside = 0.0
-    if network.linear is not None and name not in ("exact", "bnb"):  # whose Jacobians have that term
+    if network.linear is not None and name not in ("exact", "bnb", "eclipse", "lipsdp"):  # which take that term in
         beside = row_norm_bound(network.linear[0].numpy(), problem.chain.q)
         # What is known of f, less the norm of the term, holds for the layers alone, and says how far to search.
         seen = problem.measured._replace(value=max(0.0, problem.measured.value - beside))

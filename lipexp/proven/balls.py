@@ -7,6 +7,9 @@ It may be far below the constant of the whole space, and says nothing of points 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import torch
 
 from lipexp import record
 from lipexp.config import ConfigError
@@ -16,16 +19,22 @@ from lipexp.proven.branching import Ball, Domain, branch_and_bound, why_not_appl
 from lipexp.proven.methods import OVERFLOW, Problem
 
 
-def bound_on(ball: Ball, problem: Problem) -> record.LocalInterval:
+def bound_on_ball(problem: Problem, around: Sequence[float], within: float) -> record.LocalInterval:
     """measured <= local constant <= certified on a ball, within the gap and the time of the problem.
 
     Args:
         problem: with the smallest bound proven everywhere as its `best`.
+        around: the centre, (D,).
+        within: the radius, in the norm of the problem.
 
     Raises:
-        ConfigError: branch and bound is not for this network, or has no finite bound.
+        ConfigError: `around` has another number of inputs, or branch and bound no bound for this network.
     """
     network, chain = problem.network, problem.chain
+    if len(around) != network.n_inputs:
+        wanted = f"must be {network.n_inputs} numbers, the coordinates of a point"
+        raise ConfigError("--around", ",".join(f"{value:g}" for value in around), wanted)
+    ball = Ball(torch.tensor(around, dtype=torch.float64), within, chain.p)
     reason = why_not_applicable(network, chain.q, chain.output_p)
     if reason is None:
         domain = Domain(ball.box, chain.q, chain.output_p, ball)

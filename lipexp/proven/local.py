@@ -142,7 +142,8 @@ class Layer(NamedTuple):
     kinks: Kinks
     to_u: Tensor  # (M, in): u = to_u h + ...
     steepest: Tensor  # (H,) bounds on the q-norms of the gradients behind the activation
-    unsure: float  # what rounding loses of a row of weights behind it, relative to its product with `steepest`
+    unsure: float  # what rounding changes in the gradient of r h, relative to |r| steepest
+    lost: Tensor  # (M,) what it changes in the gradients of u
     beyond: float  # a bound on how fast the layer's input moves, in the norm of the hidden spaces; inf: unknown
     limit: Tensor  # (M,) bounds on the gradients of u
 
@@ -165,19 +166,17 @@ class Followed(NamedTuple):
 
 def _hidden(network: BakedNetwork, p: float, h: float) -> list[Layer]:
     """The hidden layers of a network that moves in the norm p, and within in the norm h."""
-    q, layers, size, n = dual(p), list[Layer](), None, 0
-    beyond = 1.0
+    q, layers, size, unsure, beyond = dual(p), list[Layer](), None, 0.0, 1.0
     for i, layer in enumerate(network.layers[:-1]):
         weight, kinks = layer.weight[0].double(), Kinks.of(network, i)
         before = torch.from_numpy(rows.through(weight.numpy(), size, q))
         steepest = kinks.most(before) * _UP
         to_u = kinks.u(weight.T).T.contiguous()
-        n += 4 * (weight.shape[1] + 16)
+        unsure += 4 * (weight.shape[1] + 16) * UNIT_ROUNDOFF
         lengths = torch.linalg.vector_norm(to_u, ord=q if i == 0 else dual(h), dim=1) * _UP + _TINY
         limit = torch.minimum(lengths * beyond * _UP, kinks.together(before) * _UP)
-        layers.append(
-            Layer(weight, layer.bias[0, 0].double(), kinks, to_u, steepest, n * UNIT_ROUNDOFF, beyond, limit)
-        )
+        bias, lost = layer.bias[0, 0].double(), unsure * kinks.together(before)
+        layers.append(Layer(weight, bias, kinks, to_u, steepest, unsure, lost, beyond, limit))
         size = steepest.numpy()
         beyond = beyond * network.norms[i][0] * kinks.steepest * _UP if network.norms else math.inf
     return layers
@@ -212,7 +211,7 @@ def _shell(
         # (N, D, H), of the first layer (1, D, H): the gradients in its columns
         z = layer.weight.T.unsqueeze(0) if jacobian is None else jacobian @ layer.weight.T
         length = torch.linalg.vector_norm(layer.kinks.u(z), ord=q, dim=1)
-        fastest = length + layer.unsure * layer.kinks.together(layer.steepest) + _TINY
+        fastest = length + layer.lost + _TINY
         if i:
             fastest = fastest + _unsettled(layers[:i], at, found, layer.to_u.expand(n, -1, -1))
         fastest = torch.fmin(fastest * _UP, layer.limit).expand(n, -1)
@@ -321,7 +320,7 @@ def radii(
     found = _over(own, least).amin(dim=1) * (1 - 2.0**-50)
     chosen = ((found > 0) & torch.isfinite(found)).nonzero().squeeze(1)
     layers = _hidden(network, *norms)
-    if not layers:  # the constants are those of one linear map
+    if not (layers and len(chosen)):  # the constants are those of one linear map, or no margin is finite
         return found.numpy()
     back = [len(layer.to_u) for layer in layers[2:]]  # rows that are followed back from a deeper layer
     numbers = max(network.hidden_widths) * max([network.n_inputs, network.n_outputs, *back])

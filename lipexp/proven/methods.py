@@ -14,13 +14,13 @@ from lipexp.constraints import Constraint, Unconstrained
 from lipexp.inequality import Array
 from lipexp.measured.gradients import Maximum
 from lipexp.networks import BakedNetwork
-from lipexp.norms import from_two_norm, product_bound
+from lipexp.norms import conversion, product_bound
 from lipexp.proven import branching, rows, semidefinite
 from lipexp.proven.regions import Constants, TooLarge, TooManyRegions, constants, why_not_enumerable
 
 OVERFLOW = "its numbers overflow float64"
 WORTHWHILE = 1.1  # certified / measured above which LipSDP is tried without being asked for
-LARGEST = 640  # inputs and features of a network for which it is; some 5 s of one core
+UNASKED = 10.0  # seconds that it takes at most then
 
 
 class Proof(NamedTuple):
@@ -126,9 +126,9 @@ def by_product(problem: Problem) -> Proof:
 def by_multipliers(problem: Problem) -> Proof:
     """What the constraint has proven of the network as a whole, for slopes in [0, 1], by its own multipliers.
 
-    It is a bound in the 2-norm, which is converted to others; see `from_two_norm`.
+    It is a bound in the 2-norm, which is converted to others; see `conversion`.
     """
-    network, chain = problem.network, problem.chain
+    network = problem.network
     whole = network.whole
     if not whole:
         return Proof(None, "the network has no multipliers of its own")
@@ -138,7 +138,7 @@ def by_multipliers(problem: Problem) -> Proof:
         reason = "they prove nothing of the stored weights"
     if reason is not None:
         return Proof(None, reason)
-    return Proof(from_two_norm(whole[0], chain.p, network.n_inputs, chain.output_p, network.n_outputs))
+    return Proof(product_bound([whole[0], _conversion(problem)]))
 
 
 def by_regions(problem: Problem) -> Proof:
@@ -174,33 +174,41 @@ def by_rows(problem: Problem) -> Proof:
 
 
 def by_eclipse(problem: Problem) -> Proof:
-    """ECLipsE-Fast, for slopes in [0, 1] and the 2-norm, everywhere; see `semidefinite`."""
-    reason = semidefinite.why_not_applicable(problem.network, problem.chain.q, problem.chain.output_p)
-    return Proof(None, reason) if reason else _semidefinite(semidefinite.eclipse(problem.network))
+    """Multipliers of a matrix inequality in closed form, everywhere; see `semidefinite.closed`.
+
+    The bound in the 2-norm is converted to other norms, see `conversion`.
+    """
+    reason = semidefinite.why_not_applicable(problem.network)
+    return Proof(None, reason) if reason else _semidefinite(problem, semidefinite.eclipse(problem.network))
 
 
 def by_lipsdp(problem: Problem) -> Proof:
-    """LipSDP, for slopes in [0, 1] and the 2-norm, everywhere; see `semidefinite`.
+    """LipSDP, everywhere; see `semidefinite`. The bound in the 2-norm is converted as that of `by_eclipse`.
 
-    Unless it is asked for alone, only where the gap is above 10 % and the matrix of moderate size: the time grows
-    with the cube of that.
+    Unless it is asked for alone, only where the gap is above 10 %, and for some seconds.
     """
-    reason = semidefinite.why_not_applicable(problem.network, problem.chain.q, problem.chain.output_p)
-    measured, size = problem.measured.value, semidefinite.size(problem.network)
+    reason = semidefinite.why_not_applicable(problem.network)
+    measured, seconds = problem.measured.value, problem.seconds
     if reason is None and problem.best is not None:
+        seconds = min(seconds, UNASKED)
         if problem.best <= WORTHWHILE * measured:
             reason = "the gap is below 10 %"
-        elif size > LARGEST:
-            reason = f"{size} inputs and features, more than {LARGEST}; --method lipsdp takes its time"
     if reason is not None:
         return Proof(None, reason)
-    enough = measured * (1 + problem.gap)
-    value, multipliers = semidefinite.lipsdp(problem.network, enough, problem.seconds)
-    return _semidefinite(value)._replace(multipliers=multipliers)
+    enough = measured * (1 + problem.gap) / _conversion(problem)
+    value, multipliers = semidefinite.lipsdp(problem.network, enough, seconds)
+    return _semidefinite(problem, value)._replace(multipliers=multipliers)
 
 
-def _semidefinite(value: float | None) -> Proof:
-    return Proof(value, None if value is not None else "rounding errors leave nothing proven")
+def _semidefinite(problem: Problem, value: float | None) -> Proof:
+    if value is None:
+        return Proof(None, "rounding errors leave nothing proven")
+    return Proof(product_bound([value, _conversion(problem)]))
+
+
+def _conversion(problem: Problem) -> float:
+    network, chain = problem.network, problem.chain
+    return conversion(chain.p, chain.output_p, network.n_inputs, network.n_outputs)
 
 
 def by_branching(problem: Problem) -> Proof:

@@ -4,15 +4,13 @@ f_i - f_j is the network of one output whose last row is w_i - w_j. What proves 
 proves one for it, and the smallest is taken for each pair:
 
 - product: ||w_i - w_j||_h* times the norms of the other layers, with h* the dual of h, the norm of hidden spaces;
-- rows, eclipse, lipsdp: as for any network of one output, lipsdp with the multipliers of the whole network unless
-  it is the method that was asked for;
+- rows: as for any network of one output;
+- eclipse, lipsdp: by one matrix inequality for all pairs, with the multipliers of the whole network unless lipsdp
+  is the method that was asked for;
 - exact: from the linear regions that were enumerated for the whole network;
 - joint: ||e_i - e_j||_h* L with L a bound of the whole network: sqrt(2) L for h = 2, 2 L for h = inf, and L for
   h = 1. That is a fallback for pairs of which nothing better is known. A constraint's own multipliers are not
   asked for each pair: with R R^T = I for the last of `Sandwich` layers they prove sqrt(2) L of it, too.
-
-The difference w_i - w_j of float32 numbers is exact in integers, and in float64 unless their exponents are far
-apart; what float64 loses is added to the bounds of eclipse and lipsdp, as the product bounds it.
 
 Shapes: C outputs, D inputs, H features before the last layer, M rows of a last layer.
 """
@@ -26,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lipexp import record
-from lipexp.exact import Exact, add, integers, norm_above
+from lipexp.exact import Exact, integers, norm_above
 from lipexp.networks import BakedNetwork
-from lipexp.norms import dual, product_bound
+from lipexp.norms import conversion, dual, product_bound
 from lipexp.proven import Certificate, Chain, semidefinite
 from lipexp.proven import rows as following
 
@@ -76,11 +74,10 @@ def pair_constants(network: BakedNetwork, certificate: Certificate) -> Pairs:
         found["exact"] = regions.pairs[first, second]
     # Beside the product alone, LipSDP was named, and may take its time for each pair.
     seconds = SECONDS if proofs.keys() == {"product", "lipsdp"} else 0.0
-    kept, exponent = integers(rounded)
-    for name in proven.keys() & {"eclipse", "lipsdp"} if "product" in proven else ():
+    factor = conversion(chain.p, 2.0, network.n_inputs, n)
+    for name in proven.keys() & {"eclipse", "lipsdp"}:
         bounds = semidefinite.bounds_of_pairs(network, proofs[name].multipliers, seconds)
-        lost = _products(network, add(difference, (-kept, exponent)), chain)
-        found[name] = np.nextafter(bounds + lost, math.inf)
+        found[name] = bounds if factor == 1 else np.nextafter(factor * bounds, math.inf)
     # What overflows proves nothing.
     names, bounds = np.array([*found]), np.nan_to_num(np.stack([*found.values()]), nan=math.inf, posinf=math.inf)
     pairs = Pairs(np.zeros((n, n)), np.full((n, n), "", names.dtype), joint)

@@ -21,6 +21,7 @@ from lipexp.proven.regions.maps import Maps
 from lipexp.proven.regions.polygons import SAFETY, TINY, Floats, Integers, Plane, Polygons, offsets
 
 _CHUNK = 2**18  # numbers in one temporary array
+_SMALL = 2.0**-400  # products of two such numbers keep all their digits
 _UNSURE = 64 * UNIT_ROUNDOFF  # what all roundings of one distance amount to, relative to the numbers it is made of
 
 
@@ -60,15 +61,13 @@ class Boundary(NamedTuple):
         away, length = _length(a, p), _length(list(self.step.T), p)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             reach = 2.5 * (away + self.start_error) / np.maximum(length - self.step_error, 0)
-            # A step that may be zero leads anywhere within its error.
-            s = np.fmin(np.where(np.isnan(reach), 1.0, reach), self.most)
+            s = np.fmin(reach, self.most)
             b = [a[i] + s * self.step[:, i] for i in (0, 1)]
-            across = np.abs(self.step[:, 0] * a[1] - self.step[:, 1] * a[0]) / _length(
-                [self.step[:, 1], self.step[:, 0]], dual(p)
-            )
-            found = np.fmax(_beyond(a, b, p), np.nan_to_num(across))
+            across = np.abs(self.step[:, 0] * a[1] - self.step[:, 1] * a[0]) / _length(list(self.step.T), dual(p))
+            found = np.fmax(_beyond(a, b, p), np.where(length > _SMALL, across, 0))
             error = self.start_error + s * self.step_error + _UNSURE * (away + s * length) + TINY
             found = np.nan_to_num(found - SAFETY * error, nan=0.0, posinf=0.0)
+            found[away > 1 / _SMALL] = 0  # where products may overflow
         return np.maximum(found, 0).min(axis=1)
 
 
@@ -191,7 +190,7 @@ def _measured(value: Floats, error: Floats) -> Boundary:
     An end that may lie at infinity for all that is known makes the piece a ray, which is longer.
     """
     finite = (value[..., 2] > 0) & (value[..., 2] > 2 * error[..., 2])  # (K, 2)
-    kept = (value[..., 2] > 0).any(axis=1)
+    kept = (value[..., 2] + error[..., 2] > 0).any(axis=1)
     value, error, finite = value[kept], error[kept], finite[kept]
     # Each piece starts at the end that is not so far away.
     size = np.abs(value[..., :2]).max(axis=2)
