@@ -346,12 +346,19 @@ def test_a_state_dict_that_is_no_such_network_is_refused(state, act, message, tm
         read(tmp_path / "net.pt", D, True, act)
 
 
-def test_the_model_of_a_run_is_read_as_it_is(lipexp, run):
-    folder = run("constraint=sll", "act=relu", "max_regions=0")
-    foreign = read(folder / "model.pt", 2, True, "relu")
-    assert not foreign.network.is_plain
+def test_the_model_of_a_run_is_read_as_it_is(tmp_path):
+    shapes = {"layers.0.weight": (4, 2), "layers.0.bias": (4,), "layers.2.weight": (1, 4), "layers.2.bias": (1,)}
+    shapes |= {"layers.1.weight": (4, 3), "layers.1.bias": (3,), "layers.1.t": (3,)}  # a residual layer
+    state = {name: torch.rand(shape) for name, shape in shapes.items()}
+    torch.save(state, tmp_path / "model.pt")
+    foreign = read(tmp_path / "model.pt", 2, True, "relu")
+    assert [layer.is_residual for layer in foreign.network.layers] == [False, True, False]
+    assert all(torch.equal(part, state[name]) for name, part in foreign.network.state_dict().items())
     with pytest.raises(ConfigError, match="name the activation"):
-        read(folder / "model.pt", 2, True)
+        read(tmp_path / "model.pt", 2, True)
+    torch.save(state | {"linear": torch.ones(3, 3)}, tmp_path / "model.pt")
+    with pytest.raises(ConfigError, match="holds no such network: linear has shape"):
+        read(tmp_path / "model.pt", 2, True, "relu")
 
 
 @pytest.mark.parametrize("activation", ["identity", "logistic", "tanh", "relu"])
@@ -360,9 +367,9 @@ def test_scikit_learn_s_perceptrons_are_the_networks_that_they_predict_with(acti
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import MinMaxScaler, RobustScaler, StandardScaler
 
-    x = points(80).double().numpy()
-    number = np.arange(80) % 3
-    options = {"hidden_layer_sizes": (8, 6), "max_iter": 5, "random_state": 0, "activation": activation}
+    x = points(40).double().numpy()
+    number = np.arange(40) % 3
+    options = {"hidden_layer_sizes": (8, 6), "max_iter": 2, "random_state": 0, "activation": activation}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it has not converged
         several = MLPClassifier(**options).fit(x, np.array(["a", "b", "c"])[number])
@@ -372,7 +379,7 @@ def test_scikit_learn_s_perceptrons_are_the_networks_that_they_predict_with(acti
             for scaler in (MinMaxScaler(), RobustScaler())
         ]
     for model in (several, two):
-        found = lipexp.certify(model, x, model.predict(x), max_regions=0)
+        found = lipexp.certify(model, x, model.predict(x), max_regions=0, method="rows")
         assert (model.classes_[found.radii["prediction"]] == model.predict(x)).all()
         assert found.robustness.test.certified_accuracy["0.1"] <= 1
         assert 0 < found.rounding <= 2.0**-24  # of weights in float64
@@ -382,7 +389,7 @@ def test_scikit_learn_s_perceptrons_are_the_networks_that_they_predict_with(acti
         np.testing.assert_allclose(
             outputs(foreign, torch.from_numpy(x)).numpy(), model.predict(x), rtol=1e-5, atol=1e-5
         )
-        assert lipexp.certify(model, x, max_regions=0).robustness is None
+        assert lipexp.certify(model, x, max_regions=0, method="rows").robustness is None
 
 
 def test_estimators_that_are_no_such_network_are_refused():
@@ -419,7 +426,7 @@ def test_estimators_that_are_no_such_network_are_refused():
 def test_no_difference_quotient_is_above_what_is_certified(name, p):
     """Of what torch computes in float64, over steps of all lengths."""
     net, x = module(name), points(20)
-    found = lipexp.certify(net, x, p=p, attack=True, radii=[0.01], max_regions=0, max_seconds=2)
+    found = lipexp.certify(net, x, p=p, attack=True, radii=[0.01], max_regions=0, max_seconds=0.5)
     net, x, of_inputs = net.double(), x.double(), float(p)
     steps = torch.randn(40, *x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     steps *= torch.logspace(-4, 1, 40, dtype=torch.float64)[:, None, None]
