@@ -12,8 +12,8 @@ The rule of the house: configuration group (singular) = module (plural) = test f
 The road of a command: cli -> hydra_app -> members (configurations -> objects) -> loop (K stacked runs) ->
 evaluate, with measured (lower bounds) and proven (upper bounds) -> record and runs (the folder of a run). A sweep
 takes the side road sweep -> training. What is finished is read back by loading, for certify, predict, export,
-report and figures. From Python the same road begins at `lipexp.train` (python), or at a scikit-learn estimator
-(estimators, fitting).
+report and figures. A network from elsewhere is read by foreign, and certified as a run is (finding). From Python
+the same road begins at `lipexp.train` (python), or at a scikit-learn estimator (estimators, fitting).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lipexp.config import ConfigError as ConfigError
     from lipexp.estimators import LipschitzClassifier as LipschitzClassifier
     from lipexp.estimators import LipschitzRegressor as LipschitzRegressor
+    from lipexp.foreign.certificates import Certified
     from lipexp.loading import LoadedRun, LoadedRuns
     from lipexp.runs import RunFailed as RunFailed
 
@@ -92,6 +93,50 @@ def load(run: str | PathLike[str], trust: bool = False) -> LoadedRun | LoadedRun
     from lipexp.loading import load  # torch takes a second to import
 
     return load(run, trust=trust)
+
+
+def certify(
+    net: Any,
+    x: Any,
+    y: Any = None,
+    *,
+    p: float | str = 2,
+    act: Any = None,
+    task: str | None = None,
+    **options: Any,
+) -> Certified:
+    """Bounds on the Lipschitz constant of any fully connected network, and certified radii of points.
+
+    >>> from torch import nn
+    >>> import numpy as np
+    >>> net = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> found = lipexp.certify(net, np.random.default_rng(0).normal(size=(50, 2)))
+    >>> found.lipschitz.measured <= found.lipschitz.certified
+    True
+
+    Args:
+        net: a torch module, whose operators must be those of `lipexp certify --help` (torch.export finds them, in
+            evaluation mode); an MLPClassifier or MLPRegressor of scikit-learn, or a pipeline of scalers that ends
+            in one; an ONNX model; a network, run or fitted estimator of lipexp; or the path of a file.
+        x: points (N, D), or (N, ...) for a module that flattens them: radii are theirs, and the constant is
+            measured over their box.
+        y: their classes (N,); None: the radii are those of the predicted classes.
+        p: the norm in which inputs move: 1, 2 or inf.
+        act: for the path of a state dict: its activation, "relu" or {"option": "leaky_relu", "slope": 0.2}.
+        task: "regression" for the constant alone; None: one output decides by its sign, several by the largest.
+        options: method, gap, max_seconds, max_regions, radii (a list) and attack, as for `lipexp certify`.
+
+    Returns:
+        What metrics.json says: `lipschitz`, `bounds` and `robustness`. The table `radii` has a row for each point.
+        The bounds hold for the network in real arithmetic, with its numbers in float32. `rounding` says by how
+        much that has changed one of them, as float64 weights or a division by a constant make it necessary.
+
+    Raises:
+        ConfigError: (a ValueError) the network has something that is not read, which is named, or does not fit.
+    """
+    from lipexp.foreign.certificates import certify  # torch takes a second to import
+
+    return certify(net, x, y, act, task, p=p, **options)
 
 
 # Imported when they are asked for: torch and scikit-learn take seconds.

@@ -15,7 +15,7 @@ from lipexp.process import ENDED, Terminated, begin_work, legible_output, silenc
 # verb -> (module, what it does); each module has main(arguments) -> exit status
 VERBS = {
     "train": ("lipexp.hydra_app", "train a network, or sweep over configurations with -m"),
-    "certify": ("lipexp.certify", "prove the bounds of finished runs again, and try to refute them"),
+    "certify": ("lipexp.certification", "prove the bounds of finished runs again, and try to refute them"),
     "predict": ("lipexp.predict", "predict the rows of a table, each with its certified radius"),
     "export": ("lipexp.export", "write a run as one file for torch, TorchScript or ONNX, which needs no lipexp"),
     "report": ("lipexp.report", "one table of the runs under outputs/"),

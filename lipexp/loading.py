@@ -232,9 +232,22 @@ def part_of(config: Mapping[str, Any], group: str, trust: bool) -> Any:
 
 
 def _state_dict(folder: RunFolder) -> dict[str, torch.Tensor]:
-    """model.pt, read without running anything that a pickle may carry, or believing the sizes that it claims."""
+    """The numbers of model.pt; see `plain_state`."""
     try:
-        file = plain_file(folder.path, "model.pt", LARGE_BYTES)
+        return plain_state(plain_file(folder.path, "model.pt", LARGE_BYTES))
+    except Unreadable as error:
+        raise ConfigError("run", folder.path, f"{error}") from None
+    except ValueError as error:
+        raise ConfigError("model.pt", folder.path / "model.pt", f"is not a plain state dict: {error}") from None
+
+
+def plain_state(file: Path) -> dict[str, torch.Tensor]:
+    """A state dict, read without running anything that a pickle may carry, or believing the sizes that it claims.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
         size = file.stat().st_size
         with zipfile.ZipFile(file) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > size:
@@ -251,8 +264,5 @@ def _state_dict(folder: RunFolder) -> dict[str, torch.Tensor]:
         if sum(entry.numel() * entry.element_size() for entry in tensors) > size:
             raise ValueError("it claims more numbers than it holds")
         return {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
-    except Unreadable as error:
-        raise ConfigError("run", folder.path, f"{error}") from None
     except Exception as error:  # the libraries raise anything
-        reason = one_line(error)
-        raise ConfigError("model.pt", folder.path / "model.pt", f"is not a plain state dict: {reason}") from None
+        raise ValueError(one_line(error)) from None

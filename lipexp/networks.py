@@ -361,6 +361,27 @@ class Network(nn.Module):
         self.load_state_dict(baked.state_dict())
         self.eval().requires_grad_(False)
 
+    @property
+    def baked(self) -> BakedNetwork:
+        """What it computes now, as lipexp measures and proves it.
+
+        Raises:
+            ValueError: its numbers are no longer float32.
+        """
+        parts = [*self.parameters(), *self.buffers()]
+        if any(part.dtype != torch.float32 for part in parts):
+            raise ValueError("its numbers are no longer float32")
+        layers: list[Block] = []
+        for layer in self.layers:
+            weight, *others = (part.detach().cpu() for part in layer.parameters())
+            kind: Any = Residual if isinstance(layer, _ResidualLayer) else Affine
+            layers.append(kind(weight[None], *(part[None, None] for part in others)))
+        thetas = {name: part.detach().cpu()[None] for name, part in self.acts.items()}
+        acts = [act.at(thetas.get(str(i), act.theta)) for i, act in enumerate(self._acts)]
+        beside: Any = self.linear, self.multipliers
+        linear, multipliers = (None if part is None else part.cpu()[None] for part in beside)
+        return BakedNetwork(layers, acts, linear=linear, multipliers=multipliers)
+
     def __call__(self, x: Any) -> Any:
         if isinstance(x, Tensor):
             return super().__call__(x)

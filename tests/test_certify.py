@@ -118,7 +118,7 @@ def test_an_attack_is_reported_and_stays_until_the_model_changes(lipexp, run):
 
 @pytest.mark.parametrize(("p", "dims"), [("2", 2), ("inf", 2), ("1", 3)])
 def test_a_run_of_ten_classes_is_certified_and_attacked(lipexp, run, p, dims, monkeypatch):
-    monkeypatch.setattr("lipexp.certify.EFFORT", 1)
+    monkeypatch.setattr("lipexp.finding.EFFORT", 1)
     monkeypatch.setattr("lipexp.measured.attack.BEYOND", (2.0,))
     own = (f"constraint.p={p}", "dataset.n_test=40", "max_regions=0", *of_classes(10, dims))
     folder = run("constraint=linf", *own)

@@ -118,7 +118,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 
 def test_the_snippets_of_the_readme_run(run, tmp_path, monkeypatch):
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     run(name="outputs/2026-01-31/12-00-00-000000")
     run(*choice_of("dataset", "table"), name="outputs/tumours")
     monkeypatch.chdir(tmp_path)

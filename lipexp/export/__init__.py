@@ -21,7 +21,7 @@ from torch import Tensor
 
 import lipexp
 from lipexp.arguments import Parser
-from lipexp.certify import finished
+from lipexp.certification import finished
 from lipexp.config import ConfigError, one_line, whole
 from lipexp.constraints import Constraint
 from lipexp.datasets import Dataset

@@ -98,7 +98,7 @@ def local_radii(
     """
     f, error = outputs(followed(network, x))
     known, divisor = _less(*margins(f, error)), _divisor(f, constants)
-    if local.why_not_applicable(network, len(x)) is not None:
+    if not len(x) or local.why_not_applicable(network, len(x)) is not None:
         return _quotient(known, divisor).min(axis=1)
     return np.maximum(local.radii(network, x, known, divisor, norms), _quotient(known, divisor).min(axis=1))
 
@@ -191,6 +191,8 @@ class Robustness:
         if self.columns is None:
             return record.Certified(None, None)
         own, found = self.of(split), list[Any]()
+        if not len(own["radius"]):
+            return record.Certified(None, None)
         for name in ("radius", "radius_local"):
             held = np.where(own["correct"] == 1, own[name], 0.0)
             median = float(np.median(held))

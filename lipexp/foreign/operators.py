@@ -1,0 +1,353 @@
+"""What networks compute, in terms of features: arithmetic, activations and decisions.
+
+All formats have these in common, under different names. Operators on constants alone are computed; they are what
+exporters write to find shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lipexp import activations as room
+from lipexp.activations import Activation
+from lipexp.activations.elsewhere import Clip, PReLU
+from lipexp.foreign import features
+from lipexp.foreign.features import Rows, Stage, Tensor, Unread, scaled
+from lipexp.foreign.operands import Compared, Decided, Operand, constant, squeeze, tensor
+
+SELU = 1.6732632423543772, 1.0507009873554805  # alpha and scale; Klambauer et al. 2017 (arXiv 1706.02515)
+
+
+# Arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def add(a: Operand, b: Operand, sign: float = 1.0) -> Tensor:
+    """a + sign b."""
+    a, b = tensor(a), tensor(b)
+    if isinstance(a, Rows):
+        return features.plus(a, b, sign) if isinstance(b, Rows) else scaled(a, 1.0, sign * np.asarray(b))
+    return scaled(b, sign, a) if isinstance(b, Rows) else np.asarray(a + (b if sign == 1 else -b))
+
+
+def subtract(a: Operand, b: Operand) -> Tensor:
+    """a - b."""
+    return add(a, b, -1.0)
+
+
+def multiply(a: Operand, b: Operand) -> Tensor:
+    """a b, of which one is constant; or x sigmoid(x), which is SiLU."""
+    a, b = tensor(a), tensor(b)
+    if isinstance(a, Rows) and isinstance(b, Rows):
+        for x, gate in ((a, b), (b, a)):
+            inside = _before(room.Sigmoid, gate, 0.25)
+            if inside is not None and (times := _quotient(x, inside)) is not None:
+                return scaled(silu(inside), times)
+            for part in (0.5, 1.0):  # x (1 + erf(x / sqrt(2))) / 2, or twice that
+                inside = _before(Erf, gate, part, part)
+                if inside is not None and (times := _quotient(x, inside)) is not None:
+                    return scaled(gelu(inside), 2 * part * times)
+        raise Unread("multiplies features with each other")
+    if isinstance(a, Rows):
+        return scaled(a, b)
+    return scaled(b, a) if isinstance(b, Rows) else np.asarray(a * b)
+
+
+def _same(x: Rows, y: Rows) -> bool:
+    return x.stage is y.stage and np.array_equal(x.places, y.places)
+
+
+def _quotient(x: Rows, y: Rows) -> float | None:
+    """c where x = c y, entry by entry."""
+    if _same(x, y):
+        return 1.0
+    stage = x.stage
+    if stage.weight is None or stage.bias is None or stage.parent is not y.stage or x.shape != y.shape:
+        return None
+    weight, bias = stage.weight[x.features().ravel()], stage.bias[x.features().ravel()]
+    times = float(weight[0].sum()) if len(weight) else 0.0
+    expected = times * np.eye(weight.shape[1])[y.features().ravel()]
+    rows = np.array_equal(x.rows(), y.rows())
+    return times if rows and np.array_equal(weight, expected) and not bias.any() else None
+
+
+def _before(kind: type[Activation], y: Rows, scale: float = 1.0, offset: float = 0.0) -> Rows | None:
+    """x where y = scale act(x) + offset for an activation of this kind, entry by entry."""
+    places = y.features()
+    stage: Stage | None = y.stage
+    if stage is not None and not is_of(stage, kind):
+        if stage.weight is None or stage.bias is None or not is_of(stage.parent, kind):
+            return None
+        weight, bias = stage.weight[places.ravel()], stage.bias[places.ravel()]
+        own = np.argmax(weight, axis=1)
+        if not (np.array_equal(weight, scale * np.eye(weight.shape[1])[own]) and (bias == offset).all()):
+            return None
+        stage, places = stage.parent, own.reshape(places.shape)
+    elif (scale, offset) != (1.0, 0.0):
+        return None
+    return None if stage is None or stage.parent is None else Rows(stage.parent, y.rows() * stage.width + places)
+
+
+def divide(a: Operand, b: Operand) -> Tensor:
+    """a / b for a constant b: the reciprocal of b is rounded."""
+    a, b = tensor(a), tensor(b)
+    if isinstance(b, Rows):
+        raise Unread("divides by features")
+    if isinstance(a, Rows):
+        with np.errstate(divide="ignore"):
+            return scaled(a, 1 / b.astype(np.float64))
+    return np.asarray(a // b if a.dtype.kind in "iu" and b.dtype.kind in "iu" else a / b)
+
+
+def matmul(a: Operand, b: Operand) -> Tensor:
+    """The matrix product, of which one factor is a constant matrix or vector."""
+    a, b = tensor(a), tensor(b)
+    if isinstance(a, Rows) and isinstance(b, Rows):
+        raise Unread("multiplies features with each other")
+    if isinstance(a, Rows):
+        right = np.asarray(b)
+        found = features.linear(a, right.T if right.ndim > 1 else right[None])
+        return found if right.ndim > 1 else found.moved(lambda places: places[..., 0])
+    if isinstance(b, Rows):
+        if b.places.ndim < 2 or a.ndim != 2:
+            raise Unread(f"multiplies shapes {a.shape} and {b.shape}")
+        turned = features.linear(b.moved(lambda places: places.swapaxes(-1, -2)), a)
+        return turned.moved(lambda places: places.swapaxes(-1, -2))
+    return np.asarray(a @ b)
+
+
+def mean(x: Operand, axes: Sequence[int], keep: bool, total: bool = False) -> Tensor:
+    """The mean, or sum, along some axes."""
+    x = tensor(x)
+    if not isinstance(x, Rows):
+        return np.asarray((np.sum if total else np.mean)(x, tuple(axes), keepdims=keep))
+    for axis in axes:
+        n = x.shape[axis]
+        row = np.ones((1, n)) if total else np.full((1, n), 1 / n)
+        x = _from_end(features.linear(_to_end(x, axis), row), axis)
+    return x if keep else squeeze(x, axes)
+
+
+def _to_end(x: Rows, axis: int) -> Rows:
+    return x.moved(lambda places: np.moveaxis(places, axis, -1))
+
+
+def _from_end(x: Rows, axis: int) -> Rows:
+    return x.moved(lambda places: np.moveaxis(places, -1, axis))
+
+
+def normalised(x: Operand, mean: Any, variance: Any, weight: Any, bias: Any, epsilon: float) -> Tensor:
+    """Batch normalisation with its recorded statistics: (x - mean) weight / sqrt(variance + epsilon) + bias."""
+    x = tensor(x)
+    parts = [
+        None if part is None else constant(part).astype(np.float64) for part in (mean, variance, weight, bias)
+    ]
+    around, spread, slope, offset = parts
+    if not isinstance(x, Rows) or around is None or spread is None or len(x.shape) != 2:
+        raise Unread("normalises no features (B, H) by recorded statistics")
+    slope = (1.0 if slope is None else slope) / np.sqrt(spread + epsilon)
+    return scaled(scaled(x, 1.0, -around), slope, 0.0 if offset is None else offset)
+
+
+# Activations -----------------------------------------------------------------------------------------------------
+
+
+def activation(name: str, **arguments: Any) -> Activation:
+    """An activation of lipexp by the name of its class."""
+    found = getattr(room, name, None)
+    if found is None:
+        raise Unread("is an activation that lipexp does not know")
+    return found(**arguments)
+
+
+def activated(x: Operand, act: Activation) -> Rows:
+    """act(x)."""
+    x = tensor(x)
+    if not isinstance(x, Rows):
+        raise Unread("activates a constant")
+    return features.activated(x, act)
+
+
+def _of_features(x: Operand) -> Rows:
+    x = tensor(x)
+    if not isinstance(x, Rows):
+        raise Unread("activates a constant")
+    return x
+
+
+def relu(x: Operand) -> Rows:
+    """max(x, 0)."""
+    return activated(x, room.ReLU())
+
+
+def sigmoid(x: Operand) -> Rows:
+    """1 / (1 + exp(-x)), as a quarter of lipexp's."""
+    return scaled(activated(x, room.Sigmoid()), 0.25)
+
+
+def silu(x: Operand) -> Rows:
+    """x sigmoid(x)."""
+    return activated(x, activation("SiLU", scaled=False))
+
+
+def gelu(x: Operand, approximate: str = "none") -> Rows:
+    """x Phi(x), with the normal distribution function Phi."""
+    return activated(x, activation("GELU", approximate=approximate, scaled=False))
+
+
+def leaky_relu(x: Operand, slope: float) -> Rows:
+    """x above 0 and slope x below."""
+    slope = float(np.float32(slope))
+    if slope == 0:
+        return relu(x)
+    if 1e-9 <= slope <= 1:
+        return activated(x, room.LeakyReLU(slope))
+    return prelu(x, slope)
+
+
+def prelu(x: Operand, slopes: Any) -> Rows:
+    """x above 0 and slope x below, with slopes that are broadcast to x."""
+    found, own = _of_features(x), np.asarray(slopes, dtype=np.float64)
+    if not np.isfinite(own).all():
+        raise Unread("has a slope that is not finite")
+    if own.size == 1 and 1e-9 <= (slope := float(own.reshape(-1)[0])) <= 1:
+        return leaky_relu(x, slope)
+    found = features.separated(found)
+    below = np.broadcast_to(own, found.shape)
+    below = below[0] if below.ndim > 1 and found.shape[0] > 0 else below
+    if own.ndim > 1 and own.ndim == len(found.shape) and own.shape[0] > 1:
+        raise Unread("has slopes for each row of a batch")
+    return features.activated(found, PReLU(np.ascontiguousarray(below).reshape(-1)))
+
+
+def elu(x: Operand, alpha: float = 1.0, scale: float = 1.0) -> Rows:
+    """scale (x above 0 and alpha (exp(x) - 1) below)."""
+    return scaled(activated(x, room.ELU(alpha, scaled=False)), scale)
+
+
+def celu(x: Operand, alpha: float) -> Rows:
+    """alpha elu(x / alpha)."""
+    if alpha == 0:
+        raise Unread("has alpha=0")
+    return scaled(activated(scaled(_of_features(x), 1 / alpha), room.ELU()), alpha)
+
+
+def log(x: Operand) -> Tensor:
+    """log(x): of a constant, or of a sigmoid."""
+    x = tensor(x)
+    if not isinstance(x, Rows):
+        return np.log(x)
+    before = _before(room.Sigmoid, x, 0.25)
+    if before is None:
+        raise Unread("takes the logarithm of features")
+    return ACTIVATIONS["log_sigmoid"](before)
+
+
+class Erf(Activation):
+    """The error function of x / sqrt(2), which is read as a part of GELU alone."""
+
+
+def erf(x: Operand) -> Rows:
+    """erf(x), of x = y / sqrt(2) for some features y."""
+    found = _of_features(x)
+    stage = found.stage
+    factors = np.zeros(1) if stage.weight is None or stage.bias is None or stage.bias.any() else stage.weight
+    if stage.parent is None or not np.isclose(factors.max(axis=1), math.sqrt(0.5), rtol=1e-6, atol=0).all():
+        raise Unread("is read as a part of GELU alone")
+    if (np.count_nonzero(factors, axis=1) != 1).any():
+        raise Unread("is read as a part of GELU alone")
+    own = np.argmax(factors, axis=1)
+    before = Rows(stage.parent, found.rows() * stage.parent.width + own[found.features()])
+    return features.activated(before, Erf())
+
+
+def softplus_of(condition: Compared | Decided, above: Operand, other: Operand) -> Tensor:
+    """Softplus as exporters write torch's, which returns x above 20: the two are the same to 2e-9."""
+    difference = condition.difference if isinstance(condition, Compared) else condition.outputs
+    x, soft = tensor(above), tensor(other)
+    if isinstance(x, Rows) and isinstance(soft, Rows):
+        inside, far = _before(room.Softplus, soft), difference.stage.bias
+        is_far = difference.stage.parent is x.stage and far is not None and (far <= -20).all()
+        if inside is not None and _same(inside, x) and is_far:
+            return soft
+    raise Unread("chooses between features")
+
+
+def softplus(x: Operand, beta: float = 1.0) -> Rows:
+    """log(1 + exp(beta x)) / beta."""
+    if beta == 0:
+        raise Unread("has beta=0")
+    return scaled(activated(scaled(_of_features(x), beta), room.Softplus()), 1 / beta)
+
+
+def clip(x: Operand, low: Any, high: Any) -> Tensor:
+    """min(max(x, low), high); either limit may be missing."""
+    low, high = (None if end is None else constant(end, "a limit") for end in (low, high))
+    found = tensor(x)
+    if isinstance(found, Rows) and low is not None and high is not None and low.size == high.size == 1:
+        least, most = (float(end.reshape(-1).astype(np.float32)[0]) for end in (low, high))
+        if math.isfinite(least) and math.isfinite(most) and least < most:
+            return features.activated(found, Clip(least, most))
+    for end, largest in ((low, True), (high, False)):
+        if end is not None:
+            found = features.extreme([found, end], largest)
+    return found
+
+
+def hard_sigmoid(x: Operand, slope: float, offset: float) -> Rows:
+    """min(max(slope x + offset, 0), 1)."""
+    return features.activated(scaled(_of_features(x), slope, offset), Clip(0.0, 1.0))
+
+
+ACTIVATIONS: Mapping[str, Callable[[Operand], Rows]] = {  # without arguments
+    "relu": relu,
+    "tanh": lambda x: activated(x, room.Tanh()),
+    "sigmoid": sigmoid,
+    "abs": lambda x: activated(x, room.Abs()),
+    "silu": silu,
+    "log_sigmoid": lambda x: scaled(softplus(scaled(_of_features(x), -1.0)), -1.0),
+    "selu": lambda x: elu(x, *SELU),
+    "relu6": lambda x: activated(x, Clip(0.0, 6.0)),
+}
+
+
+# Decisions -------------------------------------------------------------------------------------------------------
+
+
+def _outputs(x: Operand, axis: int) -> Rows:
+    found = tensor(x)
+    if not isinstance(found, Rows) or len(found.shape) != 2 or axis not in (1, -1):
+        raise Unread("decides along another axis than that of the outputs")
+    return found
+
+
+def probabilities(x: Operand, axis: int, name: str) -> Operand:
+    """Of a softmax: the outputs themselves, whose largest is that of the probabilities."""
+    return x.then(name) if isinstance(x, Decided) else Decided(_outputs(x, axis), False, (name,))
+
+
+def largest(x: Operand, axis: int, name: str) -> Decided:
+    """The class with the largest output."""
+    if isinstance(x, Decided):
+        return Decided(x.outputs, True, (*x.by, name))
+    return Decided(_outputs(x, axis), True, (name,))
+
+
+def above(a: Operand, b: Operand, name: str) -> Operand:
+    """Whether a > b for a constant b: the sign of a - b decides."""
+    if isinstance(a, Decided):
+        raise Unread(f"works on what {a.by[-1]} has made of the outputs")
+    found = subtract(a, b)
+    if not isinstance(found, Rows):
+        return np.asarray(constant(a) > constant(b))
+    if found.places.size != found.shape[0]:
+        return Compared(found)
+    return Decided(found, True, (name,))
+
+
+def is_of(stage: Stage | None, kind: type[Activation]) -> bool:
+    """Whether a stage is an activation of this kind."""
+    return stage is not None and isinstance(stage.act, kind)
