@@ -23,7 +23,8 @@ from lipexp.loop import Streams
 from lipexp.measured.gradients import Maximum
 from lipexp.members import drawn, part
 from lipexp.models import signs
-from lipexp.networks import BakedNetwork, Network
+from lipexp.modules import Network
+from lipexp.networks import BakedNetwork
 from lipexp.prediction import Predictor
 from lipexp.proven import Chain, Problem, prove, prove_quickly
 from lipexp.reading import LARGE_BYTES, Missing, Unreadable, plain_file

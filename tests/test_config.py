@@ -114,7 +114,7 @@ def test_a_class_that_cannot_be_found_or_made_is_refused_with_the_reason(
         # What a module of lipexp imports is not lipexp's, and a function such as hydra_app.main can run anything.
         *("lipexp.cli.sys.exit", "lipexp.activations.nn.Tanh", "lipexp.activations.Tensor", "lipexp.runs.find"),
         # Another room's classes, and those of its own that are no members, are not what the group is for.
-        *("lipexp.networks.Network", "lipexp.losses.MSE", "lipexp.activations.ActiveMap", "lipexp.loop.Stack"),
+        *("lipexp.modules.Network", "lipexp.losses.MSE", "lipexp.activations.ActiveMap", "lipexp.loop.Stack"),
     ],
 )
 def test_without_trust_only_members_of_the_groups_own_room_are_instantiated(target):

@@ -61,7 +61,7 @@ def originals(tmp_path_factory) -> Path:
 
 ODD = [
     *(None, True, -5, 10**400, 1e999, "", "x", [], {}, [1, "2"], {"a": {"b": None}}, [[[]]]),
-    *("\x1b]0;title\x07\n\r", "\ud800", "${oc.env:HOME}", "../../outside", "lipexp.networks.Network", "os.system"),
+    *("\x1b]0;title\x07\n\r", "\ud800", "${oc.env:HOME}", "../../outside", "lipexp.modules.Network", "os.system"),
 ]
 
 

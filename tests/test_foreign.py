@@ -497,7 +497,7 @@ def test_points_must_be_finite_numbers(x, message):
 
 
 def test_networks_of_lipexp_are_certified_as_they_are(tmp_path):
-    from lipexp.networks import Network
+    from lipexp.modules import Network
 
     own = network(2, 8, 8, 1, act=LipschitzSpline())
     module = Network(own)

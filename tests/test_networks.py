@@ -16,7 +16,8 @@ from lipexp.blocks import Affine, Residual, inputs_and_output
 from lipexp.constraints import SLL
 from lipexp.measured import overall, sources, steepest
 from lipexp.measured.gradients import scan
-from lipexp.networks import BakedNetwork, Network
+from lipexp.modules import Network
+from lipexp.networks import BakedNetwork
 from lipexp.proven import Chain, Problem, prove
 from lipexp.proven.radii import assess
 

@@ -26,7 +26,7 @@ from test_rounding import SMOOTH, check_float64
 from lipexp import record
 from lipexp.activations import NActivation, ReLU, as_activation
 from lipexp.measured.gradients import Maximum
-from lipexp.networks import Network
+from lipexp.modules import Network
 from lipexp.norms import dual, product_bound
 from lipexp.proven import Certificate, Chain, Problem, Proof, prove_quickly
 from lipexp.proven.pairs import pair_constants

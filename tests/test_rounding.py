@@ -26,7 +26,8 @@ from lipexp.activations import LeakyReLU, ReLU, as_activation
 from lipexp.blocks import Affine, Residual
 from lipexp.constraints import SLL
 from lipexp.measured.gradients import Maximum
-from lipexp.networks import BakedNetwork, Network
+from lipexp.modules import Network
+from lipexp.networks import BakedNetwork
 from lipexp.proven import Chain, Problem, prove_quickly
 from lipexp.proven.radii import certified_radii
 from lipexp.proven.rounding import evaluate, float32_error, followed, why_no_float32, why_no_radii

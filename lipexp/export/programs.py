@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lipexp.export.model import Model, Outputs
-from lipexp.networks import Network
+from lipexp.modules import Network
 from lipexp.tasks import decision
 
 DESCRIPTION = "lipexp.json"  # a file in the archive

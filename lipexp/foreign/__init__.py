@@ -32,7 +32,8 @@ from lipexp.foreign.features import Unread
 from lipexp.foreign.network import Foreign
 from lipexp.foreign.outputs import Graph, network
 from lipexp.loading import LoadedRun, plain_state
-from lipexp.networks import BakedNetwork, Network
+from lipexp.modules import Network
+from lipexp.networks import BakedNetwork
 from lipexp.reading import LARGE_BYTES, Unreadable, plain_file
 
 __all__ = ["Foreign", "of", "read"]
