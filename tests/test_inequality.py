@@ -238,6 +238,16 @@ def test_what_errors_of_rows_make_of_the_matrix_is_within_its_bound():
         assert (errors <= 40).all()
 
 
+def test_the_difference_of_two_outputs_may_be_off_by_the_errors_of_both():
+    rows = 10.0 ** np.random.default_rng(0).uniform(-9, 0, (3, 6))
+    given = of_layers([rows], RELU)
+    values, off, _ = given.of_difference(2, 0).outputs
+    errors = (in_fractions(rows[[2]]) - in_fractions(rows[[0]]) - in_fractions(values)).astype(float)
+    assert (0 < np.abs(errors[0]).max()) & (np.abs(errors[0]) <= off).all() & (off < 1e-15).all()
+    unsure = given._replace(outputs=given.outputs._replace(off=np.full(6, 0.25)))
+    assert (unsure.of_difference(2, 0).outputs.off >= 0.5).all()
+
+
 def test_the_coefficients_of_activations_are_within_their_errors():
     """Differences of features of very different sizes, and sines in 50 digits."""
     weight = 10.0 ** np.random.default_rng(0).uniform(-9, 0, (8, 5))
