@@ -243,7 +243,7 @@ def test_the_difference_of_two_outputs_may_be_off_by_the_errors_of_both():
     given = of_layers([rows], RELU)
     values, off, _ = given.of_difference(2, 0).outputs
     errors = (in_fractions(rows[[2]]) - in_fractions(rows[[0]]) - in_fractions(values)).astype(float)
-    assert (0 < np.abs(errors[0]).max()) & (np.abs(errors[0]) <= off).all() & (off < 1e-15).all()
+    assert (np.abs(errors[0]).max() > 0) & (np.abs(errors[0]) <= off).all() & (off < 1e-15).all()
     unsure = given._replace(outputs=given.outputs._replace(off=np.full(6, 0.25)))
     assert (unsure.of_difference(2, 0).outputs.off >= 0.5).all()
 

@@ -179,6 +179,14 @@ def test_deep_networks_lose_nothing_to_the_proof(act):
     assert bound < 0.4 * eclipse(net) < 0.2 * product(net)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("act", [ReLU(), GroupSort()], ids=repr)
+def test_ten_layers_of_256_have_a_bound_far_below_the_product(act):
+    net = network(64, *[256] * 10, 1, act=act)
+    loose, tight = eclipse(net), lipsdp(net, seconds=15)[0]
+    assert tight < 0.7 * loose < 0.2 * product(net)
+
+
 @pytest.mark.parametrize("act", [ReLU(), GroupSort()], ids=repr)
 def test_a_network_that_is_too_large_is_cut_and_the_bounds_of_its_parts_are_multiplied(act, monkeypatch):
     net = network(4, *[12] * 6, 3, act=act)
