@@ -13,7 +13,7 @@ from acts import ACTS as ALL_ACTS
 from networks import difference, groups_of, network, normal, residual
 from optimum import Steep
 
-from lipexp.activations import Abs, GroupSort, Householder, Tanh
+from lipexp.activations import Abs, GroupSort, Householder, ReLU, Tanh
 from lipexp.blocks import Affine
 from lipexp.inequality import bordered, of_layers, proves
 from lipexp.proven import semidefinite
@@ -23,6 +23,7 @@ from lipexp.proven.semidefinite import (
     bounds_of_pairs,
     eclipse,
     lipsdp,
+    size,
 )
 from lipexp.proven.semidefinite.splits import split
 from lipexp.proven.semidefinite.stages import Rounded, Stage, norm_above
@@ -301,3 +302,12 @@ def test_what_is_known_of_increments_holds_of_random_points(name):
     np.add.at(totals.T, found.multiplier, (below * above * found.factor).T)
     assert totals.max() <= 1e-12
     assert np.abs(totals).max() > 1e-3 or name not in ("relu", "tanh", "bent")
+
+
+def test_the_size_of_the_matrices_is_known_before_they_are_made():
+    for act, n in ((ReLU(), 24), (GroupSort(), 12), (GroupSort(group_size=3), 16), (Householder(), 12)):
+        net = network(30, 12, 12, 1, act=act)
+        assert size(net) == 12 + n
+        (reduced,) = Reduced.parts(net)
+        assert reduced.stages.compressed().inequality().size == 12 + n
+        assert reduced.inequality.size == 30 + n
