@@ -92,6 +92,7 @@ class BakedNetwork:
 
     @property
     def labels(self) -> str:
+        """The activations that are placed, as a suffix of what represents the network."""
         return "".join(f", {label}" for label in dict.fromkeys(act.label for _, act in self.placed))
 
     def act_constants(self, p: float) -> Sequence[float] | None:

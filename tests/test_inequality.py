@@ -13,7 +13,7 @@ from acts import ACTS as ALL_ACTS
 from networks import difference, groups_of, network, normal, residual
 from optimum import Steep
 
-from lipexp.activations import Abs, GroupSort, Householder, Tanh
+from lipexp.activations import Abs, GroupSort, Householder, ReLU, Tanh
 from lipexp.blocks import Affine
 from lipexp.inequality import bordered, of_layers, proves
 from lipexp.proven import semidefinite
@@ -23,6 +23,7 @@ from lipexp.proven.semidefinite import (
     bounds_of_pairs,
     eclipse,
     lipsdp,
+    size,
 )
 from lipexp.proven.semidefinite.splits import split
 from lipexp.proven.semidefinite.stages import Rounded, Stage, norm_above
@@ -238,6 +239,16 @@ def test_what_errors_of_rows_make_of_the_matrix_is_within_its_bound():
         assert (errors <= 40).all()
 
 
+def test_the_difference_of_two_outputs_may_be_off_by_the_errors_of_both():
+    rows = 10.0 ** np.random.default_rng(0).uniform(-9, 0, (3, 6))
+    given = of_layers([rows], RELU)
+    values, off, _ = given.of_difference(2, 0).outputs
+    errors = (in_fractions(rows[[2]]) - in_fractions(rows[[0]]) - in_fractions(values)).astype(float)
+    assert (np.abs(errors[0]).max() > 0) & (np.abs(errors[0]) <= off).all() & (off < 1e-15).all()
+    unsure = given._replace(outputs=given.outputs._replace(off=np.full(6, 0.25)))
+    assert (unsure.of_difference(2, 0).outputs.off >= 0.5).all()
+
+
 def test_the_coefficients_of_activations_are_within_their_errors():
     """Differences of features of very different sizes, and sines in 50 digits."""
     weight = 10.0 ** np.random.default_rng(0).uniform(-9, 0, (8, 5))
@@ -291,3 +302,12 @@ def test_what_is_known_of_increments_holds_of_random_points(name):
     np.add.at(totals.T, found.multiplier, (below * above * found.factor).T)
     assert totals.max() <= 1e-12
     assert np.abs(totals).max() > 1e-3 or name not in ("relu", "tanh", "bent")
+
+
+def test_the_size_of_the_matrices_is_known_before_they_are_made():
+    for act, n in ((ReLU(), 24), (GroupSort(), 12), (GroupSort(group_size=3), 16), (Householder(), 12)):
+        net = network(30, 12, 12, 1, act=act)
+        assert size(net) == 12 + n
+        (reduced,) = Reduced.parts(net)
+        assert reduced.stages.compressed().inequality().size == 12 + n
+        assert reduced.inequality.size == 30 + n
