@@ -141,7 +141,7 @@ def interval_line(lipschitz: Interval) -> str:
     if certified is None:
         line += f" ({lipschitz.reason})"
     elif target is None:
-        line += " (training set no bound in this norm: this one is proven of this network alone)"
+        line += " (no L was set in this norm: this one is proven of this network alone)"
     return line if lipschitz.open is None else f"{line} (not exact: {lipschitz.open})"
 
 

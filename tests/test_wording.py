@@ -123,7 +123,7 @@ def test_the_interval_line_of_a_network_that_is_proven_as_a_whole_shows_that_and
 
 def test_the_interval_line_without_a_constraint():
     unproven = {"certified": None, "verdict": "OPEN", "reason": "no bound is declared"}
-    alone = " (training set no bound in this norm: this one is proven of this network alone)"
+    alone = " (no L was set in this norm: this one is proven of this network alone)"
     for values, expected in (
         ({}, f" ≤ certified 178.5   PASS{alone}"),
         ({"certified": 86.25, "method": "lipsdp"}, f" ≤ certified 86.25 (lipsdp)   PASS{alone}"),
