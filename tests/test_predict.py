@@ -59,7 +59,12 @@ def test_a_class_holds_while_a_column_stays_within_its_reach(task, trained_run):
     found = run.predict(NEW, reach=True)
     assert list(found)[-2:] == ["reach:age", "reach:pressure"]
     scales = {column.name: column.scale for column in run.predictor.preprocessing.columns}
-    assert (found["reach:age"] / scales["age"] > 1.01 * found["radius"]).any()  # more than what the radius says
+    reaches = {column: found[f"reach:{column}"] / scales[column] for column in ("age", "pressure")}
+    assert all((reach >= found["radius"] * (1 - 1e-9)).all() for reach in reaches.values())
+    if (
+        task is TABLE
+    ):  # more than what the radius says, where no matrix inequality proves as much for any direction
+        assert (reaches["age"] > 1.01 * found["radius"]).any()
     for column in ("age", "pressure"):
         reach = found[f"reach:{column}"]
         assert (reach > 0).mean() > 0.9
