@@ -60,9 +60,8 @@ def test_a_class_holds_while_a_column_stays_within_its_reach(task, trained_run):
     assert list(found)[-2:] == ["reach:age", "reach:pressure"]
     scales = {column.name: column.scale for column in run.predictor.preprocessing.columns}
     reaches = {column: found[f"reach:{column}"] / scales[column] for column in ("age", "pressure")}
-    assert all(
-        (reach >= found["radius"] - 1e-6).all() for reach in reaches.values()
-    )  # inputs are rounded to float32
+    lost = 2.0**-20 * found["radius"].max() + 5 * 2.0**-20  # for inputs that are float32, of at most 5
+    assert all((reach >= found["radius"] - lost).all() for reach in reaches.values())
     if task is TABLE:  # more than what the radius says; of three classes LipSDP proves as much for any way
         assert (reaches["age"] > 1.01 * found["radius"]).any()
     for column in ("age", "pressure"):
