@@ -10,9 +10,11 @@ import torch
 from acts import ACTS
 from networks import EACH_LIPSCHITZ, NORMS, SEVERAL, between, by_hand, network, normal, pairs, power
 
-from lipexp.activations import ALL_NORMS, as_activation
+from lipexp.activations import ALL_NORMS, Abs, as_activation
+from lipexp.blocks import Affine, Residual
 from lipexp.constraints import LInf, Unconstrained
 from lipexp.measured.gradients import Maximum, norms, scan
+from lipexp.networks import BakedNetwork
 from lipexp.norms import dual
 from lipexp.proven import Certificate, Chain, Problem, Proof, prove, semidefinite
 from lipexp.proven.pairs import feature_constants, pair_constants
@@ -187,3 +189,16 @@ def test_a_coordinate_is_followed_by_the_norms_of_the_layers_or_feature_by_featu
     expected = torch.minimum(columns.amax(dim=0) * row.sum(), (row.unsqueeze(1) * columns).sum(dim=0))
     np.testing.assert_allclose(feature_constants(net, found), expected.clamp_max(found.value), rtol=1e-13)
     assert feature_constants(net, found)[1] == 0
+
+
+def test_a_coordinate_is_not_followed_by_norms_of_residual_layers_that_do_not_hold():
+    """With the absolute value inside, they are no contractions."""
+    one = torch.ones(1, 1, 1)
+    inside = Residual(one, 0 * one, 1.875 * one)
+    layers = [Affine(one, 0 * one), inside, inside, Affine(one, 0 * one)]
+    net, chain = Chain.without_bound(BakedNetwork(layers, [Abs()] * 4), 2.0)
+    problem = Problem(net, chain, (-torch.ones(1).double(), torch.ones(1).double()), Maximum(0.0, ()), 100)
+    found = prove(problem)
+    slope = 2.875**2  # x - 1.875 |x| for x < 0, twice
+    assert found.value == pytest.approx(slope)
+    assert feature_constants(net, found)[0] >= slope

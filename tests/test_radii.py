@@ -185,7 +185,7 @@ def parts(x):
 
 
 class OnlyEuclidean(ReLU):
-    norms = frozenset({2.0})
+    norms, slopes = frozenset({2.0}), None
 
 
 def test_without_a_known_rounding_or_a_bound_there_are_no_radii_and_the_reason_is_said():
@@ -204,7 +204,7 @@ def test_without_a_known_rounding_or_a_bound_there_are_no_radii_and_the_reason_i
     [
         (
             OnlyEuclidean(),
-            "OnlyEuclidean declares no bound in the inf-norm, in which rounding errors are followed",
+            "OnlyEuclidean declares no bound of 1 in the inf-norm, in which rounding errors are followed",
         ),
         (as_activation(SMOOTH["tanh"]), "nothing is known about the rounding errors of Smooth in float32"),
         (NActivation(), "nothing is known about the rounding errors of NActivation in float32"),

@@ -23,6 +23,7 @@ from networks import (
 )
 
 from lipexp.activations import LeakyReLU, ReLU, as_activation
+from lipexp.activations.elsewhere import PReLU
 from lipexp.blocks import Affine, Residual
 from lipexp.constraints import SLL
 from lipexp.measured.gradients import Maximum
@@ -290,3 +291,27 @@ def test_the_float32_error_covers_an_activation_that_is_1_lipschitz_in_the_inf_n
     assert 1e-4 < max(abs(Fraction(f) - value(net, point)) for point, f in found) <= bound
     act.norms = NORMS  # with which the features would move no further than the inputs
     assert bound > 2 * float32_error(net, features, radius).item()
+
+
+def test_an_activation_beside_residual_layers_enlarges_errors_by_its_slopes():
+    """Thirty slopes of up to 4 enlarge what each layer loses, and what moves, whatever follows them."""
+    steep, one = PReLU(np.array([-4.0])), torch.ones(1, 1, 1)
+    layers = [Affine(one, 0 * one), *[Affine(0.501 * one, -1.003 * one)] * 30]
+    acts = [*[steep] * 30, ReLU(), ReLU(), ReLU()]
+    layers += [Residual(one, 0 * one, one), Affine(one, 0.34 * one)]
+    net, _ = Chain.without_bound(BakedNetwork(layers, acts), 2.0)
+    assert (
+        why_no_float32(net) == "PReLU declares no bound of 1 in the 2-norm, in which rounding errors are followed"
+    )
+    x = (-1.003 / 3.004 * (1 + 1e-9 * torch.arange(-50, 51).double())).unsqueeze(1)
+    f, error = evaluate(net, x)
+    off = []
+    for point, found, limit in zip(x[:, 0].tolist(), f[:, 0].tolist(), error[:, 0].tolist(), strict=True):
+        h = Fraction(point)
+        for layer, act in zip(net.layers[:-2], acts, strict=False):
+            h = Fraction(float(layer.weight)) * h + Fraction(float(layer.bias))
+            h = h if h > 0 or act is not steep else -4 * h
+        exactly = min(h, Fraction(0)) + Fraction(float(layers[-1].bias))  # x - relu(x)
+        off.append(abs(Fraction(found) - exactly))
+        assert off[-1] <= Fraction(limit)
+    assert max(off) > 1e-13  # far more than thirty roundings

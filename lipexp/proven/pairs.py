@@ -106,7 +106,8 @@ def feature_constants(network: BakedNetwork, certificate: Certificate, pairs: Pa
         bounds[0][:] = pairs.constants[np.triu_indices(network.n_outputs, 1)][:, None]
     if network.is_plain and following.why_not_applicable(network) is None:
         bounds.append(following.through(rounded, following.before_last(network, None), None))
-    if network.act_constants(chain.hidden_p) is not None and len(layers) > 1:
+    norms_hold = semidefinite.why_no_residual_norms(network) is None
+    if norms_hold and network.act_constants(chain.hidden_p) is not None and len(layers) > 1:
         weight, exponent = integers(layers[0].weight[0].numpy())
         columns = np.array([norm_above(column, exponent, chain.hidden_p) for column in weight.T])
         lengths = _products(network, exact, chain, skipped=1)

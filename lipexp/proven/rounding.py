@@ -43,7 +43,8 @@ FLOAT32 = Arithmetic(2.0**-24, 2.0**-149, 2.0**127)
 def why_no_radii(network: BakedNetwork) -> str | None:
     """Why no radius can be proven for the network, whatever its Lipschitz constant; None if one can."""
     if _spread(network) is None:
-        label = next(act.label for _, act in network.placed if act.lipschitz(math.inf) is None)
+        h = math.inf if network.is_plain else 2.0
+        label = next(act.label for _, act in network.placed if act.lipschitz(h) is None)
         return f"{label} declares neither norms nor slopes, which would bound its rounding errors"
     return semidefinite.why_no_residual_norms(network)
 
@@ -53,8 +54,10 @@ def why_no_float32(network: BakedNetwork) -> str | None:
     for _, act in network.placed:
         if not _has_linear_maps(act):
             return f"nothing is known about the rounding errors of {act.label} in float32"
-        if network.is_plain and math.inf not in act.norms:
-            return f"{act.label} declares no bound in the inf-norm, in which rounding errors are followed"
+        h = math.inf if network.is_plain else 2.0
+        constant = act.lipschitz(h)
+        if constant is None or constant > 1:
+            return f"{act.label} declares no bound of 1 in the {h:g}-norm, in which rounding errors are followed"
     return None
 
 
@@ -66,11 +69,9 @@ def _has_linear_maps(act: Activation) -> bool:
 def _spread(network: BakedNetwork) -> tuple[float, float] | None:
     """(h, c): the norm h in which errors are followed, and by how much an activation may enlarge them in it.
 
-    It is the 2-norm for residual layers, which enlarge nothing in it, and need slopes in [0, 1] for that.
+    It is the 2-norm beside residual layers, which enlarge nothing in it, and need slopes in [0, 1] for that.
     """
-    if not network.is_plain:
-        return 2.0, 1.0
-    for h in (math.inf, 2.0, 1.0):
+    for h in (math.inf, 2.0, 1.0) if network.is_plain else (2.0,):
         constants = network.act_constants(h)
         if constants is not None:
             return h, max(constants, default=1.0)

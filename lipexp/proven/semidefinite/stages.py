@@ -127,7 +127,8 @@ class Stage(NamedTuple):
     def _of(self, name: str) -> Rounded:
         assert self.split is not None
         values: Array = getattr(self.split, name)
-        return Rounded(values, self.split.off * np.sqrt((values != 0).sum(axis=0)))
+        # Of a reflection, an entry that rounds to 0 may be none: two in a column are off.
+        return Rounded(values, self.split.off * np.sqrt(np.maximum((values != 0).sum(axis=0), 2)))
 
     def scaled(self, exponent: int) -> Stage:
         """In a unit of its features, or of those inside a residual layer, that is 2^exponent times as large."""
