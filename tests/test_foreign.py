@@ -241,6 +241,52 @@ def test_a_module_that_is_not_read_is_named(net, message):
     assert "\n" not in str(refused.value)
 
 
+class Changed(nn.Module):
+    """Changes a view of its outputs in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(D, 2)
+
+    def forward(self, x):
+        z = self.inner(x)
+        z.view(-1).mul_(10.0)
+        return z
+
+
+class ChangedConstant(nn.Module):
+    def forward(self, x):
+        c = torch.ones(4)
+        c.mul_(3.0)
+        return x * c
+
+
+class Branches(nn.Module):
+    """Asks for the sign of a feature."""
+
+    def forward(self, x):
+        if bool(x[:1, 0] > 0):
+            return x
+        return 10 * x
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (Changed(), "output at .*: is a tensor that was changed in place before"),
+        (ChangedConstant(), "changes a constant in place"),
+        (Branches(), "takes a number from a tensor"),
+    ],
+)
+def test_what_is_changed_in_place_is_refused_in_all_formats(net, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        read(script(net, tmp_path / "net.ts", traced=False), D, False)
+    if not isinstance(net, Branches):  # which torch.export refuses
+        for make in (lambda: of(net, (D,), False), lambda: read(program(net, tmp_path / "net.pt2"), D, False)):
+            with pytest.raises(ConfigError, match=message):
+                make()
+
+
 class Touched:
     """A pickle that says when it is loaded."""
 
