@@ -466,6 +466,15 @@ def test_what_would_change_a_decision_is_kept(ending, threshold, tmp_path):
     assert 0 < expected.mean() < 1
 
 
+@pytest.mark.parametrize("operator", ["Softmax", "LogSoftmax", "ArgMax"])
+def test_a_regression_keeps_what_ends_it(operator, tmp_path):
+    net = Net()
+    model = net.model(net.node(operator, net.gemm("x", D, 3), axis=1))
+    network_of(model, tmp_path, decides=True)
+    with pytest.raises(ConfigError, match=f"{operator} is read at the end of a classifier alone"):
+        network_of(model, tmp_path, decides=False)
+
+
 # What is refused -------------------------------------------------------------------------------------------------
 
 
