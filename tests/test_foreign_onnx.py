@@ -524,6 +524,20 @@ def softplus_with_another_threshold(net: Net, x: str) -> str:
     return net.node("Where", net.node("Greater", x, np.float32(0)), x, net.node("Softplus", x))
 
 
+def softplus_below(net: Net, x: str) -> str:
+    return net.node("Where", net.node("Less", x, np.float32(-20)), x, net.node("Softplus", x))
+
+
+def softplus_of_another(net: Net, x: str) -> str:
+    other = net.node("Gather", x, np.array([1, 2, 3, 0]), axis=1)
+    return net.node("Where", net.node("Greater", other, np.float32(20)), x, net.node("Softplus", x))
+
+
+def softplus_where_not(net: Net, x: str) -> str:
+    z = net.gemm(x, D, 1)
+    return net.node("Where", net.node("Not", net.node("Greater", z, np.float32(20))), z, net.node("Softplus", z))
+
+
 def training(net: Net, x: str) -> str:
     node = net.node("BatchNormalization", x, *(np.ones(D, dtype=np.float32) for _ in range(4)))
     net.nodes[-1].output.extend(["mean", "variance"])
@@ -551,6 +565,9 @@ REFUSED = {
     "huge": (huge, "Expand at 'Expand_1': makes too many numbers"),
     "error function": (plain_error_function, "output at 'Erf_1': takes the error function outside of GELU"),
     "another softplus": (softplus_with_another_threshold, "Where at 'Where_2': chooses between features"),
+    "softplus below": (softplus_below, "Where at 'Where_2': chooses between features"),
+    "softplus of another": (softplus_of_another, "Where at 'Where_3': chooses between features"),
+    "softplus where not": (softplus_where_not, "Where at 'Where_4': chooses between features"),
     "a name twice": (ended_twice, "Tanh at 'y': sets a value that there is already"),
     "training": (training, "BatchNormalization at 'BatchNormalization_0': is in training mode"),
     "nothing": (lambda net, x: net.node("Relu", "nowhere"), "Relu at 'Relu_0': takes nowhere, which is not read"),

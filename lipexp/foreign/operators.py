@@ -266,14 +266,28 @@ def erf(x: Operand) -> Rows:
 
 def softplus_of(condition: Compared | Decided, above: Operand, other: Operand) -> Tensor:
     """Softplus as exporters write torch's, which returns x above 20: the two are the same to 2e-9."""
-    difference = condition.difference if isinstance(condition, Compared) else condition.outputs
     x, soft = tensor(above), tensor(other)
-    if isinstance(x, Rows) and isinstance(soft, Rows):
-        inside, far = _before(room.Softplus, soft), difference.stage.bias
-        is_far = difference.stage.parent is x.stage and far is not None and (far <= -20).all()
-        if inside is not None and _same(inside, x) and is_far:
+    if (
+        isinstance(x, Rows)
+        and isinstance(soft, Rows)
+        and (isinstance(condition, Compared) or len(condition.by) == 1)
+    ):
+        difference = condition.difference if isinstance(condition, Compared) else condition.outputs
+        inside = _before(room.Softplus, soft)
+        if inside is not None and _same(inside, x) and _is_far_above(difference, x):
             return soft
     raise Unread("chooses between features")
+
+
+def _is_far_above(difference: Rows, x: Rows) -> bool:
+    """Whether difference = x - limit, entry by entry, for limits of at least 20."""
+    stage = difference.stage
+    if stage.parent is not x.stage or stage.weight is None or stage.bias is None or difference.shape != x.shape:
+        return False
+    places, own = difference.features().ravel(), x.features().ravel()
+    weight = stage.weight[places]
+    is_x = np.array_equal(weight, np.eye(weight.shape[1])[own]) and np.array_equal(difference.rows(), x.rows())
+    return is_x and bool((stage.bias[places] <= -20).all())
 
 
 def softplus(x: Operand, beta: float = 1.0) -> Rows:
