@@ -225,6 +225,7 @@ def test_a_module_is_left_in_its_mode():
         (Rounded(lambda x: x.sum(1, dtype=torch.float16)), r"sum at 'sum_1 of .*': rounds features"),
         (nn.Softplus(threshold=1.0), r"softplus at 'softplus of .*': is no softplus, for its threshold"),
         (Rounded(lambda x: x.mean(0, keepdim=True).expand(x.shape)), "mean at .*: mixes the rows of a batch"),
+        (Rounded(lambda x: x.sum([])), "sum at .*: mixes the rows of a batch"),
         (Rounded(lambda x: x.flip(0)), "output at 'flip': mixes the rows of a batch"),
         (Reused(), r"relu at 'relu of module itself .*': uses a tensor that was changed in place before"),
         (nn.Sequential(linear(), nn.Softmax(0)), r"softmax at 'softmax of module 1 \(Softmax\)': decides along"),

@@ -495,6 +495,10 @@ def over_the_batch(net: Net, x: str) -> str:
     return net.node("ReduceMax", net.gemm(x, D, 2), axes=[0], keepdims=1)
 
 
+def over_no_axes(net: Net, x: str) -> str:
+    return net.node("ReduceSum", net.gemm(x, D, 2), np.zeros(0, dtype=np.int64))
+
+
 def sorted_batch(net: Net, x: str) -> str:
     z = net.node("Reshape", net.gemm(x, D, 2), np.array([1, -1]))
     return net.node("Reshape", net.node("TopK", z, np.array([2])), np.array([-1, 1]))
@@ -558,6 +562,7 @@ REFUSED = {
     "beside several": (beside_several_outputs, "output at 'Add_4': adds an affine map of the input to several"),
     "mixed rows": (mixed_rows, "MatMul at 'MatMul_2': works on what Softmax"),
     "over the batch": (over_the_batch, "ReduceMax at 'ReduceMax_1': mixes the rows"),
+    "over no axes": (over_no_axes, "ReduceSum at 'ReduceSum_1': mixes the rows"),
     "sorted batch": (sorted_batch, "TopK at 'TopK_2': mixes the rows"),
     "not finite": (not_finite, "MatMul at 'MatMul_0': holds a number that is not finite"),
     "weighted probabilities": (weighted_probabilities, "Mul at 'Mul_2': works on what Softmax"),

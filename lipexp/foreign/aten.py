@@ -143,8 +143,8 @@ def _normalised(a: Arguments) -> Any:
 
 def _mean(a: Arguments, total: bool = False) -> Any:
     x = _x(a)
-    axes = _places(a)
-    return operators.mean(x, range(len(x.shape)) if axes is None else axes, bool(a.get("keepdim")), total)
+    axes = _places(a) or range(len(x.shape))  # an empty list stands for all of them
+    return operators.mean(x, axes, bool(a.get("keepdim")), total)
 
 
 def _filled(value: float) -> Callable[[Arguments], Any]:

@@ -104,7 +104,10 @@ def _topk(node: Node) -> Operand:
 def _reduce(node: Node) -> Operand:
     x, keep = tensor(node.x), bool(node.attributes.get("keepdims", 1))
     axes = node.axes()
-    axes = list(range(len(x.shape))) if axes is None else axes
+    if not axes:
+        if node.attributes.get("noop_with_empty_axes", 0):
+            return x
+        axes = list(range(len(x.shape)))
     if node.operator in ("ReduceMean", "ReduceSum"):
         return operators.mean(x, axes, keep, total=node.operator == "ReduceSum")
     if not isinstance(x, Rows) or len(axes) != 1:
