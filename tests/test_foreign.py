@@ -223,6 +223,7 @@ def test_a_module_is_left_in_its_mode():
         (Rounded(lambda x: torch.div(x, 2, rounding_mode="floor")), r"div at 'div of .*': rounds features"),
         (Rounded(lambda x: x.half()), r"to at 'to of .*': rounds features"),
         (Rounded(lambda x: x.sum(1, dtype=torch.float16)), r"sum at 'sum_1 of .*': rounds features"),
+        (nn.CELU(-1.0), "celu at 'celu of .*': has alpha=-1"),
         (nn.Softplus(threshold=1.0), r"softplus at 'softplus of .*': is no softplus, for its threshold"),
         (Rounded(lambda x: x.mean(0, keepdim=True).expand(x.shape)), "mean at .*: mixes the rows of a batch"),
         (Rounded(lambda x: x.sum([])), "sum at .*: mixes the rows of a batch"),

@@ -563,6 +563,8 @@ REFUSED = {
     "mixed rows": (mixed_rows, "MatMul at 'MatMul_2': works on what Softmax"),
     "over the batch": (over_the_batch, "ReduceMax at 'ReduceMax_1': mixes the rows"),
     "over no axes": (over_no_axes, "ReduceSum at 'ReduceSum_1': mixes the rows"),
+    "Celu below 0": (lambda net, x: net.node("Celu", x, alpha=-1.0), "Celu at 'Celu_0': has alpha=-1"),
+    "Elu below 0": (lambda net, x: net.node("Elu", x, alpha=-1.0), "Elu at 'Elu_0': alpha=-1.0: must be"),
     "sorted batch": (sorted_batch, "TopK at 'TopK_2': mixes the rows"),
     "not finite": (not_finite, "MatMul at 'MatMul_0': holds a number that is not finite"),
     "weighted probabilities": (weighted_probabilities, "Mul at 'Mul_2': works on what Softmax"),

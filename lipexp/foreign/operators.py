@@ -229,9 +229,9 @@ def elu(x: Operand, alpha: float = 1.0, scale: float = 1.0) -> Rows:
 
 
 def celu(x: Operand, alpha: float) -> Rows:
-    """alpha elu(x / alpha)."""
-    if alpha == 0:
-        raise Unread("has alpha=0")
+    """alpha elu(x / alpha), which is the operator's map where alpha > 0."""
+    if not alpha > 0:
+        raise Unread(f"has alpha={alpha:g}")
     return scaled(activated(scaled(_of_features(x), 1 / alpha), room.ELU()), alpha)
 
 
