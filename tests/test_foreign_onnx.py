@@ -236,6 +236,14 @@ def by_activation(operator: str, *more: np.ndarray, **attributes: float) -> Call
     return write
 
 
+def rounded_constants(net: Net, x: str) -> str:
+    """Integers are divided towards 0. Mod has the sign of the divisor, and with fmod that of the dividend."""
+    signs, others = np.array([-7, 7, -7, 7]), np.array([2, -2, -2, 2])
+    remainders = [net.node("Mod", signs, others), net.node("Mod", signs, others, fmod=1)]
+    shift, *more = (net.node("Cast", of, to=1) for of in (net.node("Div", signs, others), *remainders))
+    return net.gemm(net.node("Sum", x, shift, *more), D, 2)
+
+
 def two_layers(net: Net, x: str) -> str:
     return net.dense(net.node("Dropout", net.node("Identity", net.dense(x, D, 8))), 8, 2)
 
@@ -277,6 +285,7 @@ READ = {
                 weighted_gemm,
                 columns,
                 image,
+                rounded_constants,
                 two_layers,
             ),
         )

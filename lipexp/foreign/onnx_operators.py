@@ -199,11 +199,23 @@ def _where(node: Node) -> Operand:
     return np.where(constant(condition), constant(a), constant(b))
 
 
+def _divide(node: Node) -> Operand:
+    a, b = node.x, node.operand(1)
+    if all(isinstance(part, np.ndarray) and part.dtype.kind in "iu" for part in (a, b)):
+        quotient = np.abs(a) // np.abs(b)  # towards 0
+        return np.asarray(np.where((a < 0) == (b < 0), quotient, -quotient)).astype(a.dtype)
+    return operators.divide(a, b)
+
+
+def _remainder(node: Node) -> Operand:
+    of = np.fmod if node.attributes.get("fmod", 0) else np.mod
+    return np.asarray(of(constant(node.x), constant(node.operand(1))))
+
+
 OF_CONSTANTS: dict[str, Callable[..., Numbers]] = {
     "Sqrt": np.sqrt,
     "Reciprocal": lambda x: 1 / x,
     "Pow": np.power,
-    "Mod": np.mod,
     "Equal": np.equal,
     "Not": np.logical_not,
     "Floor": np.floor,
@@ -260,7 +272,8 @@ OPERATORS: dict[str, Callable[[Node], Operand | Sequence[Operand]]] = {
     "Sum": _sum,
     "Sub": lambda node: operators.subtract(node.x, node.operand(1)),
     "Mul": lambda node: operators.multiply(node.x, node.operand(1)),
-    "Div": lambda node: operators.divide(node.x, node.operand(1)),
+    "Div": _divide,
+    "Mod": _remainder,
     "Neg": lambda node: operators.multiply(node.x, np.asarray(-1)),
     "Scaler": _scaler,
     "BatchNormalization": _normalised,

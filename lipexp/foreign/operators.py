@@ -99,7 +99,7 @@ def divide(a: Operand, b: Operand) -> Tensor:
     if isinstance(a, Rows):
         with np.errstate(divide="ignore"):
             return scaled(a, 1 / b.astype(np.float64))
-    return np.asarray(a // b if a.dtype.kind in "iu" and b.dtype.kind in "iu" else a / b)
+    return np.asarray(a / b)
 
 
 def matmul(a: Operand, b: Operand) -> Tensor:
