@@ -475,6 +475,27 @@ def test_what_would_change_a_decision_is_kept(ending, threshold, tmp_path):
     assert 0 < expected.mean() < 1
 
 
+DECIDED_OTHERWISE = {
+    "softmax over the batch": (lambda net, p: net.node("Softmax", p, axis=0), "Softmax at .*: decides along"),
+    "largest of the batch": (lambda net, p: net.node("ArgMax", p, axis=0), "ArgMax at .*: decides along"),
+    "reshaped": (lambda net, p: net.node("Reshape", p, np.array([3, -1])), "Reshape at .*: works on what Softmax"),
+    "rounded": (lambda net, p: net.node("Cast", p, to=TensorProto.INT64), "Cast at .*: rounds probabilities"),
+    "largest class": (
+        lambda net, p: net.node("ArgMax", net.node("ArgMax", p, axis=1, keepdims=0), axis=-1),
+        "ArgMax at .*: works on what ArgMax",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECIDED_OTHERWISE)
+def test_probabilities_are_decided_between_along_their_own_axis(name, tmp_path):
+    write, message = DECIDED_OTHERWISE[name]
+    net = Net()
+    model = net.model(write(net, net.node("Softmax", net.gemm("x", D, 3), axis=1)))
+    with pytest.raises(ConfigError, match=message):
+        network_of(model, tmp_path, decides=True)
+
+
 @pytest.mark.parametrize("operator", ["Softmax", "LogSoftmax", "ArgMax"])
 def test_a_regression_keeps_what_ends_it(operator, tmp_path):
     net = Net()

@@ -278,20 +278,8 @@ OPERATORS: dict[str, Callable[[Arguments], Any]] = {
     **{name: _compared(name, False) for name in ("gt", "ge")},
     **{name: _compared(name, True) for name in ("lt", "le")},
 }
-# What may come behind a decision without changing it.
-KEEP = {
-    "view",
-    "reshape",
-    "flatten",
-    "squeeze",
-    "unsqueeze",
-    "detach",
-    "clone",
-    "contiguous",
-    "alias",
-    "log",
-    "to",
-}
+# What may come behind probabilities without changing which is the largest, or their axes.
+KEEP = {"detach", "clone", "contiguous", "alias", "log", "to"}
 WRITTEN = ("out", "values", "max_values", "min_indices")  # arguments for results
 CHECKS = {"_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range_for_size", "_assert_async"}
 
@@ -317,6 +305,8 @@ def call(name: str, arguments: Arguments, changed: set[Stage]) -> Any:
     if decided and name not in ("softmax", "log_softmax", "_softmax", "_log_softmax", "argmax"):
         if len(decided) > 1 or not (decided[0].is_class or name in KEEP) or any(_features(arguments.values())):
             raise Unread(f"works on what {decided[0].by[-1]} has made of the outputs")
+        if not decided[0].is_class and arguments.get("dtype") not in (None, *FLOATS):
+            raise Unread("rounds probabilities")
         return decided[0].then(name)
     if name not in OPERATORS:
         raise Unread("is no operator that lipexp reads")

@@ -307,8 +307,8 @@ OPERATORS: dict[str, Callable[[Node], Operand | Sequence[Operand]]] = {
     ),
     **dict.fromkeys(("Less", "LessOrEqual"), lambda node: operators.above(node.operand(1), node.x, node.operator)),
 }
-# What may come behind probabilities without changing which is the largest.
-KEEP = {"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "ZipMap", "Log"}
+# What may come behind probabilities without changing which is the largest, or their axes.
+KEEP = {"Identity", "Cast", "ZipMap", "Log"}
 
 
 # Constants -------------------------------------------------------------------------------------------------------

@@ -338,15 +338,26 @@ def _outputs(x: Operand, axis: int) -> Rows:
     return found
 
 
+def _decided(x: Decided, axis: int) -> Decided:
+    """Probabilities (B, C), of which another decision is taken along their own axis."""
+    if x.is_class:
+        raise Unread(f"works on what {x.by[-1]} has made of the outputs")
+    if axis not in (1, -1):
+        raise Unread("decides along another axis than that of the outputs")
+    return x
+
+
 def probabilities(x: Operand, axis: int, name: str) -> Operand:
     """Of a softmax: the outputs themselves, whose largest is that of the probabilities."""
-    return x.then(name) if isinstance(x, Decided) else Decided(_outputs(x, axis), False, (name,))
+    if isinstance(x, Decided):
+        return _decided(x, axis).then(name)
+    return Decided(_outputs(x, axis), False, (name,))
 
 
 def largest(x: Operand, axis: int, name: str) -> Decided:
     """The class with the largest output."""
     if isinstance(x, Decided):
-        return Decided(x.outputs, True, (*x.by, name))
+        return Decided(_decided(x, axis).outputs, True, (*x.by, name))
     return Decided(_outputs(x, axis), True, (name,))
 
 
