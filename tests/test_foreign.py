@@ -223,8 +223,10 @@ def test_a_module_is_left_in_its_mode():
         (Rounded(lambda x: torch.div(x, 2, rounding_mode="floor")), r"div at 'div of .*': rounds features"),
         (Rounded(lambda x: x.half()), r"to at 'to of .*': rounds features"),
         (Rounded(lambda x: x.sum(1, dtype=torch.float16)), r"sum at 'sum_1 of .*': rounds features"),
+        (nn.CELU(-1.0), "celu at 'celu of .*': has alpha=-1"),
         (nn.Softplus(threshold=1.0), r"softplus at 'softplus of .*': is no softplus, for its threshold"),
         (Rounded(lambda x: x.mean(0, keepdim=True).expand(x.shape)), "mean at .*: mixes the rows of a batch"),
+        (Rounded(lambda x: x.sum([])), "sum at .*: mixes the rows of a batch"),
         (Rounded(lambda x: x.flip(0)), "output at 'flip': mixes the rows of a batch"),
         (Reused(), r"relu at 'relu of module itself .*': uses a tensor that was changed in place before"),
         (nn.Sequential(linear(), nn.Softmax(0)), r"softmax at 'softmax of module 1 \(Softmax\)': decides along"),
@@ -239,6 +241,52 @@ def test_a_module_that_is_not_read_is_named(net, message):
     with pytest.raises(ConfigError, match=message) as refused:
         lipexp.certify(net, points())
     assert "\n" not in str(refused.value)
+
+
+class Changed(nn.Module):
+    """Changes a view of its outputs in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(D, 2)
+
+    def forward(self, x):
+        z = self.inner(x)
+        z.view(-1).mul_(10.0)
+        return z
+
+
+class ChangedConstant(nn.Module):
+    def forward(self, x):
+        c = torch.ones(4)
+        c.mul_(3.0)
+        return x * c
+
+
+class Branches(nn.Module):
+    """Asks for the sign of a feature."""
+
+    def forward(self, x):
+        if bool(x[:1, 0] > 0):
+            return x
+        return 10 * x
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (Changed(), "output at .*: is a tensor that was changed in place before"),
+        (ChangedConstant(), "changes a constant in place"),
+        (Branches(), "takes a number from a tensor"),
+    ],
+)
+def test_what_is_changed_in_place_is_refused_in_all_formats(net, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        read(script(net, tmp_path / "net.ts", traced=False), D, False)
+    if not isinstance(net, Branches):  # which torch.export refuses
+        for make in (lambda: of(net, (D,), False), lambda: read(program(net, tmp_path / "net.pt2"), D, False)):
+            with pytest.raises(ConfigError, match=message):
+                make()
 
 
 class Touched:

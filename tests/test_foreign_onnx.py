@@ -236,6 +236,14 @@ def by_activation(operator: str, *more: np.ndarray, **attributes: float) -> Call
     return write
 
 
+def rounded_constants(net: Net, x: str) -> str:
+    """Integers are divided towards 0. Mod has the sign of the divisor, and with fmod that of the dividend."""
+    signs, others = np.array([-7, 7, -7, 7]), np.array([2, -2, -2, 2])
+    remainders = [net.node("Mod", signs, others), net.node("Mod", signs, others, fmod=1)]
+    shift, *more = (net.node("Cast", of, to=1) for of in (net.node("Div", signs, others), *remainders))
+    return net.gemm(net.node("Sum", x, shift, *more), D, 2)
+
+
 def two_layers(net: Net, x: str) -> str:
     return net.dense(net.node("Dropout", net.node("Identity", net.dense(x, D, 8))), 8, 2)
 
@@ -277,6 +285,7 @@ READ = {
                 weighted_gemm,
                 columns,
                 image,
+                rounded_constants,
                 two_layers,
             ),
         )
@@ -466,6 +475,36 @@ def test_what_would_change_a_decision_is_kept(ending, threshold, tmp_path):
     assert 0 < expected.mean() < 1
 
 
+DECIDED_OTHERWISE = {
+    "softmax over the batch": (lambda net, p: net.node("Softmax", p, axis=0), "Softmax at .*: decides along"),
+    "largest of the batch": (lambda net, p: net.node("ArgMax", p, axis=0), "ArgMax at .*: decides along"),
+    "reshaped": (lambda net, p: net.node("Reshape", p, np.array([3, -1])), "Reshape at .*: works on what Softmax"),
+    "rounded": (lambda net, p: net.node("Cast", p, to=TensorProto.INT64), "Cast at .*: rounds probabilities"),
+    "largest class": (
+        lambda net, p: net.node("ArgMax", net.node("ArgMax", p, axis=1, keepdims=0), axis=-1),
+        "ArgMax at .*: works on what ArgMax",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECIDED_OTHERWISE)
+def test_probabilities_are_decided_between_along_their_own_axis(name, tmp_path):
+    write, message = DECIDED_OTHERWISE[name]
+    net = Net()
+    model = net.model(write(net, net.node("Softmax", net.gemm("x", D, 3), axis=1)))
+    with pytest.raises(ConfigError, match=message):
+        network_of(model, tmp_path, decides=True)
+
+
+@pytest.mark.parametrize("operator", ["Softmax", "LogSoftmax", "ArgMax"])
+def test_a_regression_keeps_what_ends_it(operator, tmp_path):
+    net = Net()
+    model = net.model(net.node(operator, net.gemm("x", D, 3), axis=1))
+    network_of(model, tmp_path, decides=True)
+    with pytest.raises(ConfigError, match=f"{operator} is read at the end of a classifier alone"):
+        network_of(model, tmp_path, decides=False)
+
+
 # What is refused -------------------------------------------------------------------------------------------------
 
 
@@ -484,6 +523,10 @@ def mixed_rows(net: Net, x: str) -> str:
 
 def over_the_batch(net: Net, x: str) -> str:
     return net.node("ReduceMax", net.gemm(x, D, 2), axes=[0], keepdims=1)
+
+
+def over_no_axes(net: Net, x: str) -> str:
+    return net.node("ReduceSum", net.gemm(x, D, 2), np.zeros(0, dtype=np.int64))
 
 
 def sorted_batch(net: Net, x: str) -> str:
@@ -515,6 +558,20 @@ def softplus_with_another_threshold(net: Net, x: str) -> str:
     return net.node("Where", net.node("Greater", x, np.float32(0)), x, net.node("Softplus", x))
 
 
+def softplus_below(net: Net, x: str) -> str:
+    return net.node("Where", net.node("Less", x, np.float32(-20)), x, net.node("Softplus", x))
+
+
+def softplus_of_another(net: Net, x: str) -> str:
+    other = net.node("Gather", x, np.array([1, 2, 3, 0]), axis=1)
+    return net.node("Where", net.node("Greater", other, np.float32(20)), x, net.node("Softplus", x))
+
+
+def softplus_where_not(net: Net, x: str) -> str:
+    z = net.gemm(x, D, 1)
+    return net.node("Where", net.node("Not", net.node("Greater", z, np.float32(20))), z, net.node("Softplus", z))
+
+
 def training(net: Net, x: str) -> str:
     node = net.node("BatchNormalization", x, *(np.ones(D, dtype=np.float32) for _ in range(4)))
     net.nodes[-1].output.extend(["mean", "variance"])
@@ -535,6 +592,9 @@ REFUSED = {
     "beside several": (beside_several_outputs, "output at 'Add_4': adds an affine map of the input to several"),
     "mixed rows": (mixed_rows, "MatMul at 'MatMul_2': works on what Softmax"),
     "over the batch": (over_the_batch, "ReduceMax at 'ReduceMax_1': mixes the rows"),
+    "over no axes": (over_no_axes, "ReduceSum at 'ReduceSum_1': mixes the rows"),
+    "Celu below 0": (lambda net, x: net.node("Celu", x, alpha=-1.0), "Celu at 'Celu_0': has alpha=-1"),
+    "Elu below 0": (lambda net, x: net.node("Elu", x, alpha=-1.0), "Elu at 'Elu_0': alpha=-1.0: must be"),
     "sorted batch": (sorted_batch, "TopK at 'TopK_2': mixes the rows"),
     "not finite": (not_finite, "MatMul at 'MatMul_0': holds a number that is not finite"),
     "weighted probabilities": (weighted_probabilities, "Mul at 'Mul_2': works on what Softmax"),
@@ -542,6 +602,9 @@ REFUSED = {
     "huge": (huge, "Expand at 'Expand_1': makes too many numbers"),
     "error function": (plain_error_function, "output at 'Erf_1': takes the error function outside of GELU"),
     "another softplus": (softplus_with_another_threshold, "Where at 'Where_2': chooses between features"),
+    "softplus below": (softplus_below, "Where at 'Where_2': chooses between features"),
+    "softplus of another": (softplus_of_another, "Where at 'Where_3': chooses between features"),
+    "softplus where not": (softplus_where_not, "Where at 'Where_4': chooses between features"),
     "a name twice": (ended_twice, "Tanh at 'y': sets a value that there is already"),
     "training": (training, "BatchNormalization at 'BatchNormalization_0': is in training mode"),
     "nothing": (lambda net, x: net.node("Relu", "nowhere"), "Relu at 'Relu_0': takes nowhere, which is not read"),

@@ -11,6 +11,7 @@ import numpy as np
 from lipexp.foreign import features, operands, operators
 from lipexp.foreign.features import MOST_WEIGHTS, Rows, Stage, Unread, moved
 from lipexp.foreign.operands import Decided, constant, numbers_of, tensor
+from lipexp.foreign.outputs import Graph
 
 Arguments = Mapping[str, Any]
 FLOATS = {7, 8, "torch.float32", "torch.float64"}  # numbers of types, in a file, or names
@@ -142,8 +143,8 @@ def _normalised(a: Arguments) -> Any:
 
 def _mean(a: Arguments, total: bool = False) -> Any:
     x = _x(a)
-    axes = _places(a)
-    return operators.mean(x, range(len(x.shape)) if axes is None else axes, bool(a.get("keepdim")), total)
+    axes = _places(a) or range(len(x.shape))  # an empty list stands for all of them
+    return operators.mean(x, axes, bool(a.get("keepdim")), total)
 
 
 def _filled(value: float) -> Callable[[Arguments], Any]:
@@ -202,10 +203,10 @@ def _same(a: Arguments) -> Any:
 
 OPERATORS: dict[str, Callable[[Arguments], Any]] = {
     **dict.fromkeys(
-        ("detach", "clone", "contiguous", "alias", "lift_fresh_copy", "lift_fresh", "positive"), _same
+        ("detach", "detach_", "clone", "contiguous", "alias", "lift_fresh_copy", "lift_fresh", "positive"), _same
     ),
     **dict.fromkeys(("to", "_to_copy"), lambda a: a["self"]),
-    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout"), _dropout),
+    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "dropout_", "feature_dropout_"), _dropout),
     "flatten": lambda a: operands.flatten(_x(a), int(a.get("start_dim", 0)), int(a.get("end_dim", -1))),
     **dict.fromkeys(
         ("view", "reshape", "_unsafe_view"),
@@ -277,20 +278,9 @@ OPERATORS: dict[str, Callable[[Arguments], Any]] = {
     **{name: _compared(name, False) for name in ("gt", "ge")},
     **{name: _compared(name, True) for name in ("lt", "le")},
 }
-# What may come behind a decision without changing it.
-KEEP = {
-    "view",
-    "reshape",
-    "flatten",
-    "squeeze",
-    "unsqueeze",
-    "detach",
-    "clone",
-    "contiguous",
-    "alias",
-    "log",
-    "to",
-}
+# What may come behind probabilities without changing which is the largest, or their axes.
+KEEP = {"detach", "clone", "contiguous", "alias", "log", "to"}
+WRITTEN = ("out", "values", "max_values", "min_indices")  # arguments for results
 CHECKS = {"_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range_for_size", "_assert_async"}
 
 
@@ -303,13 +293,20 @@ def call(name: str, arguments: Arguments, changed: set[Stage]) -> Any:
     """
     if any(part.stage in changed for part in _features(arguments.values())):
         raise Unread("uses a tensor that was changed in place before")
-    if name.endswith("_") and not name.startswith("_"):
-        changed |= {part.stage for part in _features([next(iter(arguments.values()))])}
+    if any(arguments.get(key) is not None for key in WRITTEN):
+        raise Unread("writes into an argument")
+    if name.endswith("_") and not name.startswith("_") and name not in OPERATORS:
+        target = next(iter(arguments.values()))
+        if not isinstance(target, Rows):
+            raise Unread("changes a constant in place")
+        changed.add(target.stage)
         name = name[:-1]
     decided = [part for part in arguments.values() if isinstance(part, Decided)]
     if decided and name not in ("softmax", "log_softmax", "_softmax", "_log_softmax", "argmax"):
         if len(decided) > 1 or not (decided[0].is_class or name in KEEP) or any(_features(arguments.values())):
             raise Unread(f"works on what {decided[0].by[-1]} has made of the outputs")
+        if not decided[0].is_class and arguments.get("dtype") not in (None, *FLOATS):
+            raise Unread("rounds probabilities")
         return decided[0].then(name)
     if name not in OPERATORS:
         raise Unread("is no operator that lipexp reads")
@@ -320,6 +317,22 @@ def call(name: str, arguments: Arguments, changed: set[Stage]) -> Any:
     ):
         raise Unread("rounds features")
     return OPERATORS[name](arguments)
+
+
+def made(outputs: Iterable[tuple[str, Any]], changed: set[Stage]) -> Graph:
+    """The outputs of a program that depend on its input, none of which was changed in place.
+
+    Raises:
+        Unread: one was, or is a view of what was.
+    """
+    found = [(name, value) for name, value in outputs if isinstance(value, Rows | Decided)]
+    for name, value in found:
+        rows: Rows | None = value.outputs if isinstance(value, Decided) else value
+        while rows is not None:
+            if rows.stage in changed:
+                raise Unread(f"output at {name!r}: is a tensor that was changed in place before")
+            rows = rows.beside
+    return Graph(found)
 
 
 def _features(values: Iterable[Any]) -> Iterator[Rows]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,7 +12,7 @@ from onnx import TensorProto
 
 from lipexp.config import one_line
 from lipexp.foreign.features import Rows, Unread, entry
-from lipexp.foreign.onnx_operators import KEEP, OPERATORS, Node, numbers
+from lipexp.foreign.onnx_operators import FLOATS, KEEP, OPERATORS, Node, numbers
 from lipexp.foreign.operands import Decided, Operand, reshape, split
 from lipexp.foreign.outputs import Graph, at
 
@@ -76,13 +77,18 @@ def _followed(node: onnx.NodeProto, values: Mapping[str, Operand], opset: int) -
     if decided and node.op_type not in ("Softmax", "LogSoftmax", "ArgMax", "Where"):
         if len(decided) > 1 or rest or not (decided[0].is_class or node.op_type in KEEP):
             raise Unread(f"works on what {decided[0].by[-1]} has made of the outputs")
+        if not decided[0].is_class and node.op_type == "Cast" and _attributes(node).get("to") not in FLOATS:
+            raise Unread("rounds probabilities")
         return [decided[0].then(node.op_type)] * len(node.output)
     if node.op_type not in OPERATORS or node.domain not in DOMAINS:
         raise Unread("is no operator that lipexp reads")
-    attributes = {part.name: onnx.helper.get_attribute_value(part) for part in node.attribute}
-    attributes = {name: part.decode() if isinstance(part, bytes) else part for name, part in attributes.items()}
-    found = OPERATORS[node.op_type](Node(node.op_type, operands, attributes, len(node.output), opset))
+    found = OPERATORS[node.op_type](Node(node.op_type, operands, _attributes(node), len(node.output), opset))
     return found if isinstance(found, list) else [found]  # type: ignore[list-item]
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    found = {part.name: onnx.helper.get_attribute_value(part) for part in node.attribute}
+    return {name: part.decode() if isinstance(part, bytes) else part for name, part in found.items()}
 
 
 def _entries(graph: onnx.GraphProto, values: dict[str, Operand], n_inputs: int) -> list[str]:

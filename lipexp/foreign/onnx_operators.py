@@ -104,7 +104,10 @@ def _topk(node: Node) -> Operand:
 def _reduce(node: Node) -> Operand:
     x, keep = tensor(node.x), bool(node.attributes.get("keepdims", 1))
     axes = node.axes()
-    axes = list(range(len(x.shape))) if axes is None else axes
+    if not axes:
+        if node.attributes.get("noop_with_empty_axes", 0):
+            return x
+        axes = list(range(len(x.shape)))
     if node.operator in ("ReduceMean", "ReduceSum"):
         return operators.mean(x, axes, keep, total=node.operator == "ReduceSum")
     if not isinstance(x, Rows) or len(axes) != 1:
@@ -196,11 +199,23 @@ def _where(node: Node) -> Operand:
     return np.where(constant(condition), constant(a), constant(b))
 
 
+def _divide(node: Node) -> Operand:
+    a, b = node.x, node.operand(1)
+    if all(isinstance(part, np.ndarray) and part.dtype.kind in "iu" for part in (a, b)):
+        quotient = np.abs(a) // np.abs(b)  # towards 0
+        return np.asarray(np.where((a < 0) == (b < 0), quotient, -quotient)).astype(a.dtype)
+    return operators.divide(a, b)
+
+
+def _remainder(node: Node) -> Operand:
+    of = np.fmod if node.attributes.get("fmod", 0) else np.mod
+    return np.asarray(of(constant(node.x), constant(node.operand(1))))
+
+
 OF_CONSTANTS: dict[str, Callable[..., Numbers]] = {
     "Sqrt": np.sqrt,
     "Reciprocal": lambda x: 1 / x,
     "Pow": np.power,
-    "Mod": np.mod,
     "Equal": np.equal,
     "Not": np.logical_not,
     "Floor": np.floor,
@@ -257,7 +272,8 @@ OPERATORS: dict[str, Callable[[Node], Operand | Sequence[Operand]]] = {
     "Sum": _sum,
     "Sub": lambda node: operators.subtract(node.x, node.operand(1)),
     "Mul": lambda node: operators.multiply(node.x, node.operand(1)),
-    "Div": lambda node: operators.divide(node.x, node.operand(1)),
+    "Div": _divide,
+    "Mod": _remainder,
     "Neg": lambda node: operators.multiply(node.x, np.asarray(-1)),
     "Scaler": _scaler,
     "BatchNormalization": _normalised,
@@ -291,8 +307,8 @@ OPERATORS: dict[str, Callable[[Node], Operand | Sequence[Operand]]] = {
     ),
     **dict.fromkeys(("Less", "LessOrEqual"), lambda node: operators.above(node.operand(1), node.x, node.operator)),
 }
-# What may come behind probabilities without changing which is the largest.
-KEEP = {"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "ZipMap", "Log"}
+# What may come behind probabilities without changing which is the largest, or their axes.
+KEEP = {"Identity", "Cast", "ZipMap", "Log"}
 
 
 # Constants -------------------------------------------------------------------------------------------------------

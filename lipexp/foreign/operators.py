@@ -99,7 +99,7 @@ def divide(a: Operand, b: Operand) -> Tensor:
     if isinstance(a, Rows):
         with np.errstate(divide="ignore"):
             return scaled(a, 1 / b.astype(np.float64))
-    return np.asarray(a // b if a.dtype.kind in "iu" and b.dtype.kind in "iu" else a / b)
+    return np.asarray(a / b)
 
 
 def matmul(a: Operand, b: Operand) -> Tensor:
@@ -229,9 +229,9 @@ def elu(x: Operand, alpha: float = 1.0, scale: float = 1.0) -> Rows:
 
 
 def celu(x: Operand, alpha: float) -> Rows:
-    """alpha elu(x / alpha)."""
-    if alpha == 0:
-        raise Unread("has alpha=0")
+    """alpha elu(x / alpha), which is the operator's map where alpha > 0."""
+    if not alpha > 0:
+        raise Unread(f"has alpha={alpha:g}")
     return scaled(activated(scaled(_of_features(x), 1 / alpha), room.ELU()), alpha)
 
 
@@ -266,14 +266,28 @@ def erf(x: Operand) -> Rows:
 
 def softplus_of(condition: Compared | Decided, above: Operand, other: Operand) -> Tensor:
     """Softplus as exporters write torch's, which returns x above 20: the two are the same to 2e-9."""
-    difference = condition.difference if isinstance(condition, Compared) else condition.outputs
     x, soft = tensor(above), tensor(other)
-    if isinstance(x, Rows) and isinstance(soft, Rows):
-        inside, far = _before(room.Softplus, soft), difference.stage.bias
-        is_far = difference.stage.parent is x.stage and far is not None and (far <= -20).all()
-        if inside is not None and _same(inside, x) and is_far:
+    if (
+        isinstance(x, Rows)
+        and isinstance(soft, Rows)
+        and (isinstance(condition, Compared) or len(condition.by) == 1)
+    ):
+        difference = condition.difference if isinstance(condition, Compared) else condition.outputs
+        inside = _before(room.Softplus, soft)
+        if inside is not None and _same(inside, x) and _is_far_above(difference, x):
             return soft
     raise Unread("chooses between features")
+
+
+def _is_far_above(difference: Rows, x: Rows) -> bool:
+    """Whether difference = x - limit, entry by entry, for limits of at least 20."""
+    stage = difference.stage
+    if stage.parent is not x.stage or stage.weight is None or stage.bias is None or difference.shape != x.shape:
+        return False
+    places, own = difference.features().ravel(), x.features().ravel()
+    weight = stage.weight[places]
+    is_x = np.array_equal(weight, np.eye(weight.shape[1])[own]) and np.array_equal(difference.rows(), x.rows())
+    return is_x and bool((stage.bias[places] <= -20).all())
 
 
 def softplus(x: Operand, beta: float = 1.0) -> Rows:
@@ -324,15 +338,26 @@ def _outputs(x: Operand, axis: int) -> Rows:
     return found
 
 
+def _decided(x: Decided, axis: int) -> Decided:
+    """Probabilities (B, C), of which another decision is taken along their own axis."""
+    if x.is_class:
+        raise Unread(f"works on what {x.by[-1]} has made of the outputs")
+    if axis not in (1, -1):
+        raise Unread("decides along another axis than that of the outputs")
+    return x
+
+
 def probabilities(x: Operand, axis: int, name: str) -> Operand:
     """Of a softmax: the outputs themselves, whose largest is that of the probabilities."""
-    return x.then(name) if isinstance(x, Decided) else Decided(_outputs(x, axis), False, (name,))
+    if isinstance(x, Decided):
+        return _decided(x, axis).then(name)
+    return Decided(_outputs(x, axis), False, (name,))
 
 
 def largest(x: Operand, axis: int, name: str) -> Decided:
     """The class with the largest output."""
     if isinstance(x, Decided):
-        return Decided(x.outputs, True, (*x.by, name))
+        return Decided(_decided(x, axis).outputs, True, (*x.by, name))
     return Decided(_outputs(x, axis), True, (name,))
 
 

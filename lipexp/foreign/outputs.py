@@ -51,6 +51,8 @@ def network(graph: Graph, decides: bool) -> Foreign:
         if isinstance(value, Rows):
             found.append((name, value))
         elif isinstance(value, Decided):
+            if not decides:  # what the operator makes of the outputs belongs to the map
+                raise Unread(f"output at {name!r}: {value.by[-1]} is read at the end of a classifier alone")
             found.append((name, value.outputs))
             left += value.by
     if not found:

@@ -27,7 +27,6 @@ from torch.nn.utils import parametrize
 from lipexp.config import one_line
 from lipexp.foreign import aten
 from lipexp.foreign.features import Numbers, Rows, Stage, Unread, entry
-from lipexp.foreign.operands import Decided
 from lipexp.foreign.outputs import Graph, at
 
 ROWS = 2  # of the input, where the graph leaves their number open, so that what mixes them is seen
@@ -82,8 +81,7 @@ def follow(calls: Sequence[Call], values: dict[str, Any], outputs: Sequence[tupl
             elif len(names) == 1 and isinstance(found, list):
                 parts = [found]
             values.update(zip(names, parts, strict=False))
-    found = [(name, values.get(where.name)) for name, where in outputs]
-    return Graph([(name, value) for name, value in found if isinstance(value, Rows | Decided)])
+    return aten.made([(name, values.get(where.name)) for name, where in outputs], changed)
 
 
 def _resolved(value: Any, values: Mapping[str, Any]) -> Any:

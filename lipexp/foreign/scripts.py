@@ -145,8 +145,7 @@ class _Script:
         """What `forward` makes of its input."""
         found = self._method(self.module, "forward", [entry(ROWS, [n_inputs])])
         outputs = found if isinstance(found, list | tuple) else [found]
-        named = [(str(i), part) for i, part in enumerate(outputs)]
-        return Graph([(name, part) for name, part in named if isinstance(part, Rows | Decided)])
+        return aten.made([(str(i), part) for i, part in enumerate(outputs)], self.changed)
 
     def _method(self, module: Part, name: str, arguments: Sequence[Any]) -> Any:
         methods = {node.name: node for node in self.defined[module.path].body if isinstance(node, ast.FunctionDef)}
@@ -168,7 +167,7 @@ class _Script:
             if isinstance(node, ast.Assign):
                 self._assign(node.targets[0], self._value(node.value, names), names)
             elif isinstance(node, ast.If):
-                found = self._body(node.body if self._value(node.test, names) else node.orelse, names)
+                found = self._body(node.body if self._truth(node.test, names) else node.orelse, names)
                 if found is not names:
                     return found
             elif isinstance(node, ast.Expr):
@@ -197,7 +196,7 @@ class _Script:
             case ast.UnaryOp(op=ast.USub()):
                 return -self._value(node.operand, names)
             case ast.UnaryOp(op=ast.Not()):
-                return not self._value(node.operand, names)
+                return not self._truth(node.operand, names)
             case ast.Compare(ops=[how], comparators=[right]):
                 return COMPARED[type(how)](self._value(node.left, names), self._value(right, names))
             case ast.Subscript():
@@ -211,6 +210,12 @@ class _Script:
             case ast.Call():
                 return self._call(node, names)
         raise Unread(f"line {node.lineno} has {ast.unparse(node)[:40]}, which is not read")
+
+    def _truth(self, node: ast.expr, names: dict[str, Any]) -> bool:
+        found = self._value(node, names)
+        if not isinstance(found, bool):
+            raise Unread(f"line {node.lineno} asks whether a tensor is true, which is not read")
+        return found
 
     def _part(self, node: ast.expr, names: dict[str, Any]) -> Part:
         found = self._value(node, names)
@@ -232,8 +237,12 @@ class _Script:
         given = {str(part.arg): self._value(part.value, names) for part in node.keywords}
         if what == "torch.device":
             return None
-        if what in ("int", "float", "bool", "ops.prim.NumToTensor"):
+        if what == "ops.prim.NumToTensor":
             return arguments[0]
+        if what in ("int", "float", "bool"):
+            if not isinstance(arguments[0], bool | int | float):
+                raise Unread(f"{what} at line {node.lineno} takes a number from a tensor, which is not read")
+            return {"int": int, "float": float, "bool": bool}[what](arguments[0])
         if root == "torch" and root not in names:
             name = what.partition(".")[2]
             with at(name, f"line {node.lineno}"):
