@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -88,9 +89,11 @@ def test_arrays_and_their_classes_are_read(lipexp):
     net = three_classes()
     torch.export.save(torch.export.export(net, (torch.zeros(2, 2),)), "net.pt2")
     x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
-    np.save("x.npy", x.numpy())
+    np.save("x.npy", x.double().numpy())  # mapped, and not writable
     np.save("y.npy", net(x).argmax(dim=1).numpy())
-    done = certify(lipexp, "net.pt2 --data x.npy --target y.npy --radii 1e-9 --max-regions 0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = certify(lipexp, "net.pt2 --data x.npy --target y.npy --radii 1e-9 --max-regions 0")
     assert (done.code, done.err) == (0, "")
     assert "certified accuracy within ‖δ‖₂ ≤ 1e-09: 1 " in done.out
     done = certify(lipexp, "net.pt2 --data x.npy --max-regions 0")

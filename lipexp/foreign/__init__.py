@@ -4,6 +4,7 @@
 |----------------|-------------------------------------------------------------------------------------------|
 | `features`     | follows tensors symbolically, as features of layers                                       |
 | `operators`    | the operators that all formats have in common                                             |
+| `products`     | SiLU and GELU, in the parts that exporters make of them                                   |
 | `onnx_files`   | ONNX                                                                                      |
 | `programs`     | torch.export: files, and torch modules in memory; `aten` has the operators of torch       |
 | `scripts`      | TorchScript files                                                                         |

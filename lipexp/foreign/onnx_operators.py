@@ -199,7 +199,6 @@ def _where(node: Node) -> Operand:
 OF_CONSTANTS: dict[str, Callable[..., Numbers]] = {
     "Sqrt": np.sqrt,
     "Reciprocal": lambda x: 1 / x,
-    "Pow": np.power,
     "Mod": np.mod,
     "Equal": np.equal,
     "Not": np.logical_not,
@@ -256,6 +255,7 @@ OPERATORS: dict[str, Callable[[Node], Operand | Sequence[Operand]]] = {
     "Add": lambda node: operators.add(node.x, node.operand(1)),
     "Sum": _sum,
     "Sub": lambda node: operators.subtract(node.x, node.operand(1)),
+    "Pow": lambda node: operators.power(node.x, node.operand(1)),
     "Mul": lambda node: operators.multiply(node.x, node.operand(1)),
     "Div": lambda node: operators.divide(node.x, node.operand(1)),
     "Neg": lambda node: operators.multiply(node.x, np.asarray(-1)),

@@ -91,7 +91,7 @@ def finite(option: str, value: object, x: Array) -> npt.NDArray[np.float64]:
         raise ConfigError(option, value, f"is of type {x.dtype}; it must be numbers")
     if x.ndim < 2 or 0 in x.shape:
         raise ConfigError(option, value, f"has the shape {x.shape}; it must be (N, D), a row for each point")
-    points = np.ascontiguousarray(x.reshape(len(x), -1), dtype=np.float64)
+    points = np.array(x.reshape(len(x), -1), dtype=np.float64, order="C")  # a copy: x may be mapped
     for row, column in np.argwhere(~np.isfinite(points))[:1].tolist():
         allowed = f"row {row + 1}, column {column + 1} is {points[row, column]}, no finite number"
         raise ConfigError(option, value, allowed)
