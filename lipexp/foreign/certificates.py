@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 from lipexp import record
+from lipexp.arguments import check_output
 from lipexp.config import ConfigError, one_of
 from lipexp.finding import Finding, Request, Subject, default, look
 from lipexp.fitting import Option
@@ -33,6 +34,7 @@ from lipexp.screen import Screen
 from lipexp.wording import above, count, interval_line
 
 TASKS = ("classification", "regression")
+NO_RADII = "is for radii, which a regression has not"
 SEED = 0  # of the searches for steep points, and of the attack
 
 
@@ -105,6 +107,14 @@ def _digest(network: BakedNetwork) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
+def _for_radii(request: Request, task: str | None, dashes: str = "") -> None:
+    """Refuse what is asked of radii where there are none."""
+    if task == "regression" and request.attack:
+        raise ConfigError(f"{dashes}attack", None, NO_RADII)
+    if task == "regression" and request.radii is not None:
+        raise ConfigError(f"{dashes}radii", ",".join(f"{radius:g}" for radius in request.radii), NO_RADII)
+
+
 # In Python -------------------------------------------------------------------------------------------------------
 
 
@@ -115,6 +125,7 @@ def certify(
     request = Request(**{"p": 2} | asked).checked()
     if task is not None:
         one_of("task", task, TASKS)
+    _for_radii(request, task)
     points = np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x)
     flat = finite("x", None, points)
     body = getattr(net, "network_", None)  # of a fitted estimator of lipexp, which takes X - center_
@@ -154,10 +165,14 @@ def certify_file(options: argparse.Namespace) -> int:
     if len(options.runs) != 1:
         raise ConfigError("NET", " ".join(options.runs), "must be one file, as --data is given")
     (path,) = options.runs
-    for option, name, suffix in (("--json", options.json, ".json"), ("-o", options.output, ".csv")):
-        _check_output(option, name, suffix, options.force)
+    _for_radii(request, options.task, "--")
     if options.output is not None and not decides:
-        raise ConfigError("-o", options.output, "is for radii, which a regression has not")
+        raise ConfigError("-o", options.output, NO_RADII)
+    for option, name, suffix in (("--json", options.json, ".json"), ("-o", options.output, ".csv")):
+        if name is not None and Path(name).suffix.lower() != suffix:
+            raise ConfigError(option, name, f"must end in {suffix}")
+        if name is not None:
+            check_output(option, name, options.force, [path, options.data, options.target or path])
     screen = Screen()
     with screen.waiting(path) as waiting_for, cpu_threads(1):
         points = Points.read(options.data, options.target)
@@ -178,16 +193,6 @@ def certify_file(options: argparse.Namespace) -> int:
     return int(finding.refuted)
 
 
-def _check_output(option: str, name: str | None, suffix: str, force: bool) -> None:
-    if name is None:
-        return
-    path = Path(name)
-    if path.suffix.lower() != suffix:
-        raise ConfigError(option, name, f"must end in {suffix}")
-    if path.exists() and not (force and path.is_file()):
-        raise ConfigError(option, name, "exists already; --force replaces a file")
-
-
 def _described(path: str, asked: Asked, finding: Finding, radii: Sequence[float], attacked: bool) -> Iterator[str]:
     """What was found, line by line."""
     network = asked.foreign.network
@@ -205,14 +210,16 @@ def _described(path: str, asked: Asked, finding: Finding, radii: Sequence[float]
 def _write(found: Certified, options: argparse.Namespace, path: str) -> None:
     content = {"net": path, "data": options.data} | found.json()
     text = json.dumps(content, indent=2, allow_nan=False, default=str) + "\n"
+    table = found.radii
+    if options.output is not None and table is None:
+        reason = found.robustness.reason if found.robustness is not None else None
+        raise ConfigError("-o", options.output, f"there are no radii: {reason}")
+    option, name = "--json", options.json
     try:
         if options.json is not None:
             write_file(Path(options.json), lambda file: file.write_text(text))
-        if options.output is not None:
-            if found.radii is None:
-                reason = found.robustness.reason if found.robustness is not None else None
-                raise ConfigError("-o", options.output, f"there are no radii: {reason}")
-            table = found.radii
+        option, name = "-o", options.output
+        if options.output is not None and table is not None:
             write_file(Path(options.output), lambda file: table.to_csv(file, index=False))
     except OSError as error:
-        raise ConfigError("--json or -o", None, f"cannot be written: {error.strerror or error}") from None
+        raise ConfigError(option, name, f"cannot be written: {error.strerror or error}") from None

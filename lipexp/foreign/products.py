@@ -52,15 +52,14 @@ def product(a: Rows, b: Rows) -> Rows:
         Unread: it is none of these.
     """
     for x, gate in ((a, b), (b, a)):
-        inside = before(room.Sigmoid, gate, 0.25)
-        if inside is not None and (times := _quotient(x, inside)) is not None:
-            return scaled(activated(inside, room.SiLU(scaled=False)), times)
-        for part in (0.5, 1.0):  # x (1 + share) / 2, or twice that
-            inside = before(Share, gate, part, part)
-            if inside is not None and (times := _quotient(x, inside)) is not None:
-                (share, *_) = unscaled(gate)
-                act = room.GELU(approximate=share.stage.act.approximate, scaled=False)  # type: ignore[union-attr]
-                return scaled(activated(inside, act), 2 * part * times)
+        base, scale, offset = unscaled(gate)
+        act = base.stage.act
+        if isinstance(act, room.Sigmoid | Share) and (times := _quotient(x, _above(base))) is not None:
+            if isinstance(act, room.Sigmoid) and offset == 0 and act.factor == 4:
+                return scaled(activated(_above(base), room.SiLU(scaled=False)), 4 * scale * times)
+            if isinstance(act, Share) and offset == scale:  # x s (1 + share) = 2 s x P(x)
+                gelu = room.GELU(act.approximate, scaled=False)
+                return scaled(activated(_above(base), gelu), 2 * scale * times)
         base, n, factor = _power(gate)
         if n < 3 and (times := _quotient(x, base)) is not None:
             return scaled(activated(base, Power(n + 1)), factor * times)
@@ -123,7 +122,7 @@ def _quotient(x: Rows, y: Rows) -> float | None:
 
 
 def unscaled(x: Rows) -> tuple[Rows, float, float]:
-    """(y, s, o) where x = s y + o, entry by entry, with the features y of the last activation where there is one."""
+    """(y, s, o) where x = s y + o, entry by entry, with y of the last activation where there is one."""
     stage, places, scale, offset = x.stage, x.features(), 1.0, 0.0
     while stage.parent is not None and stage.weight is not None and stage.bias is not None and places.size:
         weight, bias = stage.weight[places.ravel()], stage.bias[places.ravel()]
