@@ -118,11 +118,18 @@ def _for_radii(request: Request, task: str | None, dashes: str = "") -> None:
 # In Python -------------------------------------------------------------------------------------------------------
 
 
-def certify(
-    net: Any, x: Any, y: Any = None, act: Option | None = None, task: str | None = None, **asked: Any
-) -> Certified:
+def certify(net: Any, x: Any, y: Any, act: Option | None, task: str | None, request: Request) -> Certified:
     """See `lipexp.certify`."""
-    request = Request(**{"p": 2} | asked).checked()
+    try:
+        return _certify(net, x, y, act, task, request.checked())
+    except ConfigError as error:
+        if not error.option.startswith("--"):
+            raise
+        name = error.option.removeprefix("--").replace("-", "_")  # as Python spells it
+        raise ConfigError(name, error.value, error.allowed) from None
+
+
+def _certify(net: Any, x: Any, y: Any, act: Option | None, task: str | None, request: Request) -> Certified:
     if task is not None:
         one_of("task", task, TASKS)
     _for_radii(request, task)
@@ -141,11 +148,15 @@ def certify(
         classes = foreign.classes
     decides = decides and task != "regression"
     if foreign.network.n_inputs != flat.shape[1]:
-        raise ConfigError("x", None, f"has {flat.shape[1]} columns, the network {foreign.network.n_inputs} inputs")
+        raise ConfigError(
+            "x",
+            None,
+            f"has {count(flat.shape[1], 'column')}, the network {count(foreign.network.n_inputs, 'input')}",
+        )
     numbers = None
     if y is not None and decides:
         own = y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else y
-        numbers = labels("y", own, len(flat), foreign.network.n_outputs, classes)
+        numbers = labels(own, len(flat), foreign.network.n_outputs, classes)
     given = Asked(foreign, flat, numbers, decides)
     radii = default("radii") if request.radii is None else request.radii
     finding = _found(given, request, lambda text: None)
@@ -178,9 +189,7 @@ def certify_file(options: argparse.Namespace) -> int:
         points = Points.read(options.data, options.target)
         foreign = read(path, points.n_columns, decides, options.act)
         x = points.x(foreign.names, foreign.network.n_inputs)
-        y = None
-        if points.target is not None and decides:
-            y = labels("--target", points.target, len(x), foreign.network.n_outputs, foreign.classes)
+        y = points.classes(foreign.network.n_outputs, foreign.classes) if decides else None
         asked = Asked(foreign, x, y, decides)
         finding = _found(asked, request, lambda text: waiting_for(f"{path}: {text}"))
     radii = default("radii") if request.radii is None else request.radii
