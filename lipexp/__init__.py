@@ -24,6 +24,8 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lipexp.config import ConfigError as ConfigError
     from lipexp.estimators import LipschitzClassifier as LipschitzClassifier
     from lipexp.estimators import LipschitzRegressor as LipschitzRegressor
@@ -103,7 +105,14 @@ def certify(
     p: float | str = 2,
     act: Any = None,
     task: str | None = None,
-    **options: Any,
+    method: str | None = None,
+    attack: bool = False,
+    gap: float = 1e-3,
+    max_seconds: float = 60.0,
+    max_regions: int | None = None,
+    radii: Sequence[float] | None = None,
+    around: Sequence[float] | None = None,
+    within: float | None = None,
 ) -> Certified:
     """Bounds on the Lipschitz constant of any fully connected network, and certified radii of points.
 
@@ -124,7 +133,8 @@ def certify(
         p: the norm in which inputs move: 1, 2 or inf.
         act: for the path of a state dict: its activation, "relu" or {"option": "leaky_relu", "slope": 0.2}.
         task: "regression" for the constant alone; None: one output decides by its sign, several by the largest.
-        options: method, gap, max_seconds, max_regions, radii (a list) and attack, as for `lipexp certify`.
+        method, attack, gap, max_seconds, max_regions, radii, around, within: as for `lipexp certify`; `radii` and
+            `around` are lists.
 
     Returns:
         What metrics.json says: `lipschitz`, `bounds` and `robustness`. The table `radii` has a row for each point.
@@ -134,9 +144,11 @@ def certify(
     Raises:
         ConfigError: (a ValueError) the network has something that is not read, which is named, or does not fit.
     """
-    from lipexp.foreign.certificates import certify  # torch takes a second to import
+    from lipexp.finding import Request  # torch takes a second to import
+    from lipexp.foreign.certificates import certify
 
-    return certify(net, x, y, act, task, p=p, **options)
+    request = Request(p, method, attack, gap, max_seconds, max_regions, radii, around, within)
+    return certify(net, x, y, act, task, request)
 
 
 # Imported when they are asked for: torch and scikit-learn take seconds.

@@ -7,6 +7,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from lipexp.config import ConfigError
@@ -52,3 +53,26 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, without the usage."""
         self.exit(2, f"lipexp: {message} ({self.prog} --help says more)\n")
+
+
+def check_output(option: str, name: str, force: bool, read: Sequence[str] = ()) -> None:
+    """Refuse an output file before any work is done for it.
+
+    Args:
+        force: it may replace a file, but none of those that are read.
+
+    Raises:
+        ConfigError: it is there already, is one of `read`, or its folder is not there.
+    """
+    path = Path(name)
+    if path.exists():
+        if any(Path(own).exists() and path.samefile(own) for own in read):
+            raise ConfigError(option, name, "is the file that is read")
+        if not path.is_file():
+            raise ConfigError(option, name, "is no file")
+        if not force:
+            raise ConfigError(option, name, "exists already; --force replaces it")
+    if not path.parent.is_dir():
+        raise ConfigError(option, name, "lies in no folder that there is")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(option, name, "lies in a folder that cannot be written to")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -265,5 +266,8 @@ def plain_state(file: Path) -> dict[str, torch.Tensor]:
         if sum(entry.numel() * entry.element_size() for entry in tensors) > size:
             raise ValueError("it claims more numbers than it holds")
         return {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+    except pickle.UnpicklingError:
+        saved = "save its state_dict(), or torch.export.save it"
+        raise ValueError(f"it holds a pickled module, or another object that is no tensor; {saved}") from None
     except Exception as error:  # the libraries raise anything
         raise ValueError(one_line(error)) from None

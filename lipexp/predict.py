@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 import pandas as pd
 
-from lipexp.arguments import Parser
+from lipexp.arguments import Parser, check_output
 from lipexp.config import ConfigError, no_such, whole
 from lipexp.datasets.files import Source
 from lipexp.datasets.preprocessing import CATEGORY, listed
@@ -77,8 +77,8 @@ def predict(options: argparse.Namespace) -> int:
     output = Path(options.output)
     if output.suffix.lower() not in ("", ".csv", ".txt"):
         raise ConfigError("-o", output, "must end in .csv, which is what is written")
-    if options.output != "-" and output.exists() and not options.force:
-        raise ConfigError("-o", output, "exists already; --force replaces it")
+    if options.output != "-":
+        check_output("-o", options.output, options.force, read=[options.file])
     run = load_run(options.run, trust=options.trust)
     predictor, source = run.predictor, Source("FILE", options.file)
     pieces = predictions(predictor, source, options)
@@ -136,8 +136,10 @@ def predictions(predictor: Predictor, source: Source, options: argparse.Namespac
         for name in names:
             if name not in source.names:
                 guess = no_such("column", name, source.names).partition(" (")[0].removeprefix("no such column")
-                allowed = f"has no column {name!r}{guess} (there are {listed(source.names)})"
-                raise ConfigError(option, source.path, allowed)
+                known = f"{guess} (there are {listed(source.names)})"
+                if option == "--keep":
+                    raise ConfigError(option, name, f"is no column of {source.path}{known}")
+                raise ConfigError(option, source.path, f"has no column {name!r}{known}")
     if source.names[0] == "":  # an index, as pandas writes it
         keep.insert(0, "")
     text = [*keep, *(column.name for column in columns if column.kind == CATEGORY)]

@@ -234,13 +234,15 @@ def test_a_module_is_left_in_its_mode():
         (nn.utils.parametrizations.orthogonal(linear()), "has parametrised weights"),
         (nn.Bilinear(2, 2, 2), "torch.export cannot take it"),
         (object(), "must be a torch module"),
-        (nn.Linear(3, 2), "torch.export cannot take it"),
+        (nn.Linear(3, 2), f"x: has {D} columns, the network 3 inputs"),
+        (nn.Sequential(nn.Flatten(), linear(), nn.Linear(3, 2)), "torch.export cannot take it: RuntimeError"),
     ],
 )
-def test_a_module_that_is_not_read_is_named(net, message):
+def test_a_module_that_is_not_read_is_named(net, message, caplog):
     with pytest.raises(ConfigError, match=message) as refused:
         lipexp.certify(net, points())
     assert "\n" not in str(refused.value)
+    assert not [own for own in caplog.records if own.levelname == "ERROR"]  # with a traceback of torch
 
 
 class Changed(nn.Module):
@@ -371,7 +373,11 @@ def test_a_state_dict_is_the_network_with_the_named_activation(act, own, tmp_pat
         ({"a.weight": torch.ones(2, 2)}, None, "name the activation with --act"),
         ({"a.weight": torch.ones(2, 2)}, "rely", "did you mean relu"),
         ({"a.weight": torch.ones(2, 2)}, "relu,", "must be a name, or NAME,KEY=VALUE"),
-        ({"a.weight": torch.ones(2, 2), "b.weight": torch.ones(2, 2)}, "relu,alpha=1", "relu does not take alpha"),
+        (
+            {"a.weight": torch.ones(2, 2), "b.weight": torch.ones(2, 2)},
+            "relu,alpha=1",
+            "relu takes no arguments, not alpha",
+        ),
         ({"a.weight": torch.ones(2)}, "relu", r"a.weight of shape \(2,\) is no weight or bias"),
         ({"a.running_mean": torch.ones(2)}, "relu", "a.running_mean of shape"),
         ({"a.weight_orig": torch.ones(2, 2)}, "relu", "a.weight_orig belongs to a parametrisation"),
@@ -513,7 +519,7 @@ def test_the_radii_are_those_of_the_points_and_of_the_predicted_classes():
     [
         ({"y": [0, 1]}, r"y: has the shape \(2,\); it must be \(50,\)"),
         ({"y": np.arange(50)}, "y: has 50 different values, the network 3 classes"),
-        ({"y": np.full(50, math.nan)}, "y: has a class that is not finite"),
+        ({"y": np.full(50, math.nan)}, "y: has no class in row 1, but nan"),
         ({"p": 3}, "p=3: must be 1, 2 or inf"),
         ({"method": "magic"}, "method=magic: no such option"),
         ({"task": "sorting"}, "task=sorting: no such option"),
@@ -522,12 +528,20 @@ def test_the_radii_are_those_of_the_points_and_of_the_predicted_classes():
         ({"max_regions": -1}, "max_regions=-1"),
         ({"radii": ["a"]}, "radii=.*must be numbers"),
         ({"radii": [0]}, "radii=0.0: must be a finite number above 0"),
+        ({"method": "multipliers"}, "^method=multipliers: has no bound for this network"),
+        ({"task": "regression", "attack": True}, "^attack: is for radii, which a regression has not"),
+        ({"task": "regression", "radii": [1]}, "^radii=1: is for radii, which a regression has not"),
     ],
 )
 def test_what_is_asked_must_make_sense(asked, message):
     net = nn.Sequential(linear(), nn.ReLU(), linear(8, 3))
     with pytest.raises(ConfigError, match=message):
         lipexp.certify(net, points(), **asked)
+
+
+def test_python_names_an_argument_that_there_is_not():
+    with pytest.raises(TypeError, match=r"^certify\(\) got an unexpected keyword argument 'methods'"):
+        lipexp.certify(linear(), points(), methods=["rows"])
 
 
 @pytest.mark.parametrize(

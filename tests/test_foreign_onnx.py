@@ -14,6 +14,8 @@ from networks import NORMS
 from torch import nn
 
 import lipexp
+from lipexp.activations import GELU, SiLU
+from lipexp.activations.smooth import Smooth
 from lipexp.config import ConfigError
 from lipexp.foreign import features, read
 from lipexp.foreign.features import Unread, entry
@@ -195,6 +197,25 @@ def gelu_of_older_exporters(net: Net, x: str) -> str:
     return net.gemm(net.node("Mul", net.node("Mul", z, share), np.float32(0.5)), 8, 2)
 
 
+def gelu_by_tanh(cube: Callable[[Net, str], str]) -> Callable[[Net, str], str]:
+    def write(net: Net, x: str) -> str:
+        z = net.gemm(x, D, 8)
+        inside = net.node("Add", z, net.node("Mul", np.float32(0.044715), cube(net, z)))
+        share = net.node("Tanh", net.node("Mul", np.float32(math.sqrt(2 / math.pi)), inside))
+        half = net.node("Mul", np.float32(0.5), net.node("Add", np.float32(1), share))
+        return net.gemm(net.node("Mul", z, half), 8, 2)
+
+    return write
+
+
+def by_lipexp(act: Smooth) -> Callable[[Net, str], str]:
+    def write(net: Net, x: str) -> str:
+        z = net.gemm(x, D, 8)
+        return net.gemm(act.onnx(lambda *words, **attributes: net.node(*words, **attributes), z, ""), 8, 2)
+
+    return write
+
+
 def silu_of_exporters(net: Net, x: str) -> str:
     z = net.gemm(x, D, 8)
     return net.gemm(net.node("Mul", net.node("Sigmoid", z), z), 8, 2)
@@ -260,6 +281,12 @@ READ = {
     "Elu with alpha": by_activation("Elu", alpha=0.5),
     "Celu": by_activation("Celu", alpha=2.0),
     "Clip": by_activation("Clip", np.float32(-0.5), np.float32(0.75)),
+    "GELU by tanh": gelu_by_tanh(lambda net, z: net.node("Mul", z, net.node("Mul", z, z))),
+    "GELU by tanh, with a power": gelu_by_tanh(lambda net, z: net.node("Pow", z, np.float32(3))),
+    "GELU of lipexp": by_lipexp(GELU()),
+    "GELU of lipexp by tanh": by_lipexp(GELU(approximate="tanh")),
+    "plain GELU of lipexp": by_lipexp(GELU(scaled=False)),
+    "SiLU of lipexp": by_lipexp(SiLU()),
     "Clip below": by_activation("Clip", np.float32(0)),
     **{
         write.__name__: write
@@ -578,6 +605,11 @@ def training(net: Net, x: str) -> str:
     return node
 
 
+def another_cube(net: Net, x: str) -> str:
+    z = net.node("Relu", x)
+    return net.node("Add", z, net.node("Mul", np.float32(0.045), net.node("Pow", z, np.float32(3))))
+
+
 def ended_twice(net: Net, x: str) -> str:
     net.node("Relu", x, output="y")
     return net.node("Tanh", x, output="y")
@@ -586,7 +618,9 @@ def ended_twice(net: Net, x: str) -> str:
 REFUSED = {
     "Conv": (lambda net, x: net.node("Conv", x, net.numbers(1, 1, 2)), "Conv at 'Conv_0': is no operator"),
     "Exp": (lambda net, x: net.node("Exp", x), "Exp at 'Exp_0': is no operator"),
-    "a product": (lambda net, x: net.node("Mul", x, x), "Mul at 'Mul_0': multiplies features"),
+    "a product": (lambda net, x: net.node("Mul", x, x), "output at 'Mul_0': multiplies features with each other"),
+    "a power": (lambda net, x: net.node("Pow", x, np.float32(4)), "Pow at 'Pow_0': takes a power of features"),
+    "another cube": (another_cube, "joins features of different depths"),
     "a quotient": (lambda net, x: net.node("Div", np.float32(1), x), "Div at 'Div_0': divides by features"),
     "residual": (residual, "Add at 'Add_4': joins features of different depths"),
     "beside several": (beside_several_outputs, "output at 'Add_4': adds an affine map of the input to several"),

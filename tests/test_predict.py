@@ -231,10 +231,10 @@ def test_a_row_that_cannot_be_predicted_is_refused_or_marked(name, folder, lipex
     ("arguments", "said"),
     [
         (("short.csv",), "FILE=short.csv: has no column 'age'; did you mean Age? (there are Age, smoker"),
-        (("new.csv", "--keep", "name"), "--keep=new.csv: has no column 'name' (there are age, smoker"),
+        (("new.csv", "--keep", "name"), "--keep=name: is no column of new.csv (there are age, smoker"),
         (("none.csv",), "FILE=none.csv: does not exist"),
         (("new.csv", "-o", "there.csv"), "-o=there.csv: exists already; --force replaces it"),
-        (("new.csv", "-o", "no/p.csv"), "-o=no/p.csv: cannot be written: No such file or directory"),
+        (("new.csv", "-o", "no/p.csv"), "-o=no/p.csv: lies in no folder that there is"),
         (
             ("long.csv", "-o", "p.csv"),
             "FILE=long.csv: cannot be read: row 601 has 6 fields, but there are 4 columns",
@@ -253,10 +253,17 @@ def test_bad_input_of_predict_is_one_line_and_leaves_no_file(arguments, said, fo
     assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
 
 
-def test_force_replaces_the_output_even_if_it_is_the_input(folder, lipexp):
+def test_force_replaces_an_output_and_never_the_input(folder, lipexp):
     NEW.to_csv("new.csv", index=False)
-    assert lipexp("predict", folder, "new.csv", "-o", "new.csv", "--force").code == 0
-    assert len(pd.read_csv("new.csv")["prediction"]) == 600
+    Path("old.csv").write_text("old")
+    Path("link.csv").symlink_to("new.csv")
+    assert lipexp("predict", folder, "new.csv", "-o", "old.csv", "--force").code == 0
+    assert len(pd.read_csv("old.csv")["prediction"]) == 600
+    before = Path("new.csv").read_text()
+    for name in ("new.csv", "./new.csv", "link.csv"):
+        done = lipexp("predict", folder, "new.csv", "-o", name, "--force")
+        assert (done.code, done.err) == (2, f"lipexp: -o={name}: is the file that is read\n")
+    assert Path("new.csv").read_text() == before
 
 
 def test_a_changed_model_has_no_radii(run, lipexp):

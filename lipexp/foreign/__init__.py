@@ -4,6 +4,7 @@
 |----------------|-------------------------------------------------------------------------------------------|
 | `features`     | follows tensors symbolically, as features of layers                                       |
 | `operators`    | the operators that all formats have in common                                             |
+| `products`     | SiLU and GELU, in the parts that exporters make of them                                   |
 | `onnx_files`   | ONNX                                                                                      |
 | `programs`     | torch.export: files, and torch modules in memory; `aten` has the operators of torch       |
 | `scripts`      | TorchScript files                                                                         |
@@ -64,12 +65,16 @@ def read(path: str | os.PathLike[str], n_inputs: int, decides: bool, act: Option
 
 def _read(file: Path, n_inputs: int, decides: bool, act: Option | None) -> Foreign:
     content = file.read_bytes()
-    if file.suffix.lower() == ".onnx":
+    names, suffix = _members(content), file.suffix.lower()
+    is_program = suffix == ".pt2" or any(name.endswith("/models/model.json") for name in names)
+    is_script = any("/code/" in name for name in names)
+    if act is not None and (suffix == ".onnx" or is_program or is_script):
+        raise ConfigError("--act", act, f"is for a state dict; {file.name} has its own activations")
+    if suffix == ".onnx":
         return network(_onnx(content, file.parent, n_inputs), decides)
-    names = _members(content)
-    if any(name.endswith("/models/model.json") for name in names) or file.suffix.lower() == ".pt2":
+    if is_program:
         return network(programs.read(content), decides)
-    if any("/code/" in name for name in names):
+    if is_script:
         return network(scripts.read(content, n_inputs), decides)
     try:
         state = plain_state(file)

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 from lipexp import record
+from lipexp.arguments import check_output
 from lipexp.config import ConfigError, one_of
 from lipexp.finding import Finding, Request, Subject, default, look
 from lipexp.fitting import Option
@@ -33,6 +34,7 @@ from lipexp.screen import Screen
 from lipexp.wording import above, count, interval_line
 
 TASKS = ("classification", "regression")
+NO_RADII = "is for radii, which a regression has not"
 SEED = 0  # of the searches for steep points, and of the attack
 
 
@@ -105,16 +107,32 @@ def _digest(network: BakedNetwork) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
+def _for_radii(request: Request, task: str | None, dashes: str = "") -> None:
+    """Refuse what is asked of radii where there are none."""
+    if task == "regression" and request.attack:
+        raise ConfigError(f"{dashes}attack", None, NO_RADII)
+    if task == "regression" and request.radii is not None:
+        raise ConfigError(f"{dashes}radii", ",".join(f"{radius:g}" for radius in request.radii), NO_RADII)
+
+
 # In Python -------------------------------------------------------------------------------------------------------
 
 
-def certify(
-    net: Any, x: Any, y: Any = None, act: Option | None = None, task: str | None = None, **asked: Any
-) -> Certified:
+def certify(net: Any, x: Any, y: Any, act: Option | None, task: str | None, request: Request) -> Certified:
     """See `lipexp.certify`."""
-    request = Request(**{"p": 2} | asked).checked()
+    try:
+        return _certify(net, x, y, act, task, request.checked())
+    except ConfigError as error:
+        if not error.option.startswith("--"):
+            raise
+        name = error.option.removeprefix("--").replace("-", "_")  # as Python spells it
+        raise ConfigError(name, error.value, error.allowed) from None
+
+
+def _certify(net: Any, x: Any, y: Any, act: Option | None, task: str | None, request: Request) -> Certified:
     if task is not None:
         one_of("task", task, TASKS)
+    _for_radii(request, task)
     points = np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x)
     flat = finite("x", None, points)
     body = getattr(net, "network_", None)  # of a fitted estimator of lipexp, which takes X - center_
@@ -130,11 +148,15 @@ def certify(
         classes = foreign.classes
     decides = decides and task != "regression"
     if foreign.network.n_inputs != flat.shape[1]:
-        raise ConfigError("x", None, f"has {flat.shape[1]} columns, the network {foreign.network.n_inputs} inputs")
+        raise ConfigError(
+            "x",
+            None,
+            f"has {count(flat.shape[1], 'column')}, the network {count(foreign.network.n_inputs, 'input')}",
+        )
     numbers = None
     if y is not None and decides:
         own = y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else y
-        numbers = labels("y", own, len(flat), foreign.network.n_outputs, classes)
+        numbers = labels(own, len(flat), foreign.network.n_outputs, classes)
     given = Asked(foreign, flat, numbers, decides)
     radii = default("radii") if request.radii is None else request.radii
     finding = _found(given, request, lambda text: None)
@@ -154,18 +176,20 @@ def certify_file(options: argparse.Namespace) -> int:
     if len(options.runs) != 1:
         raise ConfigError("NET", " ".join(options.runs), "must be one file, as --data is given")
     (path,) = options.runs
-    for option, name, suffix in (("--json", options.json, ".json"), ("-o", options.output, ".csv")):
-        _check_output(option, name, suffix, options.force)
+    _for_radii(request, options.task, "--")
     if options.output is not None and not decides:
-        raise ConfigError("-o", options.output, "is for radii, which a regression has not")
+        raise ConfigError("-o", options.output, NO_RADII)
+    for option, name, suffix in (("--json", options.json, ".json"), ("-o", options.output, ".csv")):
+        if name is not None and Path(name).suffix.lower() != suffix:
+            raise ConfigError(option, name, f"must end in {suffix}")
+        if name is not None:
+            check_output(option, name, options.force, [path, options.data, options.target or path])
     screen = Screen()
     with screen.waiting(path) as waiting_for, cpu_threads(1):
         points = Points.read(options.data, options.target)
         foreign = read(path, points.n_columns, decides, options.act)
         x = points.x(foreign.names, foreign.network.n_inputs)
-        y = None
-        if points.target is not None and decides:
-            y = labels("--target", points.target, len(x), foreign.network.n_outputs, foreign.classes)
+        y = points.classes(foreign.network.n_outputs, foreign.classes) if decides else None
         asked = Asked(foreign, x, y, decides)
         finding = _found(asked, request, lambda text: waiting_for(f"{path}: {text}"))
     radii = default("radii") if request.radii is None else request.radii
@@ -176,16 +200,6 @@ def certify_file(options: argparse.Namespace) -> int:
     if finding.refuted:
         print(f"lipexp: {path}: {finding.failure()}", file=sys.stderr)
     return int(finding.refuted)
-
-
-def _check_output(option: str, name: str | None, suffix: str, force: bool) -> None:
-    if name is None:
-        return
-    path = Path(name)
-    if path.suffix.lower() != suffix:
-        raise ConfigError(option, name, f"must end in {suffix}")
-    if path.exists() and not (force and path.is_file()):
-        raise ConfigError(option, name, "exists already; --force replaces a file")
 
 
 def _described(path: str, asked: Asked, finding: Finding, radii: Sequence[float], attacked: bool) -> Iterator[str]:
@@ -205,14 +219,16 @@ def _described(path: str, asked: Asked, finding: Finding, radii: Sequence[float]
 def _write(found: Certified, options: argparse.Namespace, path: str) -> None:
     content = {"net": path, "data": options.data} | found.json()
     text = json.dumps(content, indent=2, allow_nan=False, default=str) + "\n"
+    table = found.radii
+    if options.output is not None and table is None:
+        reason = found.robustness.reason if found.robustness is not None else None
+        raise ConfigError("-o", options.output, f"there are no radii: {reason}")
+    option, name = "--json", options.json
     try:
         if options.json is not None:
             write_file(Path(options.json), lambda file: file.write_text(text))
-        if options.output is not None:
-            if found.radii is None:
-                reason = found.robustness.reason if found.robustness is not None else None
-                raise ConfigError("-o", options.output, f"there are no radii: {reason}")
-            table = found.radii
+        option, name = "-o", options.output
+        if options.output is not None and table is not None:
             write_file(Path(options.output), lambda file: table.to_csv(file, index=False))
     except OSError as error:
-        raise ConfigError("--json or -o", None, f"cannot be written: {error.strerror or error}") from None
+        raise ConfigError(option, name, f"cannot be written: {error.strerror or error}") from None

@@ -215,7 +215,6 @@ def _remainder(node: Node) -> Operand:
 OF_CONSTANTS: dict[str, Callable[..., Numbers]] = {
     "Sqrt": np.sqrt,
     "Reciprocal": lambda x: 1 / x,
-    "Pow": np.power,
     "Equal": np.equal,
     "Not": np.logical_not,
     "Floor": np.floor,
@@ -271,6 +270,7 @@ OPERATORS: dict[str, Callable[[Node], Operand | Sequence[Operand]]] = {
     "Add": lambda node: operators.add(node.x, node.operand(1)),
     "Sum": _sum,
     "Sub": lambda node: operators.subtract(node.x, node.operand(1)),
+    "Pow": lambda node: operators.power(node.x, node.operand(1)),
     "Mul": lambda node: operators.multiply(node.x, node.operand(1)),
     "Div": _divide,
     "Mod": _remainder,

@@ -15,9 +15,10 @@ import numpy as np
 from lipexp import activations as room
 from lipexp.activations import Activation
 from lipexp.activations.elsewhere import Clip, PReLU
-from lipexp.foreign import features
-from lipexp.foreign.features import Rows, Stage, Tensor, Unread, scaled
+from lipexp.foreign import features, products
+from lipexp.foreign.features import Rows, Tensor, Unread, scaled
 from lipexp.foreign.operands import Compared, Decided, Operand, constant, squeeze, tensor
+from lipexp.foreign.products import Share
 
 SELU = 1.6732632423543772, 1.0507009873554805  # alpha and scale; Klambauer et al. 2017 (arXiv 1706.02515)
 
@@ -28,8 +29,11 @@ SELU = 1.6732632423543772, 1.0507009873554805  # alpha and scale; Klambauer et a
 def add(a: Operand, b: Operand, sign: float = 1.0) -> Tensor:
     """a + sign b."""
     a, b = tensor(a), tensor(b)
+    if isinstance(a, Rows) and isinstance(b, Rows):
+        found = products.cubic(a, b) if sign == 1 else None
+        return features.plus(a, b, sign) if found is None else found
     if isinstance(a, Rows):
-        return features.plus(a, b, sign) if isinstance(b, Rows) else scaled(a, 1.0, sign * np.asarray(b))
+        return scaled(a, 1.0, sign * np.asarray(b))
     return scaled(b, sign, a) if isinstance(b, Rows) else np.asarray(a + (b if sign == 1 else -b))
 
 
@@ -39,56 +43,23 @@ def subtract(a: Operand, b: Operand) -> Tensor:
 
 
 def multiply(a: Operand, b: Operand) -> Tensor:
-    """a b, of which one is constant; or x sigmoid(x), which is SiLU."""
+    """a b, of which one is constant; or SiLU, or GELU."""
     a, b = tensor(a), tensor(b)
     if isinstance(a, Rows) and isinstance(b, Rows):
-        for x, gate in ((a, b), (b, a)):
-            inside = _before(room.Sigmoid, gate, 0.25)
-            if inside is not None and (times := _quotient(x, inside)) is not None:
-                return scaled(silu(inside), times)
-            for part in (0.5, 1.0):  # x (1 + erf(x / sqrt(2))) / 2, or twice that
-                inside = _before(Erf, gate, part, part)
-                if inside is not None and (times := _quotient(x, inside)) is not None:
-                    return scaled(gelu(inside), 2 * part * times)
-        raise Unread("multiplies features with each other")
+        return products.product(a, b)
     if isinstance(a, Rows):
         return scaled(a, b)
     return scaled(b, a) if isinstance(b, Rows) else np.asarray(a * b)
 
 
-def _same(x: Rows, y: Rows) -> bool:
-    return x.stage is y.stage and np.array_equal(x.places, y.places)
-
-
-def _quotient(x: Rows, y: Rows) -> float | None:
-    """c where x = c y, entry by entry."""
-    if _same(x, y):
-        return 1.0
-    stage = x.stage
-    if stage.weight is None or stage.bias is None or stage.parent is not y.stage or x.shape != y.shape:
-        return None
-    weight, bias = stage.weight[x.features().ravel()], stage.bias[x.features().ravel()]
-    times = float(weight[0].sum()) if len(weight) else 0.0
-    expected = times * np.eye(weight.shape[1])[y.features().ravel()]
-    rows = np.array_equal(x.rows(), y.rows())
-    return times if rows and np.array_equal(weight, expected) and not bias.any() else None
-
-
-def _before(kind: type[Activation], y: Rows, scale: float = 1.0, offset: float = 0.0) -> Rows | None:
-    """x where y = scale act(x) + offset for an activation of this kind, entry by entry."""
-    places = y.features()
-    stage: Stage | None = y.stage
-    if stage is not None and not is_of(stage, kind):
-        if stage.weight is None or stage.bias is None or not is_of(stage.parent, kind):
-            return None
-        weight, bias = stage.weight[places.ravel()], stage.bias[places.ravel()]
-        own = np.argmax(weight, axis=1)
-        if not (np.array_equal(weight, scale * np.eye(weight.shape[1])[own]) and (bias == offset).all()):
-            return None
-        stage, places = stage.parent, own.reshape(places.shape)
-    elif (scale, offset) != (1.0, 0.0):
-        return None
-    return None if stage is None or stage.parent is None else Rows(stage.parent, y.rows() * stage.width + places)
+def power(x: Operand, n: Operand) -> Tensor:
+    """x^n, for a constant n."""
+    x, n = tensor(x), constant(n, "an exponent")
+    if not isinstance(x, Rows):
+        return np.asarray(np.power(x, n))
+    if n.size != 1:
+        raise Unread("takes powers of features")
+    return products.power(x, float(n.reshape(-1)[0]))
 
 
 def divide(a: Operand, b: Operand) -> Tensor:
@@ -240,14 +211,10 @@ def log(x: Operand) -> Tensor:
     x = tensor(x)
     if not isinstance(x, Rows):
         return np.log(x)
-    before = _before(room.Sigmoid, x, 0.25)
+    before = products.before(room.Sigmoid, x, 0.25)
     if before is None:
         raise Unread("takes the logarithm of features")
     return ACTIVATIONS["log_sigmoid"](before)
-
-
-class Erf(Activation):
-    """The error function of x / sqrt(2), which is read as a part of GELU alone."""
 
 
 def erf(x: Operand) -> Rows:
@@ -261,7 +228,7 @@ def erf(x: Operand) -> Rows:
         raise Unread("is read as a part of GELU alone")
     own = np.argmax(factors, axis=1)
     before = Rows(stage.parent, found.rows() * stage.parent.width + own[found.features()])
-    return features.activated(before, Erf())
+    return features.activated(before, Share("none"))
 
 
 def softplus_of(condition: Compared | Decided, above: Operand, other: Operand) -> Tensor:
@@ -273,8 +240,8 @@ def softplus_of(condition: Compared | Decided, above: Operand, other: Operand) -
         and (isinstance(condition, Compared) or len(condition.by) == 1)
     ):
         difference = condition.difference if isinstance(condition, Compared) else condition.outputs
-        inside = _before(room.Softplus, soft)
-        if inside is not None and _same(inside, x) and _is_far_above(difference, x):
+        inside = products.before(room.Softplus, soft)
+        if inside is not None and products.same(inside, x) and _is_far_above(difference, x):
             return soft
     raise Unread("chooses between features")
 
@@ -318,7 +285,7 @@ def hard_sigmoid(x: Operand, slope: float, offset: float) -> Rows:
 
 ACTIVATIONS: Mapping[str, Callable[[Operand], Rows]] = {  # without arguments
     "relu": relu,
-    "tanh": lambda x: activated(x, room.Tanh()),
+    "tanh": lambda x: products.tanh(_of_features(x)),
     "sigmoid": sigmoid,
     "abs": lambda x: activated(x, room.Abs()),
     "silu": silu,
@@ -371,8 +338,3 @@ def above(a: Operand, b: Operand, name: str) -> Operand:
     if found.places.size != found.shape[0]:
         return Compared(found)
     return Decided(found, True, (name,))
-
-
-def is_of(stage: Stage | None, kind: type[Activation]) -> bool:
-    """Whether a stage is an activation of this kind."""
-    return stage is not None and isinstance(stage.act, kind)

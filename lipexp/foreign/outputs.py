@@ -13,7 +13,7 @@ from lipexp.config import ConfigError, one_line
 from lipexp.foreign.features import Rows, Unread, identity_of
 from lipexp.foreign.network import IDENTITY, Foreign, Layer, chain, folded, network_of
 from lipexp.foreign.operands import Decided, Operand
-from lipexp.foreign.operators import Erf
+from lipexp.foreign.products import Part
 from lipexp.reading import Unreadable
 
 
@@ -64,8 +64,9 @@ def network(graph: Graph, decides: bool) -> Foreign:
         for name, other in found[1:]:
             if not _same(chain(other), (layers, linear), decides):
                 raise Unread(f"is another one than {name!r}: lipexp certifies one")
-        if any(isinstance(layer.act, Erf) for layer in layers):
-            raise Unread("takes the error function outside of GELU")
+        for layer in layers:
+            if isinstance(layer.act, Part):
+                raise Unread(layer.act.outside)
         layers = folded(layers)
         if decides and linear is None:
             layers, last = _undecided(layers)

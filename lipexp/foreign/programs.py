@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import operator
+import re
 import warnings
 import zipfile
 import zlib
@@ -24,10 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lipexp.config import one_line
+from lipexp.config import ConfigError, one_line
 from lipexp.foreign import aten
 from lipexp.foreign.features import Numbers, Rows, Stage, Unread, entry
 from lipexp.foreign.outputs import Graph, at
+from lipexp.wording import count
 
 ROWS = 2  # of the input, where the graph leaves their number open, so that what mixes them is seen
 MOST_ROWS = 4096
@@ -134,6 +137,12 @@ def of_module(module: nn.Module, shape: Sequence[int]) -> Graph:
             example = torch.zeros(ROWS, *shape, dtype=of_weights, device=device)
             program = torch.export.export(module, (example,), strict=False)
     except Exception as error:  # torch raises anything for what it cannot take, and so does a module
+        first = next((part.in_features for part in module.modules() if isinstance(part, nn.Linear)), None)
+        sizes = re.search(r"got \[\d+, (\d+)\] X \[(\d+), \d+\]", str(error))
+        if sizes and [*map(int, sizes.groups())] == [math.prod(shape), first]:
+            raise ConfigError(
+                "x", None, f"has {count(int(sizes[1]), 'column')}, the network {count(int(sizes[2]), 'input')}"
+            ) from None
         raise Unread(f"torch.export cannot take it: {one_line(error)}") from None
     finally:
         for part in training:
@@ -144,13 +153,14 @@ def of_module(module: nn.Module, shape: Sequence[int]) -> Graph:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Leaves out what torch says on many lines of a program that it cannot take: its error says it in one."""
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def of_program(program: torch.export.ExportedProgram) -> Graph:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lipexp.activations import as_activation
-from lipexp.config import ConfigError, conf_dir, instantiate, no_such, number
-from lipexp.fitting import Option, node
+from lipexp.activations import Activation, as_activation
+from lipexp.config import ConfigError, conf_dir, instantiate, no_such
+from lipexp.fitting import Option, node, number_of_python
 from lipexp.foreign import features, operators
 from lipexp.foreign.features import Rows, Unread, entry, linear
 from lipexp.foreign.network import Foreign
@@ -44,32 +46,61 @@ def act_named(choice: Option) -> Act:
     Raises:
         ConfigError: there is none, or it does not take these arguments.
     """
-    if isinstance(choice, str):
-        name, *parts = choice.split(",")
-        pairs = [part.partition("=") for part in parts]
-        if not all(sign and value for _, sign, value in pairs):
-            raise ConfigError("--act", choice, "must be a name, or NAME,KEY=VALUE")
-        choice = {"option": name} | {key: _number(value) for key, _, value in pairs}
-    given = dict(choice)
+    given = _parsed(choice)
     name = given.pop("option", None)
-    if name in OWN:
-        numbers = {
-            key: number(f"--act {key}", value) for key, value in given.items() if not isinstance(value, str)
-        }
-        own = OWN[name]
+    if name not in OWN:
+        known = sorted({*OWN, *(path.stem for path in (conf_dir() / "act").glob("*.yaml"))})
+        if name is not None and name not in known:
+            raise ConfigError("--act", name, no_such("activation", str(name), known))
+        act = _of_lipexp(choice)
+        if act.n_parameters(4):
+            raise ConfigError("--act", _shown(choice), "has parameters, which this state dict does not hold")
+        return lambda x: features.activated(features.separated(x), act)
+    own, shown = OWN[name], _shown(choice)
+    takes = {part.name: part.default for part in [*inspect.signature(own).parameters.values()][1:]}
+    for key, value in given.items():
+        if key not in takes:
+            known = [f"{key}={default}" for key, default in takes.items()]
+            raise ConfigError("--act", shown, f"{name} takes {' and '.join(known) or 'no arguments'}, not {key}")
+        if isinstance(takes[key], str):
+            if value not in ("none", "tanh"):
+                raise ConfigError("--act", shown, f"{key} must be none or tanh")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError("--act", shown, f"{key} must be a finite number")
 
-        def apply(x: Rows) -> Any:
-            try:
-                return own(x, **(given | numbers))
-            except TypeError:
-                raise Unread(f"{name} does not take {', '.join(given)}") from None
+    try:
+        own(entry(1, [1]), **given)
+    except ConfigError as error:
+        raise ConfigError("--act", shown, f"{error.option} {error.allowed}") from None
+    except Unread as error:
+        raise ConfigError("--act", shown, str(error)) from None
+    return lambda x: own(x, **given)
 
-        return apply
-    known = sorted({*OWN, *(path.stem for path in (conf_dir() / "act").glob("*.yaml"))})
-    if name is not None and name not in known:
-        raise ConfigError("--act", name, no_such("activation", str(name), known))
-    act = as_activation(instantiate(node("act", choice, 1.0), "act"))
-    return lambda x: features.activated(features.separated(x), act)
+
+def _parsed(choice: Option) -> dict[str, Any]:
+    """The name of an activation as `option`, and its arguments."""
+    if not isinstance(choice, str):
+        return {key: number_of_python(value) for key, value in dict(choice).items()}
+    name, *parts = choice.split(",")
+    pairs = [part.partition("=") for part in parts]
+    if not all(sign and value for _, sign, value in pairs):
+        raise ConfigError("--act", choice, "must be a name, or NAME,KEY=VALUE")
+    return {"option": name} | {key: _number(value) for key, _, value in pairs}
+
+
+def _shown(choice: Option) -> str:
+    """As the command line spells it."""
+    name, *rest = _parsed(choice).items()
+    return ",".join([str(name[1]), *(f"{key}={value}" for key, value in rest)])
+
+
+def _of_lipexp(choice: Option) -> Activation:
+    """An option of conf/act/."""
+    try:
+        return as_activation(instantiate(node("act", _parsed(choice), 1.0), "act"))
+    except ConfigError as error:
+        name = error.option.removeprefix("act").removeprefix(".").removeprefix("_target_")
+        raise ConfigError("--act", _shown(choice), f"{name} {error.allowed}".strip()) from None
 
 
 def _number(text: str) -> Any:
@@ -140,8 +171,7 @@ def of_lipexp(state: Mapping[str, Tensor], act: Option | None) -> Foreign | None
         return None
     if act is None:
         raise Unread("holds weights alone: name the activation with --act, such as --act relu")
-    options = {"option": act} if isinstance(act, str) else act
-    own = as_activation(instantiate(node("act", options, 1.0), "act"))
+    own = _of_lipexp(act)
     try:
         return Foreign(BakedNetwork.from_state_dict(state, own), 0.0)
     except (ValueError, TypeError) as error:
