@@ -263,6 +263,11 @@ class ChangedConstant(nn.Module):
         return x * c
 
 
+class TimesRows(nn.Module):
+    def forward(self, x):
+        return x * x.size(0)
+
+
 class Branches(nn.Module):
     """Asks for the sign of a feature."""
 
@@ -277,10 +282,11 @@ class Branches(nn.Module):
     [
         (Changed(), "output at .*: is a tensor that was changed in place before"),
         (ChangedConstant(), "changes a constant in place"),
+        (TimesRows(), "output at .*: depends on the number of rows"),
         (Branches(), "takes a number from a tensor"),
     ],
 )
-def test_what_is_changed_in_place_is_refused_in_all_formats(net, message, tmp_path):
+def test_what_is_no_network_of_its_features_is_refused_in_all_formats(net, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         read(script(net, tmp_path / "net.ts", traced=False), D, False)
     if not isinstance(net, Branches):  # which torch.export refuses
