@@ -616,6 +616,18 @@ def test_the_rounding_that_is_reported_is_the_largest():
     assert network_of([layer])[1] == 0
 
 
+@pytest.mark.parametrize("act", [nn.LeakyReLU(0.1), nn.Hardtanh(-0.1, 0.1), nn.PReLU(8, 0.1), nn.LeakyReLU(1.1)])
+def test_the_numbers_of_activations_are_rounded_as_weights_are(act):
+    net = nn.Sequential(nn.Linear(D, 8), act, nn.Linear(8, 2)).double()
+    for part in (net[0], net[2]):
+        part.weight.data, part.bias.data = part.weight.data.float().double(), part.bias.data.float().double()
+    if isinstance(act, nn.PReLU):
+        act.weight.data.fill_(0.1)
+    number = 1.1 if getattr(act, "negative_slope", 0) == 1.1 else 0.1
+    expected = abs(float(np.float32(number)) - number) / number
+    assert of(net, (D,), False).rounding == pytest.approx(expected, rel=1e-6)
+
+
 def test_activations_of_elsewhere_keep_what_they_declare():
     z = torch.randn(1, 500, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
     other = z + torch.randn(z.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
