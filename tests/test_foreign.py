@@ -265,6 +265,11 @@ class ChangedConstant(nn.Module):
         return x * c
 
 
+class TimesRows(nn.Module):
+    def forward(self, x):
+        return x * x.size(0)
+
+
 class Branches(nn.Module):
     """Asks for the sign of a feature."""
 
@@ -279,10 +284,11 @@ class Branches(nn.Module):
     [
         (Changed(), "output at .*: is a tensor that was changed in place before"),
         (ChangedConstant(), "changes a constant in place"),
+        (TimesRows(), "output at .*: depends on the number of rows"),
         (Branches(), "takes a number from a tensor"),
     ],
 )
-def test_what_is_changed_in_place_is_refused_in_all_formats(net, message, tmp_path):
+def test_what_is_no_network_of_its_features_is_refused_in_all_formats(net, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         read(script(net, tmp_path / "net.ts", traced=False), D, False)
     if not isinstance(net, Branches):  # which torch.export refuses
@@ -622,6 +628,18 @@ def test_the_rounding_that_is_reported_is_the_largest():
     assert own.layers[0].weight[0].double().numpy().tolist() == layer.weight.tolist()
     assert rounding == pytest.approx(2.0**-26, rel=1e-6)
     assert network_of([layer])[1] == 0
+
+
+@pytest.mark.parametrize("act", [nn.LeakyReLU(0.1), nn.Hardtanh(-0.1, 0.1), nn.PReLU(8, 0.1), nn.LeakyReLU(1.1)])
+def test_the_numbers_of_activations_are_rounded_as_weights_are(act):
+    net = nn.Sequential(nn.Linear(D, 8), act, nn.Linear(8, 2)).double()
+    for part in (net[0], net[2]):
+        part.weight.data, part.bias.data = part.weight.data.float().double(), part.bias.data.float().double()
+    if isinstance(act, nn.PReLU):
+        act.weight.data.fill_(0.1)
+    number = 1.1 if getattr(act, "negative_slope", 0) == 1.1 else 0.1
+    expected = abs(float(np.float32(number)) - number) / number
+    assert of(net, (D,), False).rounding == pytest.approx(expected, rel=1e-6)
 
 
 def test_activations_of_elsewhere_keep_what_they_declare():

@@ -552,6 +552,11 @@ def over_the_batch(net: Net, x: str) -> str:
     return net.node("ReduceMax", net.gemm(x, D, 2), axes=[0], keepdims=1)
 
 
+def times_rows(net: Net, x: str) -> str:
+    n = net.node("Cast", net.node("Gather", net.node("Shape", x), np.array(0)), to=TensorProto.FLOAT)
+    return net.node("Mul", x, n)
+
+
 def over_no_axes(net: Net, x: str) -> str:
     return net.node("ReduceSum", net.gemm(x, D, 2), np.zeros(0, dtype=np.int64))
 
@@ -626,6 +631,7 @@ REFUSED = {
     "beside several": (beside_several_outputs, "output at 'Add_4': adds an affine map of the input to several"),
     "mixed rows": (mixed_rows, "MatMul at 'MatMul_2': works on what Softmax"),
     "over the batch": (over_the_batch, "ReduceMax at 'ReduceMax_1': mixes the rows"),
+    "times the rows": (times_rows, "output at 'Mul_3': depends on the number of rows"),
     "over no axes": (over_no_axes, "ReduceSum at 'ReduceSum_1': mixes the rows"),
     "Celu below 0": (lambda net, x: net.node("Celu", x, alpha=-1.0), "Celu at 'Celu_0': has alpha=-1"),
     "Elu below 0": (lambda net, x: net.node("Elu", x, alpha=-1.0), "Elu at 'Elu_0': alpha=-1.0: must be"),

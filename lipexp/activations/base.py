@@ -91,6 +91,7 @@ class Activation(nn.Module):
     therefore starts without declarations, and repeats those that are still true.
     """
 
+    rounding = 0.0  # the largest relative change of its own numbers, where they were rounded to float32
     norms: Collection[float] = frozenset()
     theta: Tensor = torch.empty(1, 0)  # (K, n) its own parameters
 

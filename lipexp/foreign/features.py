@@ -22,6 +22,7 @@ from lipexp.activations import Activation, GroupSort, ReLU
 Numbers = npt.NDArray[Any]
 Places = npt.NDArray[np.int64]
 
+SMALLEST = 2.0**-126  # number of float32 that has all its digits: the change of smaller ones is relative to it
 MOST_ENTRIES = 2**22  # of a tensor ...
 MOST_WEIGHTS = 2**27  # ... and of a matrix, whatever a file claims
 
@@ -75,6 +76,12 @@ def identity_of(act: Activation) -> tuple[Any, ...]:
     return type(act), *(
         (name, part.tobytes() if isinstance(part, np.ndarray) else repr(part)) for name, part in own
     )
+
+
+def change(numbers: Numbers, rounded: Numbers) -> float:
+    """The largest relative change of numbers that were rounded to float32."""
+    size = np.maximum(np.abs(numbers), SMALLEST)
+    return float(np.max(np.abs(rounded.astype(np.float64) - numbers) / size, initial=0.0))
 
 
 def _one_hot(features: Places, width: int) -> Numbers:

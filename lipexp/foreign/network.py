@@ -16,11 +16,10 @@ import torch
 
 from lipexp.activations import Activation, Identity
 from lipexp.blocks import Affine
-from lipexp.foreign.features import Numbers, Rows, Stage, Unread
+from lipexp.foreign.features import Numbers, Rows, Stage, Unread, change
 from lipexp.networks import BakedNetwork
 
 IDENTITY = Identity()
-SMALLEST = 2.0**-126  # number of float32 that has all its digits: the change of smaller ones is relative to it
 
 
 class Layer(NamedTuple):
@@ -57,10 +56,8 @@ def network_of(layers: Sequence[Layer], linear: Numbers | None = None) -> tuple[
         rounded = [part.astype(np.float32) for part in numbers]
     if not all(np.isfinite(part).all() for part in rounded):
         raise Unread("holds numbers beyond the range of float32")
-    changes = [
-        float(np.max(np.abs(new.astype(np.float64) - old) / np.maximum(np.abs(old), SMALLEST), initial=0.0))
-        for new, old in zip(rounded, numbers, strict=True)
-    ]
+    changes = [change(old, new) for new, old in zip(rounded, numbers, strict=True)]
+    changes += [layer.act.rounding for layer in layers]
     tensors = [torch.from_numpy(np.ascontiguousarray(part))[None] for part in rounded]
     blocks = [Affine(tensors[2 * i], tensors[2 * i + 1][:, None]) for i in range(len(layers))]
     acts = [layer.act for layer in layers]

@@ -14,9 +14,8 @@ from lipexp.config import one_line
 from lipexp.foreign.features import Rows, Unread, entry
 from lipexp.foreign.onnx_operators import FLOATS, KEEP, OPERATORS, Node, numbers
 from lipexp.foreign.operands import Decided, Operand, reshape, split
-from lipexp.foreign.outputs import Graph, at
+from lipexp.foreign.outputs import Graph, at, for_any_rows
 
-ROWS = 2  # of the input, where the graph leaves their number open, so that what mixes them is seen
 MOST_ROWS = 4096
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 OLDEST = 7  # opset
@@ -51,11 +50,17 @@ def of_model(model: onnx.ModelProto, folder: Path | None, n_inputs: int) -> Grap
         raise Unread(f"is of opset {opset}, whose operators broadcast in other ways; {OLDEST} and newer are read")
     if any(part.domain in DOMAINS for part in model.functions):
         raise Unread("defines operators of ONNX anew")
-    values: dict[str, Operand] = {}
+    stored: dict[str, Operand] = {}
     for part in graph.initializer:
         with at("initializer", part.name):
-            values[part.name] = numbers(part, folder)
-    names = _entries(graph, values, n_inputs)
+            stored[part.name] = numbers(part, folder)
+    return for_any_rows(lambda rows: _of_rows(graph, stored, opset, (rows, n_inputs)))
+
+
+def _of_rows(graph: onnx.GraphProto, stored: Mapping[str, Operand], opset: int, shape: tuple[int, int]) -> Graph:
+    """The graph for an input of this shape, where it leaves its own open."""
+    values = dict(stored)
+    names = _entries(graph, values, shape)
     for node in graph.node:
         with at(node.op_type, node.name or ", ".join(node.output)):
             if any(name in values for name in node.output if name):
@@ -91,8 +96,9 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {name: part.decode() if isinstance(part, bytes) else part for name, part in found.items()}
 
 
-def _entries(graph: onnx.GraphProto, values: dict[str, Operand], n_inputs: int) -> list[str]:
+def _entries(graph: onnx.GraphProto, values: dict[str, Operand], shape: tuple[int, int]) -> list[str]:
     """Put the inputs among the values; returns their names where each is a column of its own."""
+    rows, n_inputs = shape
     inputs = [part for part in graph.input if part.name not in values]
     shapes, n_rows = [], set()
     for part in inputs:
@@ -110,12 +116,12 @@ def _entries(graph: onnx.GraphProto, values: dict[str, Operand], n_inputs: int) 
             if n_open and n_inputs % rest:
                 raise Unread(f"takes no {n_inputs} columns")
             shapes.append([n if n > 0 else n_inputs // rest for n in dims[1:]])
-            n_rows.add(dims[0] if dims[0] > 0 else ROWS)
+            n_rows.add(dims[0] if dims[0] > 0 else rows)
     if len(n_rows) != 1 or max(n_rows) > MOST_ROWS:
         raise Unread("has no inputs" if not inputs else "has inputs with different numbers of rows, or too many")
     widths = [int(np.prod(shape)) for shape in shapes]
     whole = entry(n_rows.pop(), [sum(widths)])
     columns = split(whole, widths, 1)
-    for part, shape, own in zip(inputs, shapes, columns, strict=True):
-        values[part.name] = reshape(own, [own.shape[0], *shape])
+    for part, dims, own in zip(inputs, shapes, columns, strict=True):
+        values[part.name] = reshape(own, [own.shape[0], *dims])
     return [part.name for part in inputs] if len(inputs) > 1 and set(widths) == {1} else []

@@ -16,7 +16,7 @@ from lipexp import activations as room
 from lipexp.activations import Activation
 from lipexp.activations.elsewhere import Clip, PReLU
 from lipexp.foreign import features, products
-from lipexp.foreign.features import Rows, Tensor, Unread, scaled
+from lipexp.foreign.features import Rows, Tensor, Unread, change, scaled
 from lipexp.foreign.operands import Compared, Decided, Operand, constant, squeeze, tensor
 from lipexp.foreign.products import Share
 
@@ -171,12 +171,16 @@ def gelu(x: Operand, approximate: str = "none") -> Rows:
 
 def leaky_relu(x: Operand, slope: float) -> Rows:
     """x above 0 and slope x below."""
-    slope = float(np.float32(slope))
     if slope == 0:
         return relu(x)
-    if 1e-9 <= slope <= 1:
-        return activated(x, room.LeakyReLU(slope))
-    return prelu(x, slope)
+    own = float(np.float32(slope))
+    return _rounded(x, room.LeakyReLU(own), [slope], [own]) if 1e-9 <= own <= 1 else prelu(x, slope)
+
+
+def _rounded(x: Operand, act: Activation, numbers: Any, rounded: Any) -> Rows:
+    """act(x) for an activation with numbers that were rounded to float32."""
+    act.rounding = change(np.asarray(numbers, dtype=np.float64), np.asarray(rounded, dtype=np.float32))
+    return activated(x, act)
 
 
 def prelu(x: Operand, slopes: Any) -> Rows:
@@ -184,14 +188,16 @@ def prelu(x: Operand, slopes: Any) -> Rows:
     found, own = _of_features(x), np.asarray(slopes, dtype=np.float64)
     if not np.isfinite(own).all():
         raise Unread("has a slope that is not finite")
-    if own.size == 1 and 1e-9 <= (slope := float(own.reshape(-1)[0])) <= 1:
+    if own.size == 1 and 1e-9 <= np.float32(slope := float(own.reshape(-1)[0])) <= 1:
         return leaky_relu(x, slope)
     found = features.separated(found)
     below = np.broadcast_to(own, found.shape)
     below = below[0] if below.ndim > 1 and found.shape[0] > 0 else below
     if own.ndim > 1 and own.ndim == len(found.shape) and own.shape[0] > 1:
         raise Unread("has slopes for each row of a batch")
-    return features.activated(found, PReLU(np.ascontiguousarray(below).reshape(-1)))
+    below = np.ascontiguousarray(below).reshape(-1)
+    act = PReLU(below)
+    return _rounded(found, act, below, act.below)
 
 
 def elu(x: Operand, alpha: float = 1.0, scale: float = 1.0) -> Rows:
@@ -271,7 +277,8 @@ def clip(x: Operand, low: Any, high: Any) -> Tensor:
     if isinstance(found, Rows) and low is not None and high is not None and low.size == high.size == 1:
         least, most = (float(end.reshape(-1).astype(np.float32)[0]) for end in (low, high))
         if math.isfinite(least) and math.isfinite(most) and least < most:
-            return features.activated(found, Clip(least, most))
+            limits = [end.reshape(-1)[0] for end in (low, high)]
+            return _rounded(found, Clip(least, most), limits, [least, most])
     for end, largest in ((low, True), (high, False)):
         if end is not None:
             found = features.extreme([found, end], largest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,6 +16,8 @@ from lipexp.foreign.operands import Decided, Operand
 from lipexp.foreign.products import Part
 from lipexp.reading import Unreadable
 
+ROWS = 2, 3  # of the input, where a network leaves their number open, so that what mixes them is seen
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -23,6 +25,27 @@ class Graph:
 
     outputs: Sequence[tuple[str, Operand]]
     names: Sequence[str] = field(default_factory=list)
+
+
+def for_any_rows(follow: Callable[[int], Graph]) -> Graph:
+    """The graph of a network that leaves the number of rows open, which is followed for two of them.
+
+    Raises:
+        Unread: the network depends on that number.
+    """
+    one, other = (follow(n) for n in ROWS)
+    if len(one.outputs) != len(other.outputs):
+        raise Unread("has other outputs for another number of rows")
+    for (name, first), (_, second) in zip(one.outputs, other.outputs, strict=True):
+        with at("output", name):
+            maps = [
+                chain(value.outputs if isinstance(value, Decided) else value)
+                for value in (first, second)
+                if isinstance(value, Rows | Decided)
+            ]
+            if type(first) is not type(second) or (maps and not _equal(*maps)):
+                raise Unread("depends on the number of rows")
+    return one
 
 
 @contextmanager
@@ -82,7 +105,11 @@ def _same(a: tuple[list[Layer], object], b: tuple[list[Layer], object], decides:
     for layers, linear in (a, b):
         own = folded(layers)
         both.append((_undecided(own)[0] if decides and linear is None else own, linear))
-    (one, first), (other, second) = both
+    return _equal(*both)
+
+
+def _equal(a: tuple[list[Layer], object], b: tuple[list[Layer], object]) -> bool:
+    (one, first), (other, second) = a, b
     return (
         len(one) == len(other)
         and all(

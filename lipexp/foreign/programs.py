@@ -29,10 +29,9 @@ from torch.nn.utils import parametrize
 from lipexp.config import ConfigError, one_line
 from lipexp.foreign import aten
 from lipexp.foreign.features import Numbers, Rows, Stage, Unread, entry
-from lipexp.foreign.outputs import Graph, at
+from lipexp.foreign.outputs import ROWS, Graph, at, for_any_rows
 from lipexp.wording import count
 
-ROWS = 2  # of the input, where the graph leaves their number open, so that what mixes them is seen
 MOST_ROWS = 4096
 TYPES = {
     **{1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 12: torch.bool},
@@ -103,12 +102,12 @@ def _of_sizes(name: str, arguments: Sequence[Any]) -> Any:
     return INTEGERS[name](*arguments)
 
 
-def _entry(name: str, sizes: Sequence[int | None]) -> Rows:
-    """The input (N, ...); None: a size that is open."""
+def _entry(name: str, sizes: Sequence[int | None], rows: int = ROWS[0]) -> Rows:
+    """The input (N, ...); None: a size that is open, which is `rows` for N."""
     with at("input", name):
         if len(sizes) < 2 or None in sizes[1:]:
             raise Unread("has no shape (N, D)")
-        n_rows = ROWS if sizes[0] is None else sizes[0]
+        n_rows = rows if sizes[0] is None else sizes[0]
         shape = [int(n or 0) for n in sizes[1:]]
         if not 0 < n_rows <= MOST_ROWS or min(shape) < 1:
             raise Unread("has too many rows, or none")
@@ -129,13 +128,18 @@ def of_module(module: nn.Module, shape: Sequence[int]) -> Graph:
             "has parametrised weights; torch.nn.utils.parametrize.remove_parametrizations makes them plain"
         )
     of_weights = next((part.dtype for part in module.parameters() if part.is_floating_point()), torch.float32)
+    return for_any_rows(lambda rows: of_program(_exported(module, (rows, *shape), of_weights)))
+
+
+def _exported(module: nn.Module, shape: Sequence[int], kind: torch.dtype) -> torch.export.ExportedProgram:
+    """The program of a module for an input of this shape."""
     training = [part for part in module.modules() if part.training]
     try:
         module.eval()
         with _quiet(), torch.no_grad():
             device = next((part.device for part in module.parameters()), torch.device("cpu"))
-            example = torch.zeros(ROWS, *shape, dtype=of_weights, device=device)
-            program = torch.export.export(module, (example,), strict=False)
+            example = torch.zeros(*shape, dtype=kind, device=device)
+            return torch.export.export(module, (example,), strict=False)
     except Exception as error:  # torch raises anything for what it cannot take, and so does a module
         first = next((part.in_features for part in module.modules() if isinstance(part, nn.Linear)), None)
         sizes = re.search(r"got \[\d+, (\d+)\] X \[(\d+), \d+\]", str(error))
@@ -147,7 +151,6 @@ def of_module(module: nn.Module, shape: Sequence[int]) -> Graph:
     finally:
         for part in training:
             part.training = True
-    return of_program(program)
 
 
 @contextmanager
@@ -257,16 +260,19 @@ def _of_json(graph: Mapping[str, Any], signature: Mapping[str, Any], files: Mapp
     if len(inputs) != 1:
         raise Unread(f"takes {len(inputs)} inputs, not one")
     sizes = [size.get("as_int") for size in graph["tensor_values"][inputs[0]]["sizes"]]
-    values[inputs[0]] = _entry(inputs[0], sizes)
-    for name, size in graph.get("sym_int_values", {}).items():
-        values[name] = size.get("as_int", ROWS)
     outputs = [
         (own["arg"]["as_tensor"]["name"], Named(own["arg"]["as_tensor"]["name"]))
         for spec in signature["output_specs"]
         for kind, own in spec.items()
         if kind == "user_output" and "as_tensor" in own["arg"]
     ]
-    return follow([_call_in_json(node) for node in graph["nodes"]], values, outputs)
+    calls = [_call_in_json(node) for node in graph["nodes"]]
+
+    def of_rows(rows: int) -> Graph:
+        own = {name: size.get("as_int", rows) for name, size in graph.get("sym_int_values", {}).items()}
+        return follow(calls, {**values, **own, inputs[0]: _entry(inputs[0], sizes, rows)}, outputs)
+
+    return for_any_rows(of_rows) if sizes[:1] == [None] else of_rows(ROWS[0])
 
 
 def _stored(name: str, files: Mapping[str, bytes]) -> Numbers:

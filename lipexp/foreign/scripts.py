@@ -24,8 +24,8 @@ from lipexp.config import one_line
 from lipexp.foreign import aten
 from lipexp.foreign.features import Rows, Stage, Unread, entry
 from lipexp.foreign.operands import Decided
-from lipexp.foreign.outputs import Graph, at
-from lipexp.foreign.programs import ROWS, held
+from lipexp.foreign.outputs import Graph, at, for_any_rows
+from lipexp.foreign.programs import held
 
 STORAGES = {
     f"{name}Storage": kind
@@ -35,6 +35,7 @@ STORAGES = {
     }.items()
 }
 MOST_CALLS = 100_000
+MOST_NESTED = 60  # calls of methods within each other
 COMPARED: Mapping[type[ast.cmpop], Any] = {
     **{ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le},
     **{ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not},
@@ -106,7 +107,7 @@ def read(content: bytes, n_inputs: int) -> Graph:
             }
         script = _Script(files)
         with at("forward", script.module.path):
-            return script.graph(n_inputs)
+            return for_any_rows(lambda rows: script.graph(rows, n_inputs))
     except Unread:
         raise
     except (
@@ -133,7 +134,7 @@ class _Script:
             raise Unread("holds no module")
         self.constants = _Pickle(files, "constants").load() if "constants.pkl" in files else ()
         self.defined: dict[str, Any] = {}  # path -> a class, or a function
-        self.calls, self.changed = 0, set[Stage]()
+        self.calls, self.nested, self.changed = 0, 0, set[Stage]()
         for name, source in files.items():
             if name.startswith("code/") and name.endswith(".py"):
                 path = name.removeprefix("code/").removesuffix(".py").replace("/", ".")
@@ -141,9 +142,10 @@ class _Script:
                     if isinstance(node, ast.ClassDef | ast.FunctionDef):
                         self.defined[f"{path}.{node.name}"] = node
 
-    def graph(self, n_inputs: int) -> Graph:
-        """What `forward` makes of its input."""
-        found = self._method(self.module, "forward", [entry(ROWS, [n_inputs])])
+    def graph(self, rows: int, n_inputs: int) -> Graph:
+        """What `forward` makes of its input (rows, n_inputs)."""
+        self.calls, self.nested, self.changed = 0, 0, set()
+        found = self._method(self.module, "forward", [entry(rows, [n_inputs])])
         outputs = found if isinstance(found, list | tuple) else [found]
         return aten.made([(str(i), part) for i, part in enumerate(outputs)], self.changed)
 
@@ -157,7 +159,12 @@ class _Script:
         names = [part.arg for part in node.args.args]
         if len(names) != len(arguments):
             raise Unread(f"{node.name} takes {len(names)} arguments, not {len(arguments)}")
-        return self._body(node.body, dict(zip(names, arguments, strict=True)))
+        self.nested += 1
+        if self.nested > MOST_NESTED:
+            raise Unread("makes too many calls")
+        found = self._body(node.body, dict(zip(names, arguments, strict=True)))
+        self.nested -= 1
+        return found
 
     def _body(self, body: Sequence[ast.stmt], names: dict[str, Any]) -> Any:
         """The value that is returned; `names` as it is if there is none."""
