@@ -335,7 +335,7 @@ def test_what_readme_says_is_refused_of_exports(tmp_path):
         z = net.gemm("x", D, 8)
         own = act.at(act.initial(8)[None])
         z = own.onnx(net.node, z, net.constant(own.theta[0].numpy()))
-        with pytest.raises(ConfigError, match="Sin at|joins features of|takes a sum of"):
+        with pytest.raises(ConfigError, match=r"Sin at|joins features of|takes a sum of"):
             network_of(net.model(net.gemm(z, 8, 2)), tmp_path)
 
 
