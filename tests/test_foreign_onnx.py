@@ -14,7 +14,7 @@ from networks import NORMS
 from torch import nn
 
 import lipexp
-from lipexp.activations import GELU, SiLU
+from lipexp.activations import GELU, Householder, LipschitzSpline, NActivation, SiLU
 from lipexp.activations.smooth import Smooth
 from lipexp.config import ConfigError
 from lipexp.foreign import features, read
@@ -211,7 +211,7 @@ def gelu_by_tanh(cube: Callable[[Net, str], str]) -> Callable[[Net, str], str]:
 def by_lipexp(act: Smooth) -> Callable[[Net, str], str]:
     def write(net: Net, x: str) -> str:
         z = net.gemm(x, D, 8)
-        return net.gemm(act.onnx(lambda *words, **attributes: net.node(*words, **attributes), z, ""), 8, 2)
+        return net.gemm(act.onnx(net.node, z, ""), 8, 2)
 
     return write
 
@@ -336,6 +336,16 @@ def test_a_graph_is_the_network_that_onnxruntime_computes(name, tmp_path):
     assert foreign.rounding <= 2.0**-24
     if name in EXACT:  # nothing is divided, and no weights are multiplied with each other
         assert foreign.rounding == 0
+
+
+def test_what_readme_says_is_refused_of_exports(tmp_path):
+    for act in (Householder(), LipschitzSpline(), NActivation()):
+        net = Net()
+        z = net.gemm("x", D, 8)
+        own = act.at(act.initial(8)[None])
+        z = own.onnx(net.node, z, net.constant(own.theta[0].numpy()))
+        with pytest.raises(ConfigError, match=r"Sin at|joins features of|takes a sum of"):
+            network_of(net.model(net.gemm(z, 8, 2)), tmp_path)
 
 
 @pytest.mark.parametrize("name", READ)
