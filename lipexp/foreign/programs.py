@@ -143,7 +143,7 @@ def _exported(module: nn.Module, shape: Sequence[int], kind: torch.dtype) -> tor
     except Exception as error:  # torch raises anything for what it cannot take, and so does a module
         first = next((part.in_features for part in module.modules() if isinstance(part, nn.Linear)), None)
         sizes = re.search(r"got \[\d+, (\d+)\] X \[(\d+), \d+\]", str(error))
-        if sizes and [*map(int, sizes.groups())] == [math.prod(shape), first]:
+        if sizes and [*map(int, sizes.groups())] == [math.prod(shape[1:]), first]:
             raise ConfigError(
                 "x", None, f"has {count(int(sizes[1]), 'column')}, the network {count(int(sizes[2]), 'input')}"
             ) from None
