@@ -327,3 +327,16 @@ def test_a_model_in_memory_is_certified():
     found = lipexp.certify(net.model(max_min(net, "x")), points(), max_regions=0)
     assert found.lipschitz.measured <= found.lipschitz.certified
     assert len(found.radii) == 60
+
+
+def test_the_irrational_numbers_of_gelu_count_as_rounded_and_others_are_not_read(tmp_path):
+    def gelu(factor: np.float32) -> onnx.ModelProto:
+        net = Net()
+        x = net.gemm("x", D, 8)
+        share = net.node("Add", net.node("Erf", net.node("Mul", x, factor)), np.float32(1))
+        half = net.node("Mul", net.node("Mul", x, share), np.float32(0.5))
+        return net.model(net.gemm(half, 8, 1))
+
+    assert network_of(gelu(np.float32(math.sqrt(0.5))), tmp_path).rounding == 2.0**-24
+    with pytest.raises(ConfigError, match="a part of GELU alone"):
+        network_of(gelu(np.float32(math.sqrt(0.5) * (1 + 1e-6))), tmp_path)

@@ -228,7 +228,10 @@ def erf(x: Operand) -> Rows:
     found = _of_features(x)
     stage = found.stage
     factors = np.zeros(1) if stage.weight is None or stage.bias is None or stage.bias.any() else stage.weight
-    if stage.parent is None or not np.isclose(factors.max(axis=1), math.sqrt(0.5), rtol=1e-6, atol=0).all():
+    if (
+        stage.parent is None
+        or not np.isclose(factors.max(axis=1), math.sqrt(0.5), rtol=products.CLOSE, atol=0).all()
+    ):
         raise Unread("is read as a part of GELU alone")
     if (np.count_nonzero(factors, axis=1) != 1).any():
         raise Unread("is read as a part of GELU alone")

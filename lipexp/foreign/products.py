@@ -14,7 +14,7 @@ from lipexp.activations import Activation
 from lipexp.foreign.features import Rows, Stage, Unread, activated, scaled
 
 CUBE, INSIDE = 0.044715, math.sqrt(2 / math.pi)  # of the approximation by tanh; see `lipexp.activations.GELU`
-CLOSE = 1e-6  # how much a number of float32, or of a text, may differ from these
+CLOSE = 2.0**-23  # how much a number of float32 may differ from these, relative
 
 
 class Part(Activation):
@@ -59,6 +59,7 @@ def product(a: Rows, b: Rows) -> Rows:
                 return scaled(activated(_above(base), room.SiLU(scaled=False)), 4 * scale * times)
             if isinstance(act, Share) and offset == scale:  # x s (1 + share) = 2 s x P(x)
                 gelu = room.GELU(act.approximate, scaled=False)
+                gelu.rounding = 2.0**-24  # the file has numbers of float32 for its irrational ones
                 return scaled(activated(_above(base), gelu), 2 * scale * times)
         base, n, factor = _power(gate)
         if n < 3 and (times := _quotient(x, base)) is not None:
