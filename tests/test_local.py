@@ -75,11 +75,11 @@ def test_local_constants_come_closer_to_exact_distances(name, p):
 @pytest.mark.parametrize(("name", "kind"), pairs(LOCAL, CHAINS))
 def test_no_attack_refutes_radii_in_more_dimensions(name, kind, monkeypatch):
     monkeypatch.setattr("lipexp.measured.attack.BEYOND", (2.0,))
-    net, x = network(10, 16, 16, 4, act=ACTS[name], seed=7), normal(60, 10, seed=8)
+    net, x = network(10, 16, 16, 4, act=ACTS[name], seed=7), normal(30, 10, seed=8)
     radius, near, p = both(net, CHAINS[kind], x)
     assert np.median(near[radius > 0] / radius[radius > 0]) > 1.2
     found = attack(net, x, near, p, generator())
-    assert found.points > 50
+    assert found.points > 25
     assert found.flips == []
     assert found.power[2.0] > 0.1
 

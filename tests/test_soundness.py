@@ -15,7 +15,7 @@ from lipexp.config import ConfigError
 from lipexp.measured import overall, sources, steepest
 from lipexp.measured.gradients import operator_norms, scan
 from lipexp.norms import dual
-from lipexp.proven import METHODS, Chain, Problem, prove
+from lipexp.proven import Chain, Problem, prove
 
 SHAPES = ((1, 6, 6, 1), (2, 6, 1), (2, 4, 6, 3), (4, 6, 4, 6, 1), (3, 4, 2))
 ACTS = [",".join(choice) for choice in choices_in("act")]
@@ -52,7 +52,7 @@ def check_every_bound(net, p, n, seed, seconds):
     measured = overall(steepest(net, found, 0, chain.q, chain.output_p))
     problem = Problem(net, chain, (low, high), measured, max_regions=3000, seconds=seconds)
     proofs = {}
-    for method in (None, *METHODS):
+    for method in (None, "eclipse", "lipsdp", "bnb"):  # None: all that need not be asked for
         with suppress(ConfigError):  # the method has no bound for this network
             certificate = prove(problem, method)
             assert certificate.verdict(measured) != "FAIL", method
