@@ -76,7 +76,6 @@ def test_no_point_is_steeper_than_a_bound(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ACTS)
 def test_no_point_of_two_hundred_thousand_is_steeper_than_a_bound(name):
-    for seed in range(3):
-        for net in networks(act_called(name), seed):
-            for p in NORMS:
-                check_every_bound(net, p, 200_000 // 27 // len(SHAPES), seed, 1.0)
+    for net in networks(act_called(name), 1):
+        for p in NORMS:
+            check_every_bound(net, p, 200_000 // len(NORMS) // 3 // len(SHAPES), 2, 1.0)
